@@ -64,6 +64,8 @@ PATH_SETTING = "QUOTA_MAILDIR"
 
 TRUSTED_LENGTH = 5120  # bytes from which on the servers rebuild a maildirsize rather than read it
 TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize that says "over" is believed
+LONGEST_NUMBER = 20  # digits; a longer one does not fit the servers' 64 bits
+DIGITS = b"0123456789"
 
 
 def measure(path: bytes, given: "Optional[int]", env: "Env") -> "tuple[bool, int, int]":
@@ -71,80 +73,107 @@ def measure(path: bytes, given: "Optional[int]", env: "Env") -> "tuple[bool, int
 
     `given` is the limit that QUOTA_USERS has for this user. Raises OSError, Problem.
     """
-    default = default_limit(env)
-    skip_trash = trash_is_skipped(path, setting("QUOTA_TRASH", env))
+    limits = default_limit(env) if given is None else given, 0
+    dovecot = is_dovecots(path, setting("QUOTA_TRASH", env))
     posix.stat(path)
-    header, entries, age = read_maildirsize(path)
-    limits = (default, 0) if header is None else parse_limits(header)
-    if given is not None:
-        limits = given, 0
-    total = add_up(entries)
-    if total is None or is_over(total, limits) and (len(entries) > 1 or age > TRUSTED_AGE):
-        total = count(path, skip_trash)
-    return is_over(total, limits), total[0], limits[0]
+    total, doubtful = None, False
+    maildirsize = read_maildirsize(path, dovecot)
+    if maildirsize is not None:
+        header, entries, age = maildirsize
+        written = parse_limits(header, dovecot)
+        if given is None:
+            limits = written
+        if limits == written:  # where they differ the servers count and write the file anew
+            total = add_up(entries)
+            doubtful = len(entries) > 1 or age > TRUSTED_AGE
+    # A sum that is exactly the limit is over for Courier, but not yet for Dovecot's doubts.
+    if total is None or doubtful and is_over(total, limits, 0 if dovecot else 1):
+        total = count(path, dovecot)
+    return is_over(total, limits, 1), total[0], limits[0]
 
 
-def is_over(total: "tuple[int, int]", limits: "tuple[int, int]") -> bool:
-    """Compare bytes and messages with the limits of both: over is what has reached one of them."""
-    return 0 < limits[0] <= total[0] or 0 < limits[1] <= total[1]
+def is_over(total: "tuple[int, int]", limits: "tuple[int, int]", more: int) -> bool:
+    """Say whether `more` bytes or messages would exceed a limit of bytes or messages (0: none)."""
+    return 0 < limits[0] < total[0] + more or 0 < limits[1] < total[1] + more
 
 
-def trash_is_skipped(path: bytes, how: bytes) -> bool:
-    """Say whether trash is left out, as Courier does and Dovecot does not. Raises Problem."""
-    if how not in (b"auto", b"count", b"skip"):
-        raise Problem(500, "QUOTA_TRASH is not auto, count or skip", how)
-    if how == b"auto":
-        try:
-            posix.stat(path + b"/dovecot-uidlist")
-        except FileNotFoundError:
-            return True
-    return how == b"skip"
+def is_dovecots(path: bytes, trash: bytes) -> bool:
+    """Say whether Dovecot keeps this Maildir, which counts trash, or Courier. Raises Problem."""
+    if trash not in (b"auto", b"count", b"skip"):
+        raise Problem(500, "QUOTA_TRASH is not auto, count or skip", trash)
+    if trash != b"auto":
+        return trash == b"count"
+    try:
+        posix.stat(path + b"/dovecot-uidlist")
+    except FileNotFoundError:
+        return False
+    return True
 
 
-def read_maildirsize(path: bytes) -> "tuple[Optional[bytes], list[bytes], float]":
-    """Read `maildirsize`: its first line (None: no such file), its entries, its age in seconds.
+def read_maildirsize(path: bytes, dovecot: bool) -> "Optional[tuple[bytes, list[bytes], float]]":
+    """Read `maildirsize`: its first line, the others, its age in seconds; None: no such file.
 
-    A file too long to be trusted has no entries. Raises OSError.
+    Of a file too long to be trusted, the others are one that is no entry. Raises OSError.
     """
     import time
 
     try:  # without waiting for the other end, should it be a pipe
         file = posix.open(path + b"/maildirsize", posix.O_RDONLY | posix.O_NONBLOCK)
     except FileNotFoundError:
-        return None, [], 0
+        return None
     try:
         status = posix.fstat(file)
         if status.st_mode & S_IFMT != S_IFREG:
-            return None, [], 0
-        header, *entries = posix.read(file, TRUSTED_LENGTH).split(b"\n")
-        whole = status.st_size < TRUSTED_LENGTH
-        return header, entries[:-1] if whole else [], time.time() - status.st_mtime
+            return None
+        text = posix.read(file, TRUSTED_LENGTH)
     finally:
         posix.close(file)
+    *lines, unfinished = text.split(b"\n")
+    if unfinished and not dovecot:  # Dovecot leaves it out: somebody may still be writing it
+        lines.append(unfinished)
+    header, *entries = lines or [b""]
+    return header, entries if len(text) < TRUSTED_LENGTH else [b""], time.time() - status.st_mtime
 
 
-def parse_limits(header: bytes) -> "tuple[int, int]":
-    """Read the first line of `maildirsize`: the limits of bytes and of messages (0: no limit)."""
+def parse_limits(header: bytes, dovecot: bool) -> "tuple[int, int]":
+    """Read the first line of `maildirsize`: the limits of bytes and of messages (0: no limit).
+
+    Of anything but digits, letters and commas Dovecot leaves out the item, Courier only that.
+    """
     found = {b"S": 0, b"C": 0}
+    if not dovecot:
+        header = header.replace(b"S", b"S,").replace(b"C", b"C,")
     for item in header.split(b","):
-        if item[:-1].isdigit():
-            found[item[-1:]] = int(item[:-1])
+        before, letter = item[:-1], item[-1:]
+        digits = before[len(before.rstrip(DIGITS)) :]
+        if not 0 < len(digits) <= LONGEST_NUMBER:
+            continue
+        if not dovecot or before == digits and int(digits) > 0:
+            found[letter] = int(digits)
     return found[b"S"], found[b"C"]
 
 
 def add_up(entries: "list[bytes]") -> "Optional[tuple[int, int]]":
-    """Add up lines of `bytes messages`; None where there is none, one is not, or a sum is < 0."""
+    """Add up lines of `bytes messages`; None where one is something else or a sum is negative."""
     size = messages = 0
-    try:
-        for entry in entries:
-            more_bytes, more_messages = entry.split()
-            size, messages = size + int(more_bytes), messages + int(more_messages)
-    except ValueError:
-        return None
-    return (size, messages) if entries and min(size, messages) >= 0 else None
+    for entry in entries:
+        more_bytes, rest = number(entry)
+        more_messages, _ = number(rest)
+        if more_bytes is None or more_messages is None:
+            return None
+        size, messages = size + more_bytes, messages + more_messages
+    return (size, messages) if min(size, messages) >= 0 else None
 
 
-def count(path: bytes, skip_trash: bool) -> "tuple[int, int]":
+def number(text: bytes) -> "tuple[Optional[int], bytes]":
+    """Read a number as C's scanf does, None where there is none, and return what follows it."""
+    text = text.lstrip()
+    rest = text[text[:1] in (b"-", b"+") :].lstrip(DIGITS)
+    digits = text[: len(text) - len(rest)]
+    return int(digits) if digits[-1:].isdigit() and len(digits) <= LONGEST_NUMBER else None, rest
+
+
+def count(path: bytes, dovecot: bool) -> "tuple[int, int]":
     """Count the bytes and the messages of a Maildir and its folders. Raises OSError.
 
     What vanishes meanwhile is left out; what cannot be read is an error, not a smaller sum.
@@ -154,31 +183,33 @@ def count(path: bytes, skip_trash: bool) -> "tuple[int, int]":
         for entry in entries:
             if entry.name[:1] == b"." and entry.is_dir(follow_symlinks=False):
                 folders.append(path + b"/" + entry.name)
-    if skip_trash and path + b"/.Trash" in folders:
+    if not dovecot and path + b"/.Trash" in folders:
         folders.remove(path + b"/.Trash")
     size = messages = 0
     for folder in folders:
         for part in b"/new", b"/cur":
-            for message_size in sizes(folder + part, skip_trash and part == b"/cur"):
+            for message_size in sizes(folder + part, dovecot):
                 size += message_size
                 messages += 1
     return size, messages
 
 
-def sizes(directory: bytes, skip_trashed: bool) -> "Iterator[int]":
+def sizes(directory: bytes, dovecot: bool) -> "Iterator[int]":
     """Give the size in bytes of each message: from `,S=` in its name, else from the file."""
     try:
         entries = posix.scandir(directory)
     except FileNotFoundError:
         return
+    hidden = b".." if dovecot else b"."
     with entries:
         for entry in entries:
             name = entry.name
-            if name[:1] == b"." or skip_trashed and b"T" in name.partition(b":2,")[2]:
+            if name.startswith(hidden) or not dovecot and b"T" in name.partition(b":2,")[2]:
                 continue
-            digits = name.partition(b",S=")[2].partition(b":")[0].partition(b",")[0]
-            if digits.isdigit():
-                yield int(digits)
+            _, given, rest = name.partition(b",S=")
+            digits = rest.partition(b":")[0].partition(b",")[0]
+            if given and digits.lstrip(DIGITS) == b"":
+                yield int(digits or b"0")
                 continue
             try:
                 yield entry.stat().st_size
