@@ -181,7 +181,7 @@ def count(path: bytes, dovecot: bool) -> "tuple[int, int]":
     folders = [path]
     with posix.scandir(path) as entries:
         for entry in entries:
-            if entry.name[:1] == b"." and entry.is_dir(follow_symlinks=False):
+            if entry.name[:1] == b"." and entry.is_dir(follow_symlinks=dovecot):
                 folders.append(path + b"/" + entry.name)
     if not dovecot and path + b"/.Trash" in folders:
         folders.remove(path + b"/.Trash")

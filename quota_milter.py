@@ -907,11 +907,15 @@ def claim(where: str) -> None:
 
 
 def stop(where: str) -> None:
-    """Make libmilter stop: it looks whether it should every five seconds or when one connects."""
+    """Make libmilter stop, which it does only when somebody connects or five seconds have gone."""
+
+    def knock() -> None:
+        family, address = socket_address(where)
+        with contextlib.suppress(OSError), socket.socket(family) as client:
+            client.connect(address)
+
+    threading.Timer(0.1, knock).start()
     Milter.stop()
-    family, address = socket_address(where)
-    with contextlib.suppress(OSError), socket.socket(family) as knock:
-        knock.connect(address)
 
 
 def serve(policy: Policy, where: str) -> threading.Thread:
