@@ -250,7 +250,7 @@ def parse_limit(text: bytes) -> int:
     power = b"KMGT".find(text[-1:]) + 1
     digits = text[:-1] if power else text
     if not digits.isdigit() or len(digits) > 20:
-        raise Problem(500, "a limit in the settings is not a number of bytes", text)
+        raise Problem(500, "a limit in the settings is no number of bytes", text)
     return int(digits) << 10 * power
 
 
@@ -381,7 +381,7 @@ def answer(user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env") -> "t
         return 200, verdict(user, domain, env)
     except Problem as problem:
         if problem.detail is not None:
-            print(f"quota: {problem.why}: {problem.detail!a}", file=sys.stderr)
+            print(f"quota: {problem.why}: {str(problem.detail)!a}", file=sys.stderr)
         return problem.status, b"ERROR %s\n" % problem.why.encode()
 
 

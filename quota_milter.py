@@ -772,11 +772,12 @@ class OptionParser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """Split a line of an @FILE; a comment starts the line or follows white space."""
         line = re.sub(r"(^|\s)#.*", "", arg_line).strip()
-        name, _, value = line.partition(" ") if "=" not in line.split(" ")[0] else (line, "", "")
-        value = value.strip()
-        if name in ("", "--check") or not value:
+        match = re.fullmatch(r"(--[\w-]+)(?:\s*=\s*|\s+)(.*)", line)
+        if not match or match[1] == "--check":
             return line.split()
-        return [f"{name}={value}"]
+        value = match[2]
+        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+        return [f"{match[1]}={value[1:-1] if quoted else value}"]
 
     def error(self, message: str) -> NoReturn:
         """End the start with one line and status 2."""
