@@ -19,7 +19,10 @@ VERDICT
     As Dovecot's `maildir` quota and Courier's deliverquota give it: Maildir++
     with the file `maildirsize`. A Maildir is over its quota when it has reached
     the limit of bytes or that of messages. Its messages are counted where
-    `maildirsize` is missing or broken, or says "over" and may be out of date.
+    `maildirsize` is missing or broken, was written for another limit, or says
+    "over" and may be out of date. Where the two servers differ (trash, hidden
+    files, linked folders, odd first lines) it is judged as by its own: Dovecot
+    where it holds `dovecot-uidlist`.
 
 SETTINGS
     The constants below; an environment variable of the same name beats them.
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
 QUOTA_LIMIT = "200M"  # bytes, or with K, M, G, T (powers of 1024); 0: no limit
 QUOTA_MAILDIR = "%h/Maildir"  # %n user, %d domain, %u user@domain, %h the user's home, %% percent
 QUOTA_USERS = ""  # a file of lines `user limit` or `user@domain limit`, which beat every other
-QUOTA_TRASH = "auto"  # count it, skip it, or as the server does that keeps this Maildir
+QUOTA_TRASH = "auto"  # count it as Dovecot, skip it as Courier, or as whichever keeps the Maildir
 QUOTA_UNKNOWN = "0"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
 PATH_SETTING = "QUOTA_MAILDIR"

@@ -217,10 +217,13 @@ class Question:
 
 
 class Noted:
-    """A connection that tells its question of itself, and why there is none."""
+    """A connection that tells its question of itself, and of why there is none."""
 
-    question: Question
     sock: socket.socket
+
+    def __init__(self, *args: Any, question: Question, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.question = question
 
     def connect(self) -> None:
         """Connect. Raises Unreachable."""
@@ -240,8 +243,11 @@ class HTTPSConnection(Noted, http.client.HTTPSConnection):
 
 
 class HTTPHandler(urllib.request.AbstractHTTPHandler):
-    """Opens http and https. With no handler beside it urllib follows no redirect, uses no proxy of
-    the environment and raises no error for a status."""
+    """Opens http and https.
+
+    With no other handler beside it urllib follows no redirect, uses no proxy of the environment,
+    opens nothing else and leaves every status to us.
+    """
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
@@ -249,21 +255,15 @@ class HTTPHandler(urllib.request.AbstractHTTPHandler):
         super().__init__()
         self.context = context
 
-    def http_open(self, request: urllib.request.Request) -> Any:
-        """Send a request."""
-        return self.do_open(functools.partial(self.connection, HTTPConnection, request), request)
+    def http_open(self, request: Any) -> Any:
+        """Send a request. Raises Unreachable, OSError, http.client.HTTPException."""
+        connection: Any = functools.partial(HTTPConnection, question=request.question)
+        return self.do_open(connection, request)
 
-    def https_open(self, request: urllib.request.Request) -> Any:
-        """Send a request over TLS."""
-        kind = functools.partial(HTTPSConnection, context=self.context)
-        return self.do_open(functools.partial(self.connection, kind, request), request)
-
-    @staticmethod
-    def connection(kind: Any, request: Any, host: str, **options: Any) -> Any:
-        """Make a connection of this kind that knows its question."""
-        connection = kind(host, **options)
-        connection.question = request.question
-        return connection
+    def https_open(self, request: Any) -> Any:
+        """Send a request over TLS. Raises the same."""
+        connection: Any = functools.partial(HTTPSConnection, question=request.question)
+        return self.do_open(connection, request, context=self.context)
 
 
 class Heard(NamedTuple):
@@ -354,14 +354,18 @@ class Backend:
                 self.leave_alone(str(outcome))
             elif isinstance(outcome, (Answer, BadAnswer)):
                 self.welcome()
+            if isinstance(outcome, Answer):
+                self.remember(mailbox, outcome)
         if isinstance(outcome, Fault):
             raise outcome
-        with self.lock:
-            self.answers.pop(mailbox, None)
-            self.answers[mailbox] = time.monotonic(), outcome
-            if len(self.answers) > CACHE_SIZE:
-                del self.answers[next(iter(self.answers))]
         return outcome
+
+    def remember(self, mailbox: tuple[str, str], answer: Answer) -> None:
+        """Keep an answer as the newest, and not too many."""
+        self.answers.pop(mailbox, None)
+        self.answers[mailbox] = time.monotonic(), answer
+        if len(self.answers) > CACHE_SIZE:
+            del self.answers[next(iter(self.answers))]
 
     def fetch(self, mailbox: tuple[str, str], question: Question) -> Answer:
         """Send the question and read the answer. All that can go wrong raises Fault."""
@@ -373,7 +377,7 @@ class Backend:
         left = max(0.001, question.deadline - time.monotonic())  # seconds, to connect in
         try:
             with self.opener.open(request, timeout=left) as response:
-                line, end, more = response.read(ANSWER_LENGTH).partition(b"\n")
+                line, end, _ = response.read(ANSWER_LENGTH).partition(b"\n")
                 if response.status != 200:
                     raise BadAnswer(f"status {response.status} {line[:80]!r}")
                 if not end and (response.length or len(line) == ANSWER_LENGTH):
@@ -381,9 +385,7 @@ class Backend:
                 return Answer.parse(line)
         except Fault:
             raise
-        except (
-            Exception
-        ) as error:  # urllib, http.client and ssl have many kinds; none ends a thread
+        except Exception as error:  # what urllib, http.client and ssl raise has no common base
             raise Fault("left alone meanwhile" if question.cut else repr(error)) from None
 
     def miss(self, mailbox: tuple[str, str], question: Question) -> None:
