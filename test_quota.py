@@ -1014,6 +1014,25 @@ def test_alias_files_are_read_again_when_they_change(
     wait_for(lambda: asked() == "fred", "the alias after HUP")
 
 
+def test_mail_goes_on_while_a_large_alias_file_is_read(
+    backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
+) -> None:
+    file = tmp_path / "aliases"
+    lines = "".join(f"user{n}@example.com mailbox{n}@example.com\n" for n in range(200_000))
+    file.write_text(lines)
+    running = milter(backend, "--aliases", file, "--cache-ttl", "0")
+    file.write_text(lines.replace("mailbox", "box"))
+    with running.session() as session:
+        session.mail()
+        deadline = time.monotonic() + 60
+        while backend.users()[-1:] != ["box7"]:
+            start = time.monotonic()
+            assert session.rcpt("<user7@example.com>") == ""
+            assert time.monotonic() - start < 2, "no recipient waits for the file"
+            assert time.monotonic() < deadline, "the new file is never used"
+    assert set(backend.users()) <= {"mailbox7", "box7"}
+
+
 # ---- the CGIs, as a web server runs them ----
 
 
