@@ -19,10 +19,9 @@ VERDICT
     As Dovecot's `maildir` quota and Courier's deliverquota give it: Maildir++
     with the file `maildirsize`. A Maildir is over its quota when it has reached
     the limit of bytes or that of messages. Its messages are counted where
-    `maildirsize` is missing or broken, was written for another limit, or says
-    "over" and may be out of date. Where the two servers differ (trash, hidden
-    files, linked folders, odd first lines) it is judged as by its own: Dovecot
-    where it holds `dovecot-uidlist`.
+    `maildirsize` is missing or broken, or says "over" and may be out of date.
+    Where the two servers differ (trash, hidden files, linked folders, odd first
+    lines) it is judged as by its own: Dovecot where it holds `dovecot-uidlist`.
 
 SETTINGS
     The constants below; an environment variable of the same name beats them.
@@ -76,19 +75,18 @@ def measure(path: bytes, given: "Optional[int]", env: "Env") -> "tuple[bool, int
 
     `given` is the limit that QUOTA_USERS has for this user. Raises OSError, Problem.
     """
-    limits = default_limit(env) if given is None else given, 0
+    limits = default_limit(env), 0
     dovecot = is_dovecots(path, setting("QUOTA_TRASH", env))
     posix.stat(path)
     total, doubtful = None, False
     maildirsize = read_maildirsize(path, dovecot)
     if maildirsize is not None:
         header, entries, age = maildirsize
-        written = parse_limits(header, dovecot)
-        if given is None:
-            limits = written
-        if limits == written:  # where they differ the servers count and write the file anew
-            total = add_up(entries)
-            doubtful = len(entries) > 1 or age > TRUSTED_AGE
+        limits = parse_limits(header, dovecot)
+        total = add_up(entries)
+        doubtful = len(entries) > 1 or age > TRUSTED_AGE
+    if given is not None:
+        limits = given, 0
     # A sum that is exactly the limit is over for Courier, but not yet for Dovecot's doubts.
     if total is None or doubtful and is_over(total, limits, 0 if dovecot else 1):
         total = count(path, dovecot)
