@@ -315,16 +315,19 @@ class Backend:
                 return Heard(answer, cached=True)
             question = self.questions.get(mailbox)
             if question is None and not self.is_silent(now):
-                question = self.questions[mailbox] = Question(now + self.timeout)
+                question = Question(now + self.timeout)
                 question.future = self.pool.submit(self.run, mailbox, question)
+                self.questions[mailbox] = question  # not before: submit may find no thread
         if question is None:
             fault = "left alone for a while"
         else:
             try:
                 return Heard(question.future.result(max(0, question.deadline - now)))
-            except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
+            except concurrent.futures.TimeoutError:
                 self.miss(mailbox, question)
                 fault = f"no answer within {self.timeout:g} s"
+            except concurrent.futures.CancelledError:
+                fault = "left alone meanwhile"
             except Fault as error:
                 fault = str(error)
         if now - at < LAST_KNOWN:
@@ -348,9 +351,10 @@ class Backend:
         except Fault as fault:
             outcome = fault
         with self.lock:
-            if self.questions.get(mailbox) is question:
+            current = self.questions.get(mailbox) is question  # not given up meanwhile
+            if current:
                 del self.questions[mailbox]
-            if isinstance(outcome, Unreachable):
+            if current and isinstance(outcome, Unreachable):
                 self.leave_alone(str(outcome))
             elif isinstance(outcome, (Answer, BadAnswer)):
                 self.welcome()
@@ -374,12 +378,12 @@ class Backend:
         url = self.url + ("&" if "?" in self.url else "?") + query
         request = urllib.request.Request(url, headers=self.headers)
         request.question = question  # type: ignore[attr-defined]
-        left = max(0.001, question.deadline - time.monotonic())  # seconds, to connect in
-        try:
-            with self.opener.open(request, timeout=left) as response:
+        try:  # who got a place late may connect late: that is no reason to call it unreachable
+            with self.opener.open(request, timeout=self.timeout) as response:
                 line, end, _ = response.read(ANSWER_LENGTH).partition(b"\n")
                 if response.status != 200:
-                    raise BadAnswer(f"status {response.status} {line[:80]!r}")
+                    why = line[:80].decode("ascii", "replace") if line[:6] == b"ERROR " else ""
+                    raise BadAnswer(f"status {response.status} {why or response.reason[:80]}")
                 if not end and (response.length or len(line) == ANSWER_LENGTH):
                     raise Fault("the answer is cut short or too long")
                 return Answer.parse(line)
@@ -663,7 +667,6 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
         self.policy = policy
         self.size = 0  # bytes that the sender of the current message declares (RFC 1870)
 
-    @Milter.noreply
     def envfrom(self, sender: str, *parameters: str) -> int:
         """Note the size of a new message."""
         self.size = 0
@@ -782,8 +785,9 @@ class OptionParser(argparse.ArgumentParser):
         return [f"{match[1]}={value[1:-1] if quoted else value}"]
 
     def error(self, message: str) -> NoReturn:
-        """End the start with one line and status 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        """End the start with one line, that shows no password of a URL, and status 2."""
+        line = re.sub("//[^/]*@", "//...@", " ".join(message.split()))
+        self.exit(2, f"{self.prog}: error: {line}\n")
 
 
 VALUES: list[tuple[str, Any, Callable[[str], Any], str, str]] = [
@@ -862,8 +866,10 @@ def log_to(syslog: bool) -> Iterator[None]:
     logging.raiseExceptions = False  # a line that cannot be written is lost, nothing else
     try:
         yield
-    finally:
-        listener.stop()
+    finally:  # a full pipe that nobody reads must not hold up the end
+        stopper = threading.Thread(target=listener.stop, daemon=True)
+        stopper.start()
+        stopper.join(STOPPING)
 
 
 def check(policy: Policy, addresses: list[str]) -> int:
@@ -925,7 +931,6 @@ def serve(policy: Policy, where: str) -> threading.Thread:
     """Start libmilter, in a thread: else it would end at HUP and let no handler run."""
     Milter.factory = lambda: QuotaMilter(policy)
     Milter.set_exception_policy(Milter.CONTINUE)  # a fault of ours refuses nothing
-    Milter.set_flags(0)
     arguments = ("quota_milter", where, 0, False)
     thread = threading.Thread(target=Milter.runmilter, args=arguments, daemon=True)
     thread.start()
@@ -955,7 +960,7 @@ def run(policy: Policy, where: str) -> int:
     stop(where)
     thread.join(STOPPING)
     family, path = socket_address(where)
-    if family == socket.AF_UNIX and os.path.exists(path):
+    if family == socket.AF_UNIX and not ended_by_itself and os.path.exists(path):
         os.unlink(path)
     policy.log_counters()
     log.info("listen=%s state=stopped", where)

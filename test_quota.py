@@ -18,8 +18,10 @@ import pathlib
 import pwd
 import random
 import re
+import resource
 import shutil
 import signal
+import smtplib
 import socket
 import ssl
 import struct
@@ -29,7 +31,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Optional, Union
 
 import pytest
@@ -68,10 +70,11 @@ def need_root() -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port of loopback that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port of loopback that nobody uses, and that no client gets by chance."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", random.randrange(10_000, 32_000)))
+            return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 20) -> Any:
@@ -192,6 +195,7 @@ class MilterSession:
     def __init__(self, address: Union[int, Path]) -> None:
         if isinstance(address, int):
             self.socket = socket.create_connection(("127.0.0.1", address), timeout=60)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         else:
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.settimeout(60)
@@ -291,20 +295,19 @@ class Backend:
                     self.headers.append(header)
                     self.busy += 1
                     self.most = max(self.most, self.busy)
+                answer = self.answers.get(user, self.default)
                 try:
-                    self.answer(connection, user, self.answers.get(user, self.default))
+                    answer = answer(connection) if callable(answer) else answer
                 finally:
-                    with self.lock:
+                    with self.lock:  # before the client knows the answer and asks the next
                         self.busy -= 1
+                if answer is not None:
+                    self.send(connection, user, answer)
         except OSError:
             pass
 
-    def answer(self, connection: socket.socket, user: bytes, answer: Any) -> None:
-        """Send a line in a proper response, raw bytes that begin with HTTP/, or call a function."""
-        if callable(answer):
-            answer = answer(connection)
-        if answer is None:
-            return
+    def send(self, connection: socket.socket, user: bytes, answer: bytes) -> None:
+        """Send a line in a proper response, or raw bytes that begin with HTTP/."""
         if not answer.startswith(b"HTTP/"):
             body = answer.replace(b"%s", user)
             head = b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n"
@@ -699,7 +702,7 @@ def test_the_environment_and_the_backend_cannot_lead_a_question_elsewhere(
     assert running.rcpt("<john@example.com>") == ""
     assert running.rcpt("<moved@example.com>") == ""
     assert (backend.users(), trap.asked) == (["john", "moved"], [])
-    assert 'reason="status 302 ' in running.log("user=moved")
+    assert 'reason="status 302 Found"' in running.log("user=moved")
 
 
 def test_a_password_is_sent_and_never_shown(
@@ -791,6 +794,7 @@ BAD_OPTIONS = [
     (["--aliases", "/bin/sh"], "--aliases"),
     (["--aliases", "/dev/null"], "--aliases"),
     (["--nonsense"], "--nonsense"),
+    (["backend", "http://user:secret@127.0.0.1/"], "//...@127.0.0.1"),
     (["--time", "5"], "--time"),
     (["@/nonexistent"], "/nonexistent"),
     (["stray"], "stray"),
@@ -2193,6 +2197,1762 @@ def test_a_maildir_filled_by_dovecot_lda_is_over_when_it_refuses(
     assert verdicts[0] is False and verdicts[-1] is True
 
 
+# ---- faults: a backend that misbehaves ----
+
+SLACK = 5  # seconds that a loaded machine may add to what is bounded
+UNCACHED = "--cache-ttl", "0"
+Answering = Callable[[socket.socket], Optional[bytes]]
+
+
+def hang(connection: socket.socket) -> None:
+    """Say nothing until the client goes away."""
+    connection.settimeout(30)
+    connection.recv(1)
+
+
+def drip(connection: socket.socket) -> None:
+    """Send a header, a byte now and then, until the client goes away."""
+    connection.sendall(b"HTTP/1.0 200 OK\r\nX: ")
+    for _ in range(300):
+        connection.sendall(b"y")
+        time.sleep(0.1)
+
+
+def drip_body(connection: socket.socket) -> None:
+    """Send an endless line, a byte now and then."""
+    connection.sendall(b"HTTP/1.0 200 OK\r\n\r\nOVERQUOTA ")
+    for _ in range(300):
+        connection.sendall(b"y")
+        time.sleep(0.1)
+
+
+def reset(connection: socket.socket) -> None:
+    """Break the connection off in the middle of an answer."""
+    connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\nOVERQUOTA ")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def reset_at_once(connection: socket.socket) -> None:
+    """Break the connection off before an answer."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+class Gate:
+    """Answers a line as soon as it is opened."""
+
+    def __init__(self, line: bytes) -> None:
+        self.line = line
+        self.opened = threading.Event()
+
+    def __call__(self, connection: socket.socket) -> bytes:
+        assert self.opened.wait(60)
+        return self.line
+
+
+FAULTS: dict[str, tuple[Any, str]] = {
+    # what the backend does with this question: how, part of the reason in the log
+    "hangs": (hang, "no answer within 1 s"),
+    "drips its header": (drip, "no answer within 1 s"),
+    "drips its line": (drip_body, "no answer within 1 s"),
+    "resets in the middle": (reset, "ConnectionReset"),
+    "resets at once": (reset_at_once, "ConnectionReset"),
+    "closes": (lambda connection: None, "RemoteDisconnected"),
+    "fails for one": (b"HTTP/1.0 500 Oops\r\n\r\nOVERQUOTA x 101 100\n", "status 500"),
+    "redirects": (b"HTTP/1.0 302 Found\r\nLocation: /x\r\n\r\n", "status 302"),
+    "talks nonsense": (b"Mailbox full, sorry OVERQUOTA\n", "no status in the answer"),
+    "speaks no HTTP": (b"HTTP/yes OVERQUOTA\r\n\r\n", "reason="),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_about_one_mailbox_is_decided_in_time_and_concerns_it_alone(
+    kind: str, backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    """The rows run in one milter each: their times add up, their states do not."""
+    answer, reason = FAULTS[kind]
+    backend.answers.update({b"john": answer, b"mary": FULL})
+    accepting = milter(backend, "--timeout", "1")
+    deferring = milter(backend, "--timeout", "1", "--on-error", "tempfail")
+    for running, reply in (accepting, ""), (deferring, "451 4.3.0"):
+        begin = time.monotonic()
+        got = running.rcpt("<john@example.com>")
+        assert time.monotonic() - begin < 1 + SLACK
+        assert got.startswith(reply) and bool(got) == bool(reply), got
+        assert running.rcpt("<mary@example.com>").startswith("452 4.2.2")
+        line = running.log("recipient=john@example.com")
+        assert "verdict=fault" in line and "cached=no" in line and reason in line
+        assert "state=down" not in running.process.output()
+    assert backend.users() == ["john", "mary"] * 2
+
+
+def test_a_line_about_another_mailbox_counts_for_the_one_that_was_asked_about(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.answers.update({b"john": b"OVERQUOTA mary 101 100\n", b"mary": b"OK john 1 100\n"})
+    running = milter(backend)
+    for _ in range(2):
+        assert running.rcpt("<john@example.com>").startswith("452 4.2.2 Quota exceeded for john@")
+        assert running.rcpt("<mary@example.com>") == ""
+    assert backend.users() == ["john", "mary"]
+
+
+def test_a_backend_that_dies_is_left_alone_and_asked_again_when_it_is_back(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.answers[b"john"] = FULL
+    running = milter(backend, *UNCACHED, "--retry-after", "1", "--timeout", "1")
+    assert running.rcpt("<john@example.com>").startswith("452")
+    backend.close()
+    begin = time.monotonic()
+    assert running.rcpt("<mary@example.com>") == ""
+    assert 'reason="no connection: [Errno 111] Connection refused"' in running.log("state=down")
+    with running.session() as session:
+        session.mail()
+        for number in range(200):  # nobody waits for a backend that is left alone
+            assert session.rcpt(f"<user{number}@example.com>") == ""
+    assert running.rcpt("<john@example.com>").startswith("452"), "the last known answer"
+    assert time.monotonic() - begin < 1 + SLACK
+    time.sleep(1.1)
+    assert running.rcpt("<john@example.com>").startswith("452"), "the last known answer, again"
+    again = Backend(backend.port)
+    again.answers[b"john"] = FULL
+    wait_for(lambda: running.rcpt("<paul@example.com>") == "" and again.asked, "a new question")
+    assert running.rcpt("<john@example.com>").startswith("452")
+    assert again.users()[-1] == "john" and "state=up" in running.log("state=up")
+    again.close()
+    log = running.process.output()
+    assert log.count("state=down") == 1 and log.count("state=up") == 1
+
+
+def test_a_backend_without_a_host_or_a_name_is_left_alone(
+    milter: Callable[..., RunningMilter],
+) -> None:
+    for url in f"http://127.0.0.1:{free_port()}/", "http://nowhere.invalid/":
+        running = milter(None, "--backend", url, "--on-error", "tempfail", "--timeout", "1")
+        begin = time.monotonic()
+        assert running.rcpt("<john@example.com>").startswith("451 4.3.0")
+        assert time.monotonic() - begin < 1 + SLACK
+        assert f"backend={url} " in running.log("state=down")
+        assert running.rcpt("<mary@example.com>").startswith("451 4.3.0")
+        assert "left alone" in running.log("recipient=mary")
+
+
+@pytest.fixture
+def certificate(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Give a file with a key and a certificate for 127.0.0.1 that nobody has signed."""
+    openssl = need("openssl", "openssl")
+    file = tmp_path / "tls.pem"
+    names = "-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1".split()
+    options = f"req -x509 -newkey rsa:2048 -nodes -days 1 -keyout {file} -out {file}.crt".split()
+    subprocess.run([openssl, *options, *names], check=True, capture_output=True)
+    file.write_text(file.read_text() + pathlib.Path(f"{file}.crt").read_text())
+    return file
+
+
+def test_tls_is_checked_and_where_it_fails_nothing_is_asked(
+    certificate: pathlib.Path, backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    encrypted = Backend(context=context)
+    encrypted.answers[b"john"] = FULL
+    trusting = milter(encrypted, "--cafile", certificate)
+    assert trusting.rcpt("<john@example.com>").startswith("452")
+    assert trusting.rcpt("<mary@example.com>") == ""
+    wary = milter(encrypted, "--on-error", "tempfail")
+    assert wary.rcpt("<john@example.com>").startswith("451")
+    assert "certificate verify failed" in wary.log("state=down")
+    plain = backend.url.replace("http:", "https:")
+    mistaken = milter(None, "--backend", plain, "--on-error", "tempfail", "--timeout", "1")
+    assert mistaken.rcpt("<john@example.com>").startswith("451")
+    assert mistaken.log("state=down")
+    assert encrypted.users() == ["john", "mary"] and backend.asked == []
+    encrypted.close()
+
+
+def test_a_tls_handshake_that_hangs_takes_no_longer_than_the_timeout(
+    milter: Callable[..., RunningMilter],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as silent:  # connects, says nothing
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/"
+        running = milter(None, "--backend", url, "--timeout", "1", "--on-error", "tempfail")
+        begin = time.monotonic()
+        assert running.rcpt("<john@example.com>").startswith("451")
+        assert time.monotonic() - begin < 1 + SLACK
+        assert running.log("state=down")
+
+
+def test_the_last_known_answer_counts_while_there_are_faults_and_no_other(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.answers[b"john"] = FULL
+    running = milter(backend, *UNCACHED, "--timeout", "1")
+    assert running.rcpt("<john@example.com>").startswith("452")
+    for answer in b"HTTP/1.0 500 Oops\r\n\r\n", reset, lambda connection: None:
+        backend.answers[b"john"] = answer
+        assert running.rcpt("<john@example.com>").startswith("452")
+        assert "verdict=overquota used=101 quota=100 cached=yes" in running.log("reason=")
+    assert running.rcpt("<mary@example.com>") == ""
+    backend.answers[b"john"] = b"OK %s 10 100\n"
+    assert running.rcpt("<john@example.com>") == ""
+    backend.answers[b"john"] = b"HTTP/1.0 500 Oops\r\n\r\n"
+    assert running.rcpt("<john@example.com>") == "", "the newest answer is the last known one"
+    backend.answers[b"john"] = FULL
+    assert running.rcpt("<john@example.com>").startswith("452")
+    backend.answers[b"john"] = hang
+    assert running.rcpt("<john@example.com>").startswith("452")
+    assert "cached=yes" in running.log("no answer within 1 s")
+
+
+def test_answers_are_kept_for_their_time_and_not_beyond_their_number(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load(MILTER)
+    now = 1e6
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(module, "CACHE_SIZE", 3)
+    arguments = ["--backend", backend.url, "--cache-ttl", "60"]
+    options = module.option_parser().parse_args(arguments)
+    asking = module.map_backends(options)[None]
+    for user, seconds, cached in [
+        *(("a", 0, False), ("a", 59, True), ("a", 2, False), ("a", 59, True)),
+        *(("b", 0, False), ("c", 0, False), ("a", 0, True)),
+        *(("d", 0, False), ("b", 0, True), ("a", 0, False)),  # a was the oldest of four
+    ]:
+        now += seconds
+        heard = asking.ask(user, "x.org")
+        assert (heard.answer.status, heard.cached) == ("OK", cached), (user, now)
+        assert len(asking.answers) <= 3
+    backend.default = b"HTTP/1.0 500 Oops\r\n\r\n"
+    now += 3599
+    assert asking.ask("a", "x.org").answer.status == "OK"
+    now += 2
+    heard = asking.ask("a", "x.org")
+    assert heard.answer is None and "status 500" in heard.fault
+
+
+# ---- load ----
+
+
+def at_once(
+    running: RunningMilter, recipients: list[str], pause: float = 0
+) -> list[tuple[str, float]]:
+    """Give recipients in a session each, all at once; return replies and seconds, in order."""
+    results: list[tuple[str, float]] = [("never", 0)] * len(recipients)
+
+    def give(number: int, recipient: str) -> None:
+        with running.session() as session:
+            session.mail()
+            begin = time.monotonic()
+            reply = session.rcpt(recipient)
+            results[number] = reply, time.monotonic() - begin
+
+    threads = [threading.Thread(target=give, args=pair) for pair in enumerate(recipients)]
+    for thread in threads:
+        thread.start()
+        time.sleep(pause)
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+def test_one_question_serves_all_sessions_that_ask_about_a_mailbox(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    gate = Gate(FULL)
+    backend.answers[b"john"] = gate
+    running = milter(backend, "--timeout", "20")
+    threading.Timer(1.5, gate.opened.set).start()
+    results = at_once(running, ["<john@example.com>"] * 60)
+    assert all(reply.startswith("452") for reply, _ in results)
+    assert backend.users() == ["john"]
+
+
+def test_a_backend_gets_no_more_questions_at_a_time_than_it_has_places(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    def slow(connection: socket.socket) -> bytes:
+        time.sleep(0.05)
+        return FULL
+
+    backend.default = slow
+    running = milter(backend, "--max-queries", "3", "--timeout", "20")
+    results = at_once(running, [f"<user{number}@example.com>" for number in range(40)])
+    assert all(reply.startswith("452") for reply, _ in results)
+    assert backend.most == 3 and len(backend.asked) == 40
+
+
+def test_the_timeout_covers_the_wait_for_a_place(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.default = hang
+    running = milter(backend, "--max-queries", "2", "--timeout", "1", "--on-error", "tempfail")
+    begin = time.monotonic()
+    results = at_once(running, [f"<user{number}@example.com>" for number in range(30)])
+    assert time.monotonic() - begin < 1 + SLACK
+    assert all(reply.startswith("451") and took < 1 + SLACK for reply, took in results)
+    assert len(backend.asked) == 2 == backend.most
+
+
+def test_a_backend_that_is_silent_three_times_in_a_row_is_left_alone(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.answers.update(dict.fromkeys([b"a", b"b", b"d", b"e", b"f"], hang))
+    running = milter(backend, "--timeout", "0.5", "--retry-after", "2", "--on-error", "tempfail")
+    for user in "a", "b", "c", "d", "e":
+        reply = running.rcpt(f"<{user}@example.com>")
+        assert reply.startswith("451") == (user != "c"), user
+    assert "state=down" not in running.process.output(), "there was an answer between"
+    assert running.rcpt("<f@example.com>").startswith("451")
+    assert running.log("state=down")
+    asked, begin = len(backend.asked), time.monotonic()
+    assert running.rcpt("<g@example.com>").startswith("451")
+    assert "left alone" in running.log("recipient=g@") and len(backend.asked) == asked
+    wait_for(lambda: running.rcpt("<g@example.com>") == "", "an answer")
+    assert time.monotonic() - begin > 1 and running.log("state=up")
+
+
+def test_while_a_backend_is_tried_again_only_one_question_is_asked(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.close()
+    running = milter(backend, "--timeout", "1", "--retry-after", "1.5")
+    assert running.rcpt("<john@example.com>") == ""
+    assert running.log("state=down")
+    again = Backend(backend.port)
+    again.default = hang
+    time.sleep(1.6)
+    results = at_once(running, [f"<user{number}@example.com>" for number in range(30)])
+    assert [reply for reply, _ in results] == [""] * 30
+    assert len(again.asked) == 1
+    assert sum(took > 0.9 for _, took in results) == 1, "the others need not wait"
+    assert running.process.output().count("state=down") == 1
+    again.close()
+
+
+def test_a_mailbox_that_takes_long_is_asked_about_once_and_its_late_answer_is_used(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    gate = Gate(FULL)
+    backend.answers[b"slow"] = gate
+    running = milter(backend, "--timeout", "0.5", "--on-error", "tempfail")
+    for number in range(10):
+        assert running.rcpt("<slow@example.com>").startswith("451")
+        assert running.rcpt(f"<user{number}@example.com>") == ""
+    for _ in range(5):  # in a row, and no answer between
+        assert running.rcpt("<slow@example.com>").startswith("451")
+    assert backend.users().count("slow") == 1
+    assert "state=down" not in running.process.output()
+    gate.opened.set()
+    wait_for(lambda: running.rcpt("<slow@example.com>").startswith("452"), "the late answer")
+    assert backend.users().count("slow") == 1
+
+
+def test_backends_do_not_hinder_each_other(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    silent, refusing = Backend(), f"refused.org=http://127.0.0.1:{free_port()}/"
+    silent.default = hang
+    backend.default = FULL
+    others = "--backend", f"silent.org={silent.url}", "--backend", refusing
+    running = milter(backend, *others, "--max-queries", "2", "--timeout", "2", *UNCACHED)
+    domains = ["silent.org"] * 20 + ["refused.org"] * 5 + ["example.com"] * 10
+    recipients = [f"<user{number}@{domain}>" for number, domain in enumerate(domains)]
+    begin = time.monotonic()
+    results = at_once(running, recipients, pause=0.005)
+    assert time.monotonic() - begin < 2 + 0.2 + SLACK
+    assert [reply[:3] for reply, _ in results] == [""] * 25 + ["452"] * 10
+    assert max(took for _, took in results[20:]) < min(took for _, took in results[:2])
+    assert len(silent.asked) == 2 and len(backend.asked) == 10
+    silent.close()
+
+
+def low_limit() -> None:
+    """Lower the soft limit of descriptors, in a process that is about to start."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+
+
+def test_five_hundred_sessions_stay_open_from_a_soft_limit_of_256(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.answers[b"john"] = FULL
+    running = milter(backend, preexec_fn=low_limit)
+    limits = pathlib.Path(f"/proc/{running.process.popen.pid}/limits").read_text()
+    soft, hard = re.findall(r"Max open files +(\d+) +(\d+)", limits)[0]
+    assert soft == hard
+    with contextlib.ExitStack() as stack:
+        sessions = [stack.enter_context(running.session()) for _ in range(500)]
+        for _ in range(2):
+            for number, session in enumerate(sessions):
+                session.mail()
+                assert session.rcpt(f"<user{number % 50}@example.com>") == ""
+            assert sessions[-1].rcpt("<john@example.com>").startswith("452")
+        status = pathlib.Path(f"/proc/{running.process.popen.pid}/status").read_text()
+        assert int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) < 80 * 1024
+    assert running.process.stop() == 0
+
+
+def test_garbage_on_the_milter_port_ends_that_session_alone(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.answers[b"john"] = FULL
+    running = milter(backend)
+    noise = random.Random(8)
+    garbage = [
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"EHLO x\r\nMAIL FROM:<>\r\n",
+        b"\xff" * 100,
+        b"\0" * 100,
+        struct.pack(">I", 1) + b"R",
+        struct.pack(">I", 5) + b"Rjohn",
+        struct.pack(">I", 2**31) + b"R",
+        *(noise.randbytes(200) for _ in range(50)),
+    ]
+    with running.session() as steady:
+        steady.mail()
+        for data in garbage:
+            with socket.create_connection(("127.0.0.1", running.port)) as rude:
+                rude.sendall(data)
+            assert steady.rcpt("<john@example.com>").startswith("452")
+        for data in garbage[4:6]:
+            with running.session() as odd:  # garbage after a proper beginning
+                odd.socket.sendall(data * 3)
+        assert steady.rcpt("<mary@example.com>") == ""
+    assert running.rcpt("<john@example.com>").startswith("452")
+    assert "Traceback" not in running.process.output() and running.process.stop() == 0
+
+
+def test_every_verdict_is_right_while_a_backend_fails_at_random(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    """The short form of `.ci/bench soak`."""
+    noise = random.Random(3)
+
+    def unsteady(line: bytes) -> Answering:
+        faults = [b"HTTP/1.0 500 Oops\r\n\r\n", b"nonsense\n", reset, lambda connection: None]
+
+        def answer(connection: socket.socket) -> Optional[bytes]:
+            what: Any = noise.choice(faults) if noise.random() < 0.1 else line
+            found: Optional[bytes] = what(connection) if callable(what) else what
+            return found
+
+        return answer
+
+    for number in range(300):
+        kind, line = ("full", FULL) if number % 3 == 0 else ("user", b"OK %s 1 100\n")
+        backend.answers[f"{kind}{number}".encode()] = unsteady(line)
+    running = milter(backend, "--cache-ttl", "0.3", "--on-error", "tempfail")
+    users = [user.decode() for user in backend.answers]
+    wrong: list[str] = []
+
+    def give(session: MilterSession, order: random.Random) -> None:
+        with session:
+            session.mail()
+            for _ in range(150):
+                user = order.choice(users)
+                reply = session.rcpt(f"<{user}@example.com>")
+                if reply[:3] not in ("451", "452" if user.startswith("full") else ""):
+                    wrong.append(f"{user}: {reply}")
+
+    threads = [
+        threading.Thread(target=give, args=(running.session(), random.Random(seed)))
+        for seed in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == [] and running.process.stop() == 0
+    assert "counters recipients=3000 " in running.process.output()
+
+
+# ---- the process ----
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_term_and_int_end_it_in_order_with_sessions_open_and_questions_under_way(
+    number: int, backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.default = hang
+    running = milter(backend, "--timeout", "30")
+    with running.session() as waiting, running.session() as idle:
+        idle.mail()
+        waiting.mail()
+        waiting.send(b"R", b"<john@example.com>\0")
+        wait_for(lambda: backend.asked, "the question")
+        begin = time.monotonic()
+        assert running.process.stop(number) == 0
+        assert time.monotonic() - begin < 6 + SLACK  # what libmilter may take, and more
+    log = running.process.output()
+    assert "counters recipients=" in log and "state=stopped" in log and "Traceback" not in log
+    assert not answers_at(running.port)
+
+
+def test_hup_forgets_the_cache_and_keeps_the_sessions(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    running = milter(backend)
+    with running.session() as session:
+        session.mail()
+        assert session.rcpt("<john@example.com>") == ""
+        backend.answers[b"john"] = FULL
+        assert session.rcpt("<john@example.com>") == "", "from the cache"
+        running.process.popen.send_signal(signal.SIGHUP)
+        wait_for(lambda: session.rcpt("<john@example.com>").startswith("452"), "the new answer")
+        assert backend.users() == ["john"] * 2
+        backend.answers[b"john"] = b"HTTP/1.0 500 Oops\r\n\r\n"
+        running.process.popen.send_signal(signal.SIGHUP)
+        wait_for(lambda: session.rcpt("<john@example.com>") == "", "the last known to be forgotten")
+    assert running.process.popen.poll() is None and running.process.stop() == 0
+
+
+def test_usr1_logs_the_counters_and_so_does_the_end(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.answers.update({b"john": FULL, b"ill": b"HTTP/1.0 500 Oops\r\n\r\n"})
+    backend.answers[b"gone"] = b"UNKNOWN %s\n"
+    running = milter(backend)
+    users = ["john", "john", "mary", "gone", "ill", "postmaster", ""]
+    for user in users:
+        running.rcpt(f"<{user}@example.com>" if user else "<>")
+    running.process.popen.send_signal(signal.SIGUSR1)
+    line = running.log("counters")
+    found = dict(re.findall(r"(\w+)=(\d+)", line))
+    expected = "recipients=7 refused=2 cached=1 lastknown=0 overquota=2 ok=1 unknown=1 fault=1"
+    for name, count in re.findall(r"(\w+)=(\d+)", expected + " exempt=1 empty=1 toolarge=0"):
+        assert found.get(name) == count, (name, line)
+    assert running.rcpt("<john@example.com>").startswith("452")
+    assert running.process.stop() == 0
+    assert running.process.output().count("counters recipients=8 ") == 1
+
+
+def test_signals_in_quick_succession_neither_end_it_nor_are_lost(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    running = milter(backend)
+    for _ in range(20):
+        running.process.popen.send_signal(signal.SIGUSR1)
+        time.sleep(0.01)
+        running.process.popen.send_signal(signal.SIGHUP)
+        time.sleep(0.01)
+    assert running.rcpt("<john@example.com>") == ""
+    assert running.log("counters") and running.process.popen.poll() is None
+    assert running.process.stop() == 0
+
+
+def listening(path: pathlib.Path) -> bool:
+    """Say whether somebody listens at a unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def test_a_stale_unix_socket_is_replaced_and_removed_at_the_end(
+    backend: Backend, start: Callable[..., Process], tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "milter.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    backend.answers[b"john"] = FULL
+    for _ in range(2):  # the second time nothing is there
+        process = start(PYTHON, MILTER, "--listen", f"unix:{path}", "--backend", backend.url)
+        process.wait_ready(lambda: listening(path), "the milter")
+        with MilterSession(path) as session:
+            session.mail()
+            assert session.rcpt("<john@example.com>").startswith("452")
+        assert process.stop() == 0
+        assert not path.exists()
+
+
+def test_a_socket_that_is_in_use_or_none_is_left_as_it_is(
+    backend: Backend, start: Callable[..., Process], tmp_path: pathlib.Path
+) -> None:
+    path, file, folder = tmp_path / "live.sock", tmp_path / "file", tmp_path / "folder"
+    first = start(PYTHON, MILTER, "--listen", f"unix:{path}", "--backend", backend.url)
+    first.wait_ready(lambda: listening(path), "the milter")
+    file.write_text("precious")
+    folder.mkdir()
+    for name in path, file, folder, tmp_path / "nowhere/x.sock":
+        status, output, errors = run_milter("--listen", f"unix:{name}")
+        assert status != 0 and output == "", name
+        assert len(errors.splitlines()) == 1 and "--listen" in errors and str(name) in errors
+    assert file.read_text() == "precious" and folder.is_dir()
+    with MilterSession(path) as session:
+        session.mail()
+        assert session.rcpt("<john@example.com>") == ""
+    assert first.stop() == 0
+
+
+def test_a_second_instance_on_a_busy_port_ends_with_one_line(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    running = milter(backend)
+    status, _, errors = run_milter("--listen", f"inet:{running.port}@127.0.0.1")
+    assert status != 0 and len(errors.splitlines()) == 1
+    assert f"inet:{running.port}@127.0.0.1" in errors and "in use" in errors
+    assert running.rcpt("<john@example.com>") == "" and running.process.stop() == 0
+
+
+def test_a_log_that_nobody_reads_holds_up_neither_mail_nor_the_end(
+    backend: Backend, start: Callable[..., Process]
+) -> None:
+    reader, writer = os.pipe()
+    port = free_port()
+    listen = "--listen", f"inet:{port}@127.0.0.1"
+    command = [PYTHON, str(MILTER), *listen, "--backend", backend.url, "--verbose"]
+    milter = subprocess.Popen(command, stderr=writer)
+    try:
+        wait_for(lambda: answers_at(port), "the milter")
+        with MilterSession(port) as session:
+            session.mail()
+            for number in range(2000):  # far more than a pipe holds
+                assert session.rcpt(f"<user{number % 10}@example.com>") == ""
+        milter.terminate()
+        assert milter.wait(20) == 0
+    finally:
+        milter.kill()
+        milter.wait()
+        os.close(reader)
+        os.close(writer)
+
+
+# ---- real mail and web servers ----
+
+README = HERE / "README.md"
+ROOM = 200 << 20  # bytes: the limit in README's blocks
+FRONTEND = "192.0.2.25"  # in README's blocks the only one that may ask
+
+
+def readme_block(name: str, replacements: Optional[Mapping[str, Path]] = None) -> str:
+    """Return the block of README whose first line ends with `name`, with ports and folders put in.
+
+    Each text to be replaced must stand in it.
+    """
+    blocks = re.findall(r"^```\w+\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+    found = [block for block in blocks if block.partition("\n")[0].endswith(" " + name)]
+    assert len(found) == 1, f"{len(found)} blocks of README.md begin with {name}"
+    block = str(found[0])
+    for old, new in (replacements or {}).items():
+        assert old in block, f"{old} is not in the block {name} of README.md"
+        block = block.replace(old, str(new))
+    return block
+
+
+def run_block(name: str, replacements: Mapping[str, Path], **options: Any) -> str:
+    """Run the commands of a block as a shell does and return what they print."""
+    block = readme_block(name, replacements)
+    done = subprocess.run(
+        ["sh", "-euc", block], capture_output=True, text=True, timeout=60, **options
+    )
+    assert done.returncode == 0, (block, done)
+    return str(done.stdout)
+
+
+@pytest.fixture
+def folder() -> Iterator[pathlib.Path]:
+    """Give a folder in which every user may search, which pytest's own may not be."""
+    with tempfile.TemporaryDirectory(prefix="quota-", ignore_cleanup_errors=True) as name:
+        os.chmod(name, 0o755)
+        yield pathlib.Path(name)
+
+
+class Site:
+    """A backend of README: a folder of mbox files, the script beside it, one port."""
+
+    def __init__(self, folder: pathlib.Path, start: Callable[..., Process]) -> None:
+        self.folder, self.start = folder, start
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}/cgi-bin/quota.cgi"
+        self.frontend = "127.0.0.1"  # who may ask
+        self.syslog: Process
+        self.spool = folder / "mail"
+        self.spool.mkdir(mode=0o711)  # for others: to search, not to list
+        (folder / "cgi-bin").mkdir()
+        self.script = folder / "cgi-bin" / "quota.cgi"
+        run_block(
+            "Backend: copy",
+            {" quota.cgi": f" {MBOX_CGI}", "/usr/lib/cgi-bin/quota.cgi": self.script},
+        )
+        text = self.script.read_text().replace("/var/mail/%n", f"{self.spool}/%n")
+        self.script.write_text(text)
+        self.fill("john", ROOM + 1)
+        self.fill("mary", ROOM - 1000)
+
+    def fill(self, user: str, size: int) -> None:
+        """Let a mailbox have this size; the file is a sparse one."""
+        (self.spool / user).touch(mode=0o600)
+        os.truncate(self.spool / user, size)
+
+    def block(self, name: str, **replacements: Path) -> str:
+        """Return a block of README with this site's script and frontend."""
+        table: dict[str, Path] = {"/usr/lib/cgi-bin/quota.cgi": self.script}
+        if FRONTEND in readme_block(name):
+            table[FRONTEND] = self.frontend
+        return readme_block(name, {**table, **replacements})
+
+    def ask(self, query: str, *options: str) -> str:
+        """Ask with curl; return the status and the line."""
+        curl = [need("curl", "curl"), "-s", "-m", "10", "-w", r"\n%{http_code}", *options]
+        done = subprocess.run([*curl, f"{self.url}?{query}"], capture_output=True)
+        body, _, status = done.stdout.decode("utf-8", "surrogateescape").rpartition("\n")
+        return f"{status} {body.rstrip()}"
+
+
+APACHE = """
+ServerRoot "{folder}"
+ServerName mail1.example.com
+Listen 127.0.0.1:{port}
+PidFile {folder}/apache.pid
+ErrorLog {folder}/error.log
+DefaultRuntimeDir {folder}
+User www-data
+Group www-data
+"""
+APACHE_MODULES = "mpm_event authn_core authz_core authz_host authz_user alias env"
+
+
+def start_apache(site: Site, block: str, modules: str, *lines: str) -> None:
+    """Start Apache with a block of README."""
+    program = need("apache2", "apache2")
+    conf = [APACHE.format(folder=site.folder, port=site.port), *lines]
+    for module in (modules + " " + APACHE_MODULES).split():
+        file = f"/usr/lib/apache2/modules/mod_{module}.so"
+        need(file, "libapache2-mod-wsgi-py3" if module == "wsgi" else "apache2")
+        conf.insert(1, f"LoadModule {module}_module {file}")
+    path = site.folder / "apache2.conf"
+    path.write_text("\n".join([*conf, block]))
+    site.start(program, "-DFOREGROUND", "-f", path, port=site.port)
+
+
+# What Debian's own configuration says, as serve-cgi-bin.conf and 10-cgi.conf.
+APACHE_CGI_BIN = """
+ScriptAlias /cgi-bin/ {folder}/cgi-bin/
+<Directory "{folder}/cgi-bin">
+    AllowOverride None
+    Options +ExecCGI -MultiViews +SymLinksIfOwnerMatch
+    Require all granted
+</Directory>
+"""
+LIGHTTPD_CGI_BIN = """
+server.modules += ( "mod_cgi" )
+$HTTP["url"] =~ "^/cgi-bin/" {{
+    cgi.assign = ( "" => "" )
+    alias.url += ( "/cgi-bin/" => "{folder}/cgi-bin/" )
+}}
+"""
+
+
+def apache(site: Site) -> None:
+    """Start Apache with mod_cgid, which runs all of cgi-bin, as with Debian's configuration."""
+    block = site.block("/etc/apache2/conf-available/quota.conf")
+    block += APACHE_CGI_BIN.format(folder=site.folder)
+    start_apache(site, block, "cgid", f"ScriptSock {site.folder}/cgid.sock")
+
+
+def apache_wsgi(site: Site) -> None:
+    """Start Apache with mod_wsgi."""
+    block = site.block("/etc/apache2/conf-available/quota-wsgi.conf")
+    start_apache(site, block, "wsgi", f"WSGISocketPrefix {site.folder}/wsgi")
+
+
+def lighttpd(site: Site) -> None:
+    """Start lighttpd with mod_cgi, which runs all of cgi-bin, as with Debian's configuration."""
+    program = need("lighttpd", "lighttpd")
+    path = site.folder / "lighttpd.conf"
+    path.write_text(
+        'server.modules = ( "mod_indexfile", "mod_access", "mod_alias", "mod_redirect" )\n'
+        f'server.document-root = "{site.folder}"\n'
+        'server.username = "www-data"\nserver.groupname = "www-data"\n'
+        f'server.bind = "127.0.0.1"\nserver.port = {site.port}\n'
+        + LIGHTTPD_CGI_BIN.format(folder=site.folder)
+        + site.block("/etc/lighttpd/conf-available/50-quota.conf")
+    )
+    site.start(program, "-D", "-f", path, port=site.port)
+
+
+NGINX = """
+daemon off;
+user www-data;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{ }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    fastcgi_temp_path {folder}/fastcgi;
+    proxy_temp_path {folder}/proxy;
+    scgi_temp_path {folder}/scgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    {block}
+}}
+"""
+
+
+def nginx(site: Site) -> None:
+    """Start nginx, and fcgiwrap behind it."""
+    program, wrapper = need("nginx", "nginx-light"), need("fcgiwrap", "fcgiwrap")
+    run = site.folder / "run"
+    run.mkdir()
+    shutil.chown(run, "www-data", "www-data")
+    wrapped = site.start(*as_user("www-data"), wrapper, "-fc8", "-s", f"unix:{run}/fcgiwrap.socket")
+    wrapped.wait_ready((run / "fcgiwrap.socket").exists, "fcgiwrap")
+    replacements = {"8025": f"127.0.0.1:{site.port}", "/run/fcgiwrap": f"{run}/fcgiwrap"}
+    block = site.block("/etc/nginx/sites-available/quota", **replacements)
+    path = site.folder / "nginx.conf"
+    path.write_text(NGINX.format(folder=site.folder, block=block))
+    site.start(program, "-c", path, "-p", site.folder, "-e", "stderr", port=site.port)
+
+
+def uwsgi(site: Site) -> None:
+    """Start uWSGI."""
+    program = need("uwsgi", "uwsgi-core")
+    need("/usr/lib/uwsgi/plugins/python3_plugin.so", "uwsgi-plugin-python3")
+    own = {"192.0.2.10:8025": f"127.0.0.1:{site.port}"}
+    path = site.folder / "quota.ini"
+    path.write_text(site.block("/etc/uwsgi/apps-available/quota.ini", **own))
+    site.start(program, "--ini", path, port=site.port)
+
+
+def gunicorn(site: Site) -> None:
+    """Start gunicorn on a copy of the script that is called quota.py."""
+    need("gunicorn", "gunicorn")
+    own: dict[str, Path] = {
+        " quota.cgi": f" {site.script}",
+        "/usr/local/lib": site.folder,
+        "192.0.2.10:8025": f"127.0.0.1:{site.port}",
+    }
+    block = readme_block("gunicorn loads only what is called .py", own)
+    site.start("sh", "-euc", block, port=site.port)
+
+
+def no_web_server(site: Site) -> None:
+    """Start the script with --serve, as an ordinary user."""
+    need("setpriv", "util-linux")
+    own = {"192.0.2.10:8025": f"127.0.0.1:{site.port}"}
+    block = site.block("Backend: without a web server", **own)
+    site.start("sh", "-euc", block, port=site.port)
+
+
+def as_user(user: Union[str, int], group: Union[None, str, int] = None) -> list[str]:
+    """Return the command that runs another one as this user."""
+    regid = user if group is None else group
+    return [need("setpriv", "util-linux"), f"--reuid={user}", f"--regid={regid}", "--clear-groups"]
+
+
+RULED = [apache, apache_wsgi, lighttpd, nginx]  # these look who asks
+SERVERS = [*RULED, uwsgi, gunicorn, no_web_server]
+
+
+@pytest.fixture
+def site(folder: pathlib.Path, start: Callable[..., Process]) -> Site:
+    """Give a backend whose web server a test chooses."""
+    need_root()
+    return Site(folder, start)
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_the_script_answers_alike_under_every_web_server(
+    site: Site, server: Callable[[Site], None]
+) -> None:
+    site.fill("a b%c", 7)
+    server(site)
+    for query, answer in (
+        ("u=john&d=example.com", f"200 OVERQUOTA john {ROOM + 1} {ROOM}"),
+        ("u=mary", f"200 OK mary {ROOM - 1000} {ROOM}"),
+        ("d=example.com&u=a+b%25c", f"200 OK a b%c 7 {ROOM}"),
+        ("u=..%2Fjohn", "400 ERROR no mailbox has such a user"),
+        ("", "400 ERROR no user (u=) given"),
+        ("--serve", "400 ERROR no user (u=) given"),
+        ("mary", "400 ERROR no user (u=) given"),
+        ("--serve+9", "400 ERROR no user (u=) given"),
+    ):
+        assert site.ask(query) == answer, query
+    (site.spool / os.fsdecode(b"\xff")).write_bytes(b"x")
+    assert site.ask("u=a%0Ab").startswith("400 ")
+    by_itself = server is lighttpd  # it refuses such a name before the script sees it: see README
+    found = "400 <" if by_itself else f"200 OK \udcff 1 {ROOM}"
+    assert site.ask("u=%FF").startswith(found)
+    assert site.ask("u=john", "--data", "") == "405 ERROR only GET and HEAD are answered"
+    assert "200" in site.ask("u=john", "--head").split()
+    os.unlink(site.spool / "mary")
+    (site.spool / "mary").mkdir()
+    assert site.ask("u=mary") == "500 ERROR the mailbox is not a file"
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_the_milter_gets_its_answers_from_every_web_server(
+    site: Site, server: Callable[[Site], None], milter: Callable[..., RunningMilter]
+) -> None:
+    server(site)
+    running = milter(None, "--backend", site.url)
+    assert running.rcpt("<john@example.com>") == quota_exceeded("john@example.com")
+    assert running.rcpt("<mary@example.com>", "SIZE=1000") == ""
+    assert running.rcpt("<mary@example.com>", "SIZE=1001") == quota_exceeded("mary@example.com")
+
+
+@pytest.mark.parametrize("server", RULED)
+def test_who_is_not_the_frontend_gets_no_answer_and_the_mail_is_accepted(
+    site: Site, server: Callable[[Site], None], milter: Callable[..., RunningMilter]
+) -> None:
+    site.frontend = FRONTEND
+    server(site)
+    running = milter(None, "--backend", site.url)
+    assert running.rcpt("<john@example.com>") == ""
+    assert "status 403" in running.log("verdict=fault")
+
+
+@pytest.mark.parametrize("server", RULED)
+def test_no_way_to_write_the_url_gets_around_the_rule(
+    site: Site, server: Callable[[Site], None]
+) -> None:
+    site.frontend = FRONTEND
+    server(site)
+    top = site.url.partition("/cgi-bin")[0]
+    for path in (
+        "//cgi-bin/quota.cgi",
+        "/cgi-bin//quota.cgi",
+        "/cgi-bin/./quota.cgi",
+        "/cgi-bin/x/../quota.cgi",
+        "/cgi-bin/quota.cgi/",
+        "/cgi-bin/quota.cgi/x",
+        "/cgi-bin/quota.cgi%2Fx",
+        "/cgi-bin/quota%2Ecgi",
+        "/cgi-bin/%71uota.cgi",
+        "/cgi-bin/quota.cgi%00",
+    ):
+        site.url = top + path
+        assert site.ask("u=john", "--path-as-is")[:3] in ("400", "403", "404"), path
+
+
+def quota_exceeded(address: str) -> str:
+    """Return the reply for a full mailbox."""
+    return f"452 4.2.2 Quota exceeded for {address}, try again later"
+
+
+# ---- an outsider's backend and client ----
+
+OUTSIDERS = {
+    "shell": """#!/bin/sh
+user=${QUERY_STRING#*u=}
+user=${user%%&*}
+size=$(stat -c %s "SPOOL/$user" 2> /dev/null)
+status=OK
+[ "${size:-0}" -gt 209715200 ] && status=OVERQUOTA
+echo "Content-Type: text/plain"
+echo
+echo "$status $user $size 209715200"
+""",
+    "perl": """#!/usr/bin/perl
+use strict;
+my ($user) = $ENV{QUERY_STRING} =~ /u=([^&]*)/;
+$user =~ s/%(..)/chr hex $1/ge;
+my $size = -s "SPOOL/$user";
+my $status = ($size || 0) > 209715200 ? "OVERQUOTA" : "OK";
+print "Content-Type: text/html\\n\\n$status $user " . ($size // "") . " 209715200";
+""",
+}
+
+
+@pytest.mark.parametrize("language", OUTSIDERS)
+@pytest.mark.parametrize("server", [apache, lighttpd])
+def test_an_outsiders_script_that_knows_only_the_user_serves_the_milter(
+    site: Site,
+    server: Callable[[Site], None],
+    language: str,
+    milter: Callable[..., RunningMilter],
+) -> None:
+    site.script.write_text(OUTSIDERS[language].replace("SPOOL", str(site.spool)))
+    server(site)
+    assert site.ask("u=nobody&d=example.com").endswith("OK nobody  209715200")
+    running = milter(None, "--backend", site.url, "--verbose")
+    assert running.rcpt("<john@example.com>") == quota_exceeded("john@example.com")
+    assert running.rcpt("<mary@example.com>", "SIZE=1001") == quota_exceeded("mary@example.com")
+    assert running.rcpt("<nobody@example.com>", "SIZE=1001") == ""
+    assert "verdict=ok used=- quota=209715200" in running.log("recipient=nobody@")
+    too_large = "552 5.2.3 Message is larger than the quota of nobody@example.com"
+    assert running.rcpt("<nobody@example.com>", f"SIZE={ROOM + 1}") == too_large
+
+
+@pytest.mark.parametrize("server", [apache, lighttpd])
+def test_an_outsiders_client_of_one_line_reads_our_answer(
+    site: Site, server: Callable[[Site], None]
+) -> None:
+    server(site)
+    client = 'curl -s "$1?u=$2" | grep -q ^OVERQUOTA && echo full || echo room'
+    for user, expected in ("john", "full\n"), ("mary", "room\n"), ("OVERQUOTA", "room\n"):
+        arguments = ["sh", "-c", client, "client", site.url, user]
+        assert subprocess.run(arguments, capture_output=True, text=True).stdout == expected
+
+
+# ---- Postfix ----
+
+MAIN_CF = """
+compatibility_level = 3.6
+queue_directory = {folder}/spool
+data_directory = {folder}/data
+maillog_file = {folder}/mail.log
+maillog_file_prefixes = {folder}
+inet_interfaces = 127.0.0.1
+inet_protocols = ipv4
+myhostname = mx.example.com
+mydestination =
+alias_maps =
+relay_domains = example.com, example.org
+relay_transport = discard:
+default_transport = discard:
+smtpd_peername_lookup = no
+message_size_limit = 0
+"""
+MASTER_CF = """
+smtp      inet  n       -       y       -       -       smtpd
+"""
+MASTER_CF_REST = """
+cleanup   unix  n       -       n       -       0       cleanup
+qmgr      unix  n       -       n       300     1       qmgr
+rewrite   unix  -       -       n       -       -       trivial-rewrite
+bounce    unix  -       -       n       -       0       bounce
+defer     unix  -       -       n       -       0       bounce
+trace     unix  -       -       n       -       0       bounce
+proxymap  unix  -       -       n       -       -       proxymap
+error     unix  -       -       n       -       -       error
+retry     unix  -       -       n       -       -       error
+discard   unix  -       -       n       -       -       discard
+anvil     unix  -       -       n       -       1       anvil
+postlog   unix-dgram n  -       n       -       1       postlogd
+"""
+
+
+class Postfix:
+    """An instance of its own, in a folder and at a port of its own, chrooted as Debian's is."""
+
+    def __init__(self, folder: pathlib.Path, main_cf: str, master_cf: str = MASTER_CF) -> None:
+        self.folder, self.port, self.submission_port = folder, free_port(), free_port()
+        conf = folder / "postfix"
+        for path in conf, folder / "spool", folder / "data":
+            path.mkdir(exist_ok=True)
+        shutil.chown(folder / "data", "postfix")
+        (conf / "main.cf").write_text(MAIN_CF.format(folder=folder) + main_cf)
+        services = master_cf.replace("\nsmtp ", f"\n127.0.0.1:{self.port} ")
+        services = services.replace("\nsubmission ", f"\n127.0.0.1:{self.submission_port} ")
+        (conf / "master.cf").write_text(services + MASTER_CF_REST)
+        self.command = [need("postfix", "postfix"), "-c", str(conf)]
+
+    def __enter__(self) -> "Postfix":
+        started = subprocess.run([*self.command, "start"], capture_output=True, text=True)
+        try:
+            assert started.returncode == 0, (started, self.log())
+            wait_for(lambda: answers_at(self.port), "Postfix")
+        except AssertionError:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        subprocess.run([*self.command, "stop"], capture_output=True)
+
+    def log(self) -> str:
+        """Return what Postfix has logged."""
+        path = self.folder / "mail.log"
+        return path.read_text() if path.exists() else ""
+
+
+def send(port: int, *recipients: str, size: int = 0) -> list[str]:
+    """Send a message by SMTP; return the reply to each recipient, "" for one that is accepted."""
+    replies = []
+    with smtplib.SMTP("127.0.0.1", port, timeout=60) as client:
+        client.ehlo("client.example.net")
+        code, text = client.mail("sender@example.net", [f"SIZE={size}"] if size else [])
+        assert code == 250, text
+        for recipient in recipients:
+            code, text = client.rcpt(recipient)
+            replies.append("" if code == 250 else f"{code} {text.decode()}")
+        if "" in replies:
+            assert client.data(b"Subject: test\r\n\r\ntest\r\n")[0] == 250
+    return replies
+
+
+class Frontend(NamedTuple):
+    """An MTA, and where README's lines tell it to find the milter."""
+
+    postfix: Postfix
+    milter_port: int
+
+
+@pytest.fixture(scope="module")
+def frontend() -> Iterator[Frontend]:
+    """Give a Postfix with README's lines in main.cf; it serves all tests that change nothing."""
+    need_root()
+    with tempfile.TemporaryDirectory(prefix="quota-", ignore_cleanup_errors=True) as name:
+        os.chmod(name, 0o755)
+        port = free_port()
+        block = readme_block("/etc/postfix/main.cf", {"8894": str(port)})
+        with Postfix(pathlib.Path(name), block) as postfix:
+            yield Frontend(postfix, port)
+
+
+def start_milter_for(port: int, site: Site, *options: Path) -> RunningMilter:
+    """Start the milter where the MTA looks for it, with README's file of options."""
+    own: dict[str, Path] = {
+        "8894": str(port),
+        "http://mail1.example.com/cgi-bin/quota.cgi": site.url,
+        "--syslog\n": "",
+    }
+    file = site.folder / "quota_milter.conf"
+    file.write_text(readme_block("/etc/quota_milter.conf", own))
+    arguments = [PYTHON, MILTER, f"@{file}", *options]
+    return RunningMilter(port, site.start(*arguments, port=port))
+
+
+@pytest.mark.parametrize("server", [apache, lighttpd])
+def test_postfix_defers_mail_for_a_full_mailbox_until_it_is_emptied(
+    site: Site, server: Callable[[Site], None], frontend: Frontend
+) -> None:
+    server(site)
+    start_milter_for(frontend.milter_port, site, "--cache-ttl", "0")
+    port = frontend.postfix.port
+    assert send(port, "john@example.com") == [quota_exceeded("john@example.com")]
+    site.fill("john", 0)
+    assert send(port, "john@example.com") == [""]
+    site.fill("john", ROOM)
+    assert send(port, "john@example.com") == [""]
+    site.fill("john", ROOM + 1)
+    assert send(port, "John+lists@Example.ORG") == [quota_exceeded("John+lists@Example.ORG")]
+    os.unlink(site.spool / "john")
+    assert send(port, "john@example.com") == [""]
+
+
+@pytest.mark.parametrize("server", [apache, lighttpd])
+def test_of_several_recipients_postfix_defers_those_who_have_no_room(
+    site: Site, server: Callable[[Site], None], frontend: Frontend
+) -> None:
+    site.fill("jane", ROOM * 2)
+    server(site)
+    start_milter_for(frontend.milter_port, site)
+    recipients = [f"{user}@example.com" for user in ("john", "mary", "jane", "nobody")]
+    replies = [quota_exceeded("john@example.com"), "", quota_exceeded("jane@example.com"), ""]
+    assert send(frontend.postfix.port, *recipients) == replies
+    assert send(frontend.postfix.port, "postmaster@example.com", "john@example.net")[0] == ""
+
+
+def test_postfix_hands_the_declared_size_on(site: Site, frontend: Frontend) -> None:
+    lighttpd(site)
+    start_milter_for(frontend.milter_port, site)
+    port, recipients = frontend.postfix.port, ("mary@example.com", "nobody@example.com")
+    assert send(port, *recipients, size=1000) == ["", ""]
+    assert send(port, *recipients, size=1001) == [quota_exceeded("mary@example.com"), ""]
+    replies = [f"552 5.2.3 Message is larger than the quota of {r}" for r in recipients]
+    assert send(port, *recipients, size=ROOM + 1) == replies
+    assert send(port, *recipients) == ["", ""]
+
+
+@pytest.mark.parametrize("server", [apache, lighttpd])
+def test_mail_is_accepted_when_the_script_is_gone(
+    site: Site, server: Callable[[Site], None], frontend: Frontend
+) -> None:
+    server(site)
+    running = start_milter_for(frontend.milter_port, site, "--cache-ttl", "0")
+    port = frontend.postfix.port
+    assert send(port, "john@example.com") == [quota_exceeded("john@example.com")]
+    os.unlink(site.script)
+    assert send(port, "mary@example.com") == [""]
+    assert f"status {500 if server is lighttpd else 404}" in running.log("recipient=mary@")
+    assert send(port, "john@example.com") == [quota_exceeded("john@example.com")]  # last known
+
+
+def test_postfix_accepts_mail_while_the_milter_is_stopped(site: Site, frontend: Frontend) -> None:
+    lighttpd(site)
+    port = frontend.postfix.port
+    running = start_milter_for(frontend.milter_port, site)
+    assert send(port, "john@example.com") == [quota_exceeded("john@example.com")]
+    assert running.process.stop() == 0
+    assert send(port, "john@example.com") == [""]
+    start_milter_for(frontend.milter_port, site)
+    assert send(port, "john@example.com") == [quota_exceeded("john@example.com")]
+
+
+def test_a_session_of_postfix_outlives_the_milter(site: Site, frontend: Frontend) -> None:
+    lighttpd(site)
+    running = start_milter_for(frontend.milter_port, site)
+    with smtplib.SMTP("127.0.0.1", frontend.postfix.port, timeout=60) as client:
+        client.ehlo("client.example.net")
+        for expected in 452, 250:
+            assert client.mail("sender@example.net")[0] == 250
+            assert client.rcpt("john@example.com")[0] == expected
+            assert client.rset()[0] == 250
+            running.process.stop()
+
+
+def test_names_that_are_quoted_or_not_ascii_reach_the_backend(
+    site: Site, frontend: Frontend
+) -> None:
+    apache(site)
+    running = start_milter_for(frontend.milter_port, site)
+    for user in "a b", "j\u00fcrgen":
+        site.fill(user, ROOM + 1)
+    with smtplib.SMTP("127.0.0.1", frontend.postfix.port, timeout=60) as client:
+        client.ehlo("client.example.net")
+        assert client.mail("sender@example.net", ["SMTPUTF8"])[0] == 250
+        for recipient in '"a b"@example.com', "J\u00dcRGEN@example.com":
+            code, text = client.docmd(f"RCPT TO:<{recipient}>")
+            reply = quota_exceeded(recipient.replace("\u00dc", "?"))
+            assert f"{code} {text.decode()}" == reply
+    assert "user=j\\xc3\\xbcrgen" in running.log("RGEN")
+
+
+def test_only_the_port_that_is_named_in_master_cf_asks_the_milter(site: Site) -> None:
+    lighttpd(site)
+    milter_port = free_port()
+    block = readme_block("/etc/postfix/master.cf", {"8894": str(milter_port)})
+    with Postfix(site.folder, "", block) as postfix:
+        start_milter_for(milter_port, site)
+        assert send(postfix.port, "john@example.com") == [quota_exceeded("john@example.com")]
+        assert send(postfix.submission_port, "john@example.com") == [""]
+
+
+def test_postfix_accepts_mail_when_a_milter_of_master_cf_hangs_or_is_stopped(site: Site) -> None:
+    lighttpd(site)
+    port = free_port()
+    quicker = {"8894": str(port), "command_timeout=10s": "command_timeout=1s"}
+    with Postfix(site.folder, "", readme_block("/etc/postfix/master.cf", quicker)) as postfix:
+        assert send(postfix.port, "john@example.com") == [""]
+        running = start_milter_for(port, site)
+        assert send(postfix.port, "john@example.com") == [quota_exceeded("john@example.com")]
+        running.process.popen.send_signal(signal.SIGSTOP)
+        assert send(postfix.port, "john@example.com") == [""]
+        running.process.popen.send_signal(signal.SIGCONT)
+        assert send(postfix.port, "john@example.com") == [quota_exceeded("john@example.com")]
+
+
+def test_postfix_asks_through_a_unix_socket_inside_its_chroot(site: Site) -> None:
+    lighttpd(site)
+    spool = {"/var/spool/postfix": site.folder / "spool"}
+    with Postfix(site.folder, readme_block("/etc/postfix/main.cf, with a unix socket")) as postfix:
+        run_block("Frontend: a folder for the unix socket", {**spool, "quota-milter": "daemon"})
+        file = site.folder / "quota_milter.conf"
+        url = {"http://mail1.example.com/cgi-bin/quota.cgi": site.url}
+        file.write_text(
+            readme_block("/etc/quota_milter.conf, with a unix socket", {**spool, **url})
+        )
+        copy = shutil.copy(MILTER, site.folder / "quota_milter.py")
+        umask = ["sh", "-c", 'umask 007; exec "$@"', "sh"]
+        running = site.start(*umask, *as_user("daemon"), PYTHON, copy, f"@{file}")
+        path = site.folder / "spool/quota/milter.sock"
+        running.wait_ready(lambda: "state=started" in running.output(), "the milter")
+        wait_for(path.exists, "the socket")
+        assert send(postfix.port, "john@example.com") == [quota_exceeded("john@example.com")]
+        assert oct(path.stat().st_mode & 0o777) == "0o770"
+        assert path.group() == "postfix"
+        attempt = [PYTHON, "-c", f"import socket; socket.socket(1).connect({str(path)!r})"]
+        refused = subprocess.run([*as_user("nobody", "nogroup"), *attempt], capture_output=True)
+        assert b"PermissionError" in refused.stderr
+        assert running.stop() == 0
+        assert not path.exists()
+
+
+# ---- Sendmail ----
+
+SENDMAIL_MC = """divert(0)dnl
+OSTYPE(`linux')dnl
+define(`confDOMAIN_NAME', `mx.example.com')dnl
+define(`QUEUE_DIR', `{folder}/queue')dnl
+define(`ALIAS_FILE', `{folder}/aliases')dnl
+define(`STATUS_FILE', `{folder}/statistics')dnl
+define(`confPID_FILE', `{folder}/sendmail.pid')dnl
+define(`confDELIVERY_MODE', `queueonly')dnl
+FEATURE(`no_default_msa')dnl
+FEATURE(`accept_unresolvable_domains')dnl
+FEATURE(`nocanonify')dnl
+DAEMON_OPTIONS(`Name=MTA, Addr=127.0.0.1, Port={port}')dnl
+RELAY_DOMAIN(`example.com')dnl
+{block}
+MAILER(`local')dnl
+MAILER(`smtp')dnl
+"""
+
+
+@pytest.fixture(scope="session")
+def sendmail_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Give Sendmail's packages unpacked: to install them would remove Postfix."""
+    need_root()
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cache = pathlib.Path(home) / "quota_milter"
+    cache.mkdir(parents=True, exist_ok=True)
+    names = ["sendmail-bin", "sendmail-base", "sendmail-cf"]
+    if not all(list(cache.glob(f"{name}_*.deb")) for name in names):
+        download = [need("apt-get", "apt"), "download", *names]
+        done = subprocess.run(download, cwd=cache, capture_output=True, text=True)
+        if done.returncode:
+            missing(f"Sendmail cannot be had: apt-get update; {done.stderr.strip()[:200]}")
+    files = tmp_path_factory.mktemp("sendmail")
+    for name in names:
+        newest = max(cache.glob(f"{name}_*.deb"), key=lambda file: file.stat().st_mtime)
+        subprocess.run([need("dpkg", "dpkg"), "-x", newest, files], check=True)
+    return pathlib.Path(files)
+
+
+def start_sendmail(site: Site, files: pathlib.Path, milter_port: int) -> int:
+    """Start Sendmail with README's line in its mc file; return its port."""
+    port = free_port()
+    (site.folder / "queue").mkdir(mode=0o700)
+    (site.folder / "aliases").touch()
+    block = readme_block("/etc/mail/sendmail.mc", {"8894": str(milter_port)})
+    mc = site.folder / "sendmail.mc"
+    mc.write_text(SENDMAIL_MC.format(folder=site.folder, port=port, block=block))
+    rules = files / "usr/share/sendmail/cf"
+    m4: list[Path] = [need("m4", "m4"), f"-D_CF_DIR_={rules}/", rules / "m4/cf.m4", mc]
+    cf = site.folder / "sendmail.cf"
+    cf.write_bytes(subprocess.run(m4, capture_output=True, check=True).stdout)
+    program = next(file for file in files.glob("usr/lib*/**/sendmail") if file.is_file())
+    named = 'hostname mx.example.com; exec "$@"'  # it waits a minute where the name has no dot
+    unshare = [need("unshare", "util-linux"), "--uts", "sh", "-c", named, "sh"]
+    site.start(*unshare, program, "-C", cf, "-bD", port=port)
+    return port
+
+
+def test_sendmail_defers_mail_for_a_full_mailbox_and_accepts_it_without_the_milter(
+    site: Site, sendmail_files: pathlib.Path
+) -> None:
+    lighttpd(site)
+    milter_port = free_port()
+    port = start_sendmail(site, sendmail_files, milter_port)
+    assert send(port, "john@example.com") == [""]  # there is no milter yet
+    running = RunningMilter(
+        milter_port,
+        site.start(
+            *(PYTHON, MILTER, "--backend", site.url, "--listen", f"inet:{milter_port}@127.0.0.1"),
+            port=milter_port,
+        ),
+    )
+    recipients = [f"{user}@example.com" for user in ("john", "mary", "nobody")]
+    assert send(port, *recipients) == [quota_exceeded("john@example.com"), "", ""]
+    full = [quota_exceeded(address) for address in recipients[:2]]
+    assert send(port, *recipients, size=1001) == [*full, ""]
+    replies = [f"552 5.2.3 Message is larger than the quota of {r}" for r in recipients]
+    assert send(port, *recipients, size=ROOM + 1) == replies
+    assert send(port, "john+lists@example.com", size=1) == [
+        quota_exceeded("john+lists@example.com")
+    ]
+    assert running.process.stop() == 0
+    assert send(port, *recipients) == ["", "", ""]
+
+
+# ---- miltertest: a client of the milter protocol that others wrote ----
+
+LUA = """
+function check(good, what)
+    if not good then
+        mt.echo(what)
+        error(what)
+    end
+end
+
+function give(recipient, reply)
+    check(mt.rcptto(conn, "<" .. recipient .. ">") == nil, "no reply for " .. recipient)
+    check(mt.getreply(conn) == reply, recipient .. " got " .. mt.getreply(conn))
+end
+
+conn = mt.connect("inet:" .. port .. "@127.0.0.1")
+check(conn ~= nil, "no connection")
+check(mt.negotiate(conn, nil, nil, nil) == nil, "negotiation")
+for _, step in pairs({SMFIP_NOCONNECT, SMFIP_NOHELO, SMFIP_NODATA, SMFIP_NOHDRS, SMFIP_NOEOH,
+                      SMFIP_NOBODY, SMFIP_NOUNKNOWN}) do
+    check(mt.test_option(conn, step), "the milter wants to see more than it needs: " .. step)
+end
+check(mt.mailfrom(conn, "<sender@example.net>", "SIZE=1000") == nil, "mail")
+give("john@example.com", SMFIR_REPLYCODE)
+give("mary@example.com", SMFIR_CONTINUE)
+check(mt.abort(conn) == nil, "abort")
+check(mt.mailfrom(conn, "<>", "BODY=8BITMIME", "SIZE=1001") == nil, "second mail")
+give("mary@example.com", SMFIR_REPLYCODE)
+give("postmaster@example.com", SMFIR_CONTINUE)
+give("nobody@example.com", SMFIR_CONTINUE)
+check(mt.eom(conn) == nil, "eom")
+check(mt.getreply(conn) == SMFIR_CONTINUE, "the message got " .. mt.getreply(conn))
+mt.disconnect(conn)
+mt.echo("all as expected")
+"""
+
+
+def test_miltertest_gets_the_replies_and_need_send_nothing_but_the_envelope(
+    site: Site, milter: Callable[..., RunningMilter]
+) -> None:
+    lighttpd(site)
+    running = milter(None, "--backend", site.url)
+    script = site.folder / "test.lua"
+    script.write_text(LUA)
+    arguments = [need("miltertest", "miltertest"), "-D", f"port={running.port}", "-s", str(script)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "all as expected\n"), done
+
+
+# ---- password and TLS ----
+
+TLS_SITE = "/etc/apache2/sites-available/quota.conf"
+
+
+@pytest.fixture
+def tls_site(site: Site) -> Site:
+    """Give an Apache that wants https, the frontend's address and a password."""
+    need("openssl", "openssl")
+    ssl_folder = site.folder / "ssl"
+    own: dict[str, Path] = {"/etc/ssl/quota": ssl_folder, "DNS:mail1.example.com": "IP:127.0.0.1"}
+    run_block("Backend: a private authority and a certificate", own)
+    strict = ["openssl", "verify", "-x509_strict", "-CAfile", "authority.pem", "mail1.pem"]
+    assert subprocess.run(strict, cwd=ssl_folder).returncode == 0  # as Python 3.13 does
+    passwords = site.folder / "quota.htpasswd"
+    need("htpasswd", "apache2-utils")
+    own = {" -c ": " -i -c ", "/etc/apache2/quota.htpasswd": passwords}
+    run_block("Backend: a password", own, input="s:cret\n")
+    own = {"*:443": f"127.0.0.1:{site.port}", "/etc/ssl/quota": ssl_folder}
+    block = site.block(TLS_SITE, **own, **{"/etc/apache2/quota.htpasswd": passwords})
+    modules = "cgid ssl socache_shmcb auth_basic authn_file"
+    start_apache(site, block, modules, f"ScriptSock {site.folder}/cgid.sock")
+    site.url = site.url.replace("http:", "https:")
+    return site
+
+
+def options_for(site: Site, password: str, cafile: Path) -> pathlib.Path:
+    """Write README's file of options for a site with TLS."""
+    url = site.url.replace("//", f"//frontend:{password}@")
+    own: dict[str, Path] = {
+        "https://frontend:secret@mail1.example.com/cgi-bin/quota.cgi": url,
+        "/etc/ssl/quota/authority.pem": cafile,
+    }
+    file = site.folder / "quota_milter.conf"
+    name = "/etc/quota_milter.conf, with a password and a private authority"
+    file.write_text(readme_block(name, own))
+    return file
+
+
+def test_a_password_over_https_with_a_private_authority(
+    tls_site: Site, milter: Callable[..., RunningMilter]
+) -> None:
+    authority = tls_site.folder / "ssl/authority.pem"
+    running = milter(None, f"@{options_for(tls_site, 's%3Acret', authority)}", "--verbose")
+    assert running.rcpt("<john@example.com>") == quota_exceeded("john@example.com")
+    assert running.rcpt("<mary@example.com>") == ""
+    assert "used=209714200" in running.log("mary")
+    assert "cret" not in running.process.output()
+
+
+def test_a_wrong_password_refuses_nothing_and_is_not_logged(
+    tls_site: Site, milter: Callable[..., RunningMilter]
+) -> None:
+    authority = tls_site.folder / "ssl/authority.pem"
+    running = milter(None, f"@{options_for(tls_site, 'wrong', authority)}")
+    assert running.rcpt("<john@example.com>") == ""
+    assert "status 401" in running.log("verdict=fault")
+    assert "wrong" not in running.process.output()
+
+
+def test_a_certificate_of_an_unknown_authority_or_name_refuses_nothing(
+    tls_site: Site, milter: Callable[..., RunningMilter]
+) -> None:
+    running = milter(None, "--backend", tls_site.url)
+    assert running.rcpt("<john@example.com>") == ""
+    assert "certificate verify failed" in running.log("state=down")
+    tls_site.url = tls_site.url.replace("127.0.0.1", "localhost")
+    file = options_for(tls_site, "s%3Acret", tls_site.folder / "ssl/authority.pem")
+    running = milter(None, f"@{file}")
+    assert running.rcpt("<john@example.com>") == ""
+    assert "certificate verify failed" in running.log("state=down")
+
+
+def test_the_right_password_from_another_address_refuses_nothing(
+    site: Site, request: pytest.FixtureRequest, milter: Callable[..., RunningMilter]
+) -> None:
+    site.frontend = FRONTEND
+    request.getfixturevalue("tls_site")
+    file = options_for(site, "s%3Acret", site.folder / "ssl/authority.pem")
+    running = milter(None, f"@{file}")
+    assert running.rcpt("<john@example.com>") == ""
+    assert "status 403" in running.log("verdict=fault")
+
+
+# ---- README ----
+
+
+def test_the_commands_of_the_readme_do_what_they_say(site: Site) -> None:
+    lighttpd(site)
+    line = run_block("Backend: ask", {"mail1.example.com": f"127.0.0.1:{site.port}"})
+    assert line == f"OVERQUOTA john {ROOM + 1} {ROOM}\n"
+    root = site.folder / "root"
+    (root / "etc").mkdir(parents=True)
+    replacements: dict[str, Path] = {
+        "apt-get install": ": apt-get install",  # has been done where this test runs
+        " quota_milter.py": f" {MILTER}",
+        "/usr/local/sbin": site.folder,
+        "useradd": f"{need('useradd', 'passwd')} --prefix {root}",
+    }
+    run_block("Frontend: copy", replacements)
+    assert os.access(site.folder / "quota_milter.py", os.X_OK)
+    assert "quota-milter" in (root / "etc/passwd").read_text()
+
+
+def test_every_block_of_the_readme_that_has_a_name_is_used_by_a_test() -> None:
+    names = re.findall(r"^```\w+\n(?:dnl )?# (.*)$", README.read_text(), re.MULTILINE)
+    text = pathlib.Path(__file__).read_text()
+    assert len(names) > 20
+    for name in names:
+        assert f'"{name}"' in text or name.endswith(".service"), name
+
+
+# ---- whose rights ----
+
+OTHERS = (60001, 60002)  # users' ids that nobody has
+
+
+def test_mbox_files_of_other_users_need_no_right_but_to_search_their_folder(
+    site: Site, milter: Callable[..., RunningMilter]
+) -> None:
+    for user, uid in zip(("john", "mary"), OTHERS):
+        os.chown(site.spool / user, uid, uid)
+    lighttpd(site)
+    running = milter(None, "--backend", site.url, "--cache-ttl", "0")
+    assert running.rcpt("<john@example.com>") == quota_exceeded("john@example.com")
+    assert running.rcpt("<mary@example.com>") == ""
+    site.spool.chmod(0o700)
+    assert site.ask("u=mary") == "500 ERROR cannot read the mailbox: Permission denied"
+    assert running.rcpt("<mary@example.com>") == ""
+    assert "ERROR cannot read the mailbox: Permission denied" in running.log("user=mary")
+
+
+@pytest.fixture
+def maildirs(site: Site) -> Site:
+    """Give a backend with Maildirs of two users, which nobody else may read: one has no room."""
+    text = MAILDIR_CGI.read_text().replace("%h/Maildir", f"{site.folder}/home/%n/Maildir")
+    site.script.write_text(text)
+    (site.folder / "home").mkdir()
+    for user, uid, size in ("john", OTHERS[0], ROOM), ("mary", OTHERS[1], ROOM - 1):
+        maildir = site.folder / "home" / user / "Maildir"
+        for part in "new", "cur", "tmp":
+            (maildir / part).mkdir(parents=True)
+        (maildir / "cur" / f"1.M1P1.mx,S={size}:2,S").touch()
+        own(site.folder / "home" / user, uid, uid, 0o600)
+    return site
+
+
+def own(top: pathlib.Path, uid: int, gid: int, mode: int) -> None:
+    """Give away all below a folder, files with this mode and folders with the search it implies."""
+    for path in top, *top.rglob("*"):
+        os.chown(path, uid, gid)
+        path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
+
+
+CAPABLE = "Backend: all mailboxes readable, without systemd"
+
+
+def serve_maildirs(site: Site, block: str) -> None:
+    """Run a block of README that starts the script."""
+    site.start("sh", "-euc", block, port=site.port)
+
+
+def test_a_capability_lets_an_ordinary_user_read_the_maildirs_of_all(maildirs: Site) -> None:
+    own_names: dict[str, Path] = {
+        "/usr/lib/cgi-bin/maildir_quota.cgi": maildirs.script,
+        "192.0.2.10:8025": f"127.0.0.1:{maildirs.port}",
+    }
+    serve_maildirs(maildirs, readme_block(CAPABLE, own_names))
+    assert maildirs.ask("u=john") == f"200 OVERQUOTA john {ROOM} {ROOM}"
+    assert maildirs.ask("u=mary") == f"200 OK mary {ROOM - 1} {ROOM}"
+    status = pathlib.Path(f"/proc/{listener(maildirs.port)}/status").read_text()
+    assert re.search(r"^CapEff:\s0*4$", status, re.MULTILINE), status  # CAP_DAC_READ_SEARCH alone
+    assert "\nUid:\t0" not in status
+
+
+def listener(port: int) -> int:
+    """Return the process that listens at a port of loopback."""
+    lines = pathlib.Path("/proc/net/tcp").read_text().splitlines()
+    inode = next(x.split()[9] for x in lines if f":{port:04X} 00000000:0000 0A" in x)
+    for file in pathlib.Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(file) == f"socket:[{inode}]":
+                return int(file.parts[2])
+    raise AssertionError(f"nobody listens at {port}")
+
+
+def test_without_the_right_the_mail_is_accepted_and_the_log_says_why(
+    maildirs: Site, milter: Callable[..., RunningMilter]
+) -> None:
+    no_web_server(maildirs)
+    assert maildirs.ask("u=john") == "500 ERROR cannot read the mailbox: Permission denied"
+    running = milter(None, "--backend", maildirs.url)
+    assert running.rcpt("<john@example.com>") == ""
+    assert "ERROR cannot read the mailbox: Permission denied" in running.log("verdict=fault")
+    assert running.process.output().count("john") == 2  # recipient= and user= of one line
+
+
+def test_a_group_that_may_read_is_enough(maildirs: Site) -> None:
+    group = int(subprocess.check_output(["id", "-g", "www-data"]))
+    for user, uid in zip(("john", "mary"), OTHERS):
+        own(maildirs.folder / "home" / user, uid, group, 0o640)
+    no_web_server(maildirs)
+    assert maildirs.ask("u=john") == f"200 OVERQUOTA john {ROOM} {ROOM}"
+    own(maildirs.folder / "home/mary/Maildir/cur", OTHERS[1], OTHERS[1], 0o600)
+    assert maildirs.ask("u=mary") == "500 ERROR cannot read the mailbox: Permission denied"
+
+
+def test_mod_wsgi_runs_as_the_user_who_has_the_mailboxes(maildirs: Site) -> None:
+    daemon = int(subprocess.check_output(["id", "-u", "daemon"]))
+    own(maildirs.folder / "home", daemon, daemon, 0o600)
+    users = {"user=www-data group=www-data": "user=daemon group=daemon"}
+    block = maildirs.block("/etc/apache2/conf-available/quota-wsgi.conf", **users)
+    start_apache(maildirs, block, "wsgi", f"WSGISocketPrefix {maildirs.folder}/wsgi")
+    assert maildirs.ask("u=john") == f"200 OVERQUOTA john {ROOM} {ROOM}"
+    assert maildirs.ask("u=mary") == f"200 OK mary {ROOM - 1} {ROOM}"
+
+
+# ---- how it is started ----
+
+
+def test_the_systemd_units_are_valid(folder: pathlib.Path) -> None:
+    analyze = need("systemd-analyze", "systemd")
+    programs = {
+        "quota-milter": ("/usr/local/sbin/quota_milter.py", MILTER),
+        "quota-backend": ("/usr/lib/cgi-bin/maildir_quota.cgi", MAILDIR_CGI),
+    }
+    for unit, (program, script) in programs.items():
+        path = folder / f"{unit}.service"
+        copy = shutil.copy(script, folder)
+        path.write_text(readme_block(f"/etc/systemd/system/{unit}.service", {program: copy}))
+        done = subprocess.run([analyze, "verify", "--man=no", path], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), unit
+
+
+def test_the_milter_runs_without_systemd_as_a_user_of_its_own(site: Site) -> None:
+    lighttpd(site)
+    need("start-stop-daemon", "dpkg")
+    port = free_port()
+    start_milter_for(port, site).process.stop()  # writes the file of options
+    pid: dict[str, Path] = {"/run/quota-milter.pid": site.folder / "quota-milter.pid"}
+    own_names: dict[str, Path] = {
+        **pid,
+        "quota-milter:quota-milter": "daemon:daemon",
+        "/usr/local/sbin/quota_milter.py": shutil.copy(MILTER, site.folder),
+        "/etc/quota_milter.conf": site.folder / "quota_milter.conf",
+    }
+    command = readme_block("Frontend: without systemd", own_names)
+    try:
+        assert subprocess.run(["sh", "-euc", command]).returncode == 0
+        wait_for(lambda: answers_at(port), "the milter")
+        assert subprocess.run(["sh", "-euc", command], stdout=subprocess.DEVNULL).returncode == 1
+        with MilterSession(port) as session:
+            session.mail()
+            assert session.rcpt("<john@example.com>") == quota_exceeded("john@example.com")
+        number = int((site.folder / "quota-milter.pid").read_text())
+        assert pathlib.Path(f"/proc/{number}").owner() == "daemon"
+    finally:
+        run_block("Frontend: end it", pid)
+    assert not answers_at(port)
+
+
+# ---- what the administrator sees ----
+
+# In a mount namespace of its own, where nothing is seen of it outside. In a chroot / is no mount.
+PRIVATE_DEV = """
+set -e
+mount --make-rprivate /dev 2> /dev/null || mount --make-rprivate /
+mount -t tmpfs none /dev/shm
+for name in null zero random urandom; do
+    touch "/dev/shm/$name"
+    mount --bind "/dev/$name" "/dev/shm/$name"
+done
+ln -s "$0/run/log" /dev/shm/log
+mount --rbind /dev/shm /dev
+exec "$@"
+"""
+
+
+def start_syslog(site: Site) -> pathlib.Path:
+    """Start rsyslogd with a socket of its own; return the file with what arrives for mail."""
+    program = need("rsyslogd", "rsyslog")
+    run = site.folder / "run"
+    run.mkdir(exist_ok=True)
+    (site.folder / "rsyslog.conf").write_text(
+        f'global(workDirectory="{run}")\n'
+        'module(load="imuxsock" SysSock.Use="off")\n'
+        f'input(type="imuxsock" Socket="{run}/log" CreatePath="off")\n'
+        'template(name="all" type="string" string="%syslogfacility-text%.%syslogseverity-text% '
+        '%syslogtag%%msg%\\n")\n'
+        f'*.* action(type="omfile" file="{run}/all.log" template="all")\n'
+    )
+    process = site.start(
+        program, "-n", "-f", site.folder / "rsyslog.conf", "-i", run / "rsyslogd.pid"
+    )
+    process.wait_ready((run / "log").exists, "rsyslogd")
+    site.syslog = process
+    return run / "all.log"
+
+
+def test_the_log_arrives_at_syslog(site: Site) -> None:
+    lighttpd(site)
+    file = start_syslog(site)
+    port = free_port()
+    options = ["--listen", f"inet:{port}@127.0.0.1", "--backend", site.url, "--syslog"]
+    unshare = [need("unshare", "util-linux"), "--mount", "--propagation", "unchanged"]
+    unshare += ["sh", "-c", PRIVATE_DEV, str(site.folder)]
+    process = site.start(*unshare, PYTHON, MILTER, *options, port=port)
+    running = RunningMilter(port, process)
+    tag = f"quota_milter[{process.popen.pid}]:"
+
+    def arrives(line: str) -> None:
+        wait_for(lambda: file.exists() and re.search(line, file.read_text()), f"{line} in syslog")
+
+    arrives(rf"(?m)^mail\.info {re.escape(tag)} listen=inet:{port}@127\.0\.0\.1 state=started")
+    assert running.rcpt("<john@example.com>") == quota_exceeded("john@example.com")
+    figures = rf"verdict=overquota used={ROOM + 1} quota={ROOM} cached=no ms=\d+"
+    arrives(rf"(?m)^mail\.info {re.escape(tag)} recipient=john@example\.com user=john {figures}$")
+    site.script.unlink()
+    assert running.rcpt("<mary@example.com>") == ""
+    arrives(r"(?m)^mail\.warning .* recipient=mary@example\.com user=mary verdict=fault")
+    site.syslog.stop()
+    start_syslog(site)
+    process.popen.send_signal(signal.SIGUSR1)
+    arrives(r"counters recipients=2 refused=1 cached=0 lastknown=0 ok=0 overquota=1 .*fault=1")
+    assert process.stop() == 0
+    arrives("state=stopped")
+    assert process.output() == ""
+
+
+def test_a_dry_run_refuses_nothing_and_logs_what_it_would(site: Site, frontend: Frontend) -> None:
+    lighttpd(site)
+    running = start_milter_for(frontend.milter_port, site, "--dry-run", "--verbose")
+    assert send(frontend.postfix.port, "john@example.com", "mary@example.com") == ["", ""]
+    assert "verdict=overquota" in running.log("dry_run=yes")
+    assert "verdict=ok" in running.log("user=mary")
+    running.process.popen.send_signal(signal.SIGUSR1)
+    assert "recipients=2 refused=0" in running.log("counters")
+
+
+def test_check_is_a_probe_for_the_monitoring(site: Site) -> None:
+    lighttpd(site)
+    file = site.folder / "quota_milter.conf"
+    url = "http://mail1.example.com/cgi-bin/quota.cgi"
+    file.write_text(readme_block("/etc/quota_milter.conf", {url: site.url, "--syslog\n": ""}))
+
+    def probe(*addresses: str) -> tuple[int, list[str]]:
+        own_names: dict[str, Path] = {
+            "quota_milter.py": MILTER,
+            "/etc/quota_milter.conf": file,
+            "john@example.com": " ".join(addresses),
+        }
+        block = readme_block("Frontend: ask", own_names)
+        done = subprocess.run(["sh", "-euc", block], capture_output=True, text=True)
+        return done.returncode, [re.sub(r"ms=\d+", "ms=0", x) for x in done.stdout.splitlines()]
+
+    figures = f"used={ROOM - 1000} quota={ROOM} cached=no ms=0 reply=none"
+    mary = f"recipient=mary@example.com user=mary verdict=ok {figures}"
+    assert probe("mary@example.com") == (0, [mary])
+    figures = f"used={ROOM + 1} quota={ROOM} cached=no ms=0"
+    reply = quota_exceeded("john@example.com")
+    john = f"recipient=john@example.com user=john verdict=overquota {figures} reply={reply}"
+    assert probe("mary@example.com", "john@example.com") == (1, [mary, john])
+    site.script.unlink()
+    status, lines = probe("john@example.com")
+    assert status == 2
+    assert "verdict=fault" in lines[0]
+
+
 # ---- the repository ----
 
 
@@ -2202,6 +3962,40 @@ def test_both_cgis_share_one_block_to_the_letter() -> None:
     )
     blocks = [script.read_text().partition(mark)[2] for script in (MBOX_CGI, MAILDIR_CGI)]
     assert blocks[0] == blocks[1] != ""
+
+
+def test_readmes_first_command_runs_the_main_job(
+    tmp_path: pathlib.Path, start: Callable[..., Process]
+) -> None:
+    if answers_at(8025) or answers_at(8894):
+        pytest.fail("something listens on a default port already")
+    commands = tmp_path / "run-it"
+    install = "apt-get update && apt-get install -y python3-milter\n"
+    commands.write_text(readme_block("run it", {install: ""}))
+    process = start("bash", commands, cwd=HERE)
+    for port in 8025, 8894:  # the defaults, which fit together
+        process.wait_ready(lambda port=port: answers_at(port), f"port {port}")  # type: ignore[misc]
+    status, output, _ = run_milter("--check", "nobody-of-that-name@example.com")
+    assert (status, output.split()[2]) == (0, "verdict=ok")
+    with MilterSession(8894) as session:
+        session.mail()
+        assert session.rcpt("<nobody-of-that-name@example.com>") == ""
+    children = pathlib.Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children")
+    for child in children.read_text().split():
+        os.kill(int(child), signal.SIGINT)
+    assert process.popen.wait(20) == 0
+    wait_for(lambda: not answers_at(8025), "the end of the backend")
+
+
+def test_readmes_second_command_installs_what_the_tests_need() -> None:
+    command = readme_block("run every test")
+    assert command.splitlines()[-1] == "/usr/bin/python3 -m pytest test_quota.py"
+    text = pathlib.Path(__file__).read_text()
+    packages = set(re.findall(r'need\("[^"]+", "([a-z0-9-]+)"\)', text))
+    packages -= {"apt", "dpkg", "util-linux"}  # every Debian has these
+    packages -= {"apache2-utils"}  # and apache2 brings this
+    assert len(packages) > 8
+    assert packages <= set(command.split())
 
 
 def test_the_top_level_holds_the_six_files_and_nothing_else() -> None:
