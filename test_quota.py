@@ -1243,7 +1243,8 @@ def test_a_mailbox_that_cannot_be_read_is_an_error(spool: pathlib.Path) -> None:
     spool.chmod(0o700)
     settings: dict[str, Path] = {"QUOTA_LIMIT": "100", "QUOTA_MAILBOX": spool / "%n"}
     done = subprocess.run(
-        [PYTHON, "-IS", MBOX_CGI],
+        [PYTHON, "-IS", "-"],
+        input=MBOX_CGI.read_text(),  # which nobody else may be able to open
         env={"GATEWAY_INTERFACE": "CGI/1.1", "QUERY_STRING": "u=mary"}
         | {name: str(value) for name, value in settings.items()},
         capture_output=True,
@@ -3355,7 +3356,7 @@ def test_mail_is_accepted_when_the_script_is_gone(
     assert send(port, "john@example.com") == [quota_exceeded("john@example.com")]
     os.unlink(site.script)
     assert send(port, "mary@example.com") == [""]
-    assert f"status {500 if server is lighttpd else 404}" in running.log("recipient=mary@")
+    assert re.search("status (404|500) ", running.log("recipient=mary@"))
     assert send(port, "john@example.com") == [quota_exceeded("john@example.com")]  # last known
 
 
