@@ -273,19 +273,41 @@ def application(environ: "dict[str, Any]", start_response: "Callable[..., Any]")
 
 def serve(where: str) -> None:
     """Answer over HTTP at [HOST:]PORT until interrupted. Raises OSError, ValueError."""
+    import http.server
     import socket
-    import socketserver
-    from wsgiref import simple_server
 
-    class Handler(simple_server.WSGIRequestHandler):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # which keeps connections: a new one costs four times as much
         timeout = 10  # seconds that a silent client may hold a thread
+        wbufsize = -1  # header and body in one packet
+
+        def __getattr__(self, name: str) -> "Any":
+            """Let requests of all methods be answered: http.server looks for do_GET and so on."""
+            if name.startswith("do_"):
+                return self.answer
+            raise AttributeError(name)
+
+        def answer(self) -> None:
+            """Answer one request. A body is not read: what follows it could not be told from it."""
+            query = self.path.partition("?")[2].encode("latin-1")
+            method = self.command.encode("latin-1")
+            status, headers, body = respond(method, query, posix.environ)
+            if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+                self.close_connection = True
+            ending = "Connection", "close"
+            if not self.close_connection:
+                ending = "Keep-Alive", f"timeout={self.timeout}"
+            self.send_response_only(status, REASONS[status])
+            for name, value in *headers, ending:
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
 
         def log_message(self, *args: object) -> None:
             """Log no request: what is worth a line has gone to standard error."""
 
-    class Server(socketserver.ThreadingMixIn, simple_server.WSGIServer):
+    class Server(http.server.ThreadingHTTPServer):
         address_family = socket.AF_INET6 if "[" in where else socket.AF_INET
-        daemon_threads = True
         request_queue_size = 128
 
         def handle_error(self, request: object, client_address: object) -> None:
@@ -294,7 +316,7 @@ def serve(where: str) -> None:
 
     host, _, port = where.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
-    with simple_server.make_server(host, int(port), application, Server, Handler) as server:
+    with Server((host, int(port)), Handler) as server:
         print(f"serving on {host} port {server.server_port}", file=sys.stderr, flush=True)
         server.serve_forever()
 

@@ -46,6 +46,7 @@ import os
 import queue
 import re
 import resource
+import select
 import signal
 import socket
 import ssl
@@ -68,7 +69,9 @@ DEFAULT_BACKEND = "http://127.0.0.1:8025/cgi-bin/quota.cgi"
 
 ANSWER_LENGTH = 4096  # bytes read of an answer: a line with the longest of names is far below
 CACHE_SIZE = 50_000  # mailboxes remembered by a backend, in some 20 MB
+ROUTES = 10_000  # recipients of whom it is remembered where they lead, in some 10 MB
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that gives faults
+IDLE = 4  # seconds for which a connection rests at most: quota.cgi --serve closes it after 10
 LATE_ANSWER = 60  # seconds for which a question may hold its place when nobody waits any more
 PATIENCE = 3  # questions in a row that run out of time before a backend is left alone
 ADDRESS_LENGTH = 256  # characters of an address in a reply: the longest path of RFC 5321, 4.5.3.1.3
@@ -216,14 +219,11 @@ class Question:
                 self.socket = None  # it had ended by itself
 
 
-class Noted:
-    """A connection that tells its question of itself, and of why there is none."""
+class Kept:
+    """A connection that may serve one question after another, and tells each of itself."""
 
-    sock: socket.socket
-
-    def __init__(self, *args: Any, question: Question, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.question = question
+    sock: Optional[socket.socket]
+    used = -math.inf  # when the last answer was read, on the monotonic clock
 
     def connect(self) -> None:
         """Connect. Raises Unreachable."""
@@ -231,39 +231,68 @@ class Noted:
             super().connect()  # type: ignore[misc]
         except (OSError, ValueError) as error:
             raise Unreachable(f"no connection: {error}") from None
-        self.question.connected(self.sock)
+
+    def is_idle(self) -> bool:
+        """Say whether it is open and there is nothing to read: no end, no answer to another."""
+        if self.sock is None or time.monotonic() - self.used > IDLE:
+            return False
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return not poll.poll(0)
 
 
-class HTTPConnection(Noted, http.client.HTTPConnection):
+class HTTPConnection(Kept, http.client.HTTPConnection):
     """A connection that is not encrypted."""
 
 
-class HTTPSConnection(Noted, http.client.HTTPSConnection):
+class HTTPSConnection(Kept, http.client.HTTPSConnection):
     """A connection that is."""
 
 
 class HTTPHandler(urllib.request.AbstractHTTPHandler):
-    """Opens http and https.
+    """Opens http and https, over one connection for each thread of the pool.
 
-    With no other handler beside it urllib follows no redirect, uses no proxy of the environment,
-    opens nothing else and leaves every status to us.
+    It is kept for the next question where the server sends a header Keep-Alive: one of ten lines
+    might have no ear for others meanwhile. With no other handler beside this one urllib follows no
+    redirect, uses no proxy of the environment, opens nothing else and leaves every status to us.
     """
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     def __init__(self, context: ssl.SSLContext) -> None:
         super().__init__()
-        self.context = context
+        https = functools.partial(HTTPSConnection, context=context)
+        self.kinds: dict[str, Any] = {"http": HTTPConnection, "https": https}
+        self.of_thread = threading.local()
 
     def http_open(self, request: Any) -> Any:
         """Send a request. Raises Unreachable, OSError, http.client.HTTPException."""
-        connection: Any = functools.partial(HTTPConnection, question=request.question)
-        return self.do_open(connection, request)
+        connection: Any = getattr(self.of_thread, "connection", None)
+        kept = connection is not None and connection.is_idle()
+        if not kept:
+            self.release(keep=False)
+            connection = self.kinds[request.type](request.host, timeout=request.timeout)
+            connection.connect()
+            self.of_thread.connection = connection
+        request.question.connected(connection.sock)
+        try:
+            connection.request("GET", request.selector, headers=dict(request.header_items()))
+            return connection.getresponse()
+        except ConnectionError:
+            if not kept or request.question.cut:
+                raise
+        self.release(keep=False)  # the server closed what it had kept in this very moment
+        return self.http_open(request)
 
-    def https_open(self, request: Any) -> Any:
-        """Send a request over TLS. Raises the same."""
-        connection: Any = functools.partial(HTTPSConnection, question=request.question)
-        return self.do_open(connection, request, context=self.context)
+    https_open = http_open
+
+    def release(self, keep: bool) -> None:
+        """Close this thread's connection, or note that it may be used again."""
+        connection = getattr(self.of_thread, "connection", None)
+        if connection is not None:
+            connection.used = time.monotonic()
+            if not keep:
+                connection.close()
 
 
 class Heard(NamedTuple):
@@ -297,7 +326,8 @@ class Backend:
         self.retry_after: float = options.retry_after
         self.cache_ttl: float = options.cache_ttl
         self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(HTTPHandler(context))
+        self.handler = HTTPHandler(context)
+        self.opener.add_handler(self.handler)
         self.pool = concurrent.futures.ThreadPoolExecutor(options.max_queries)
         self.lock = threading.Lock()  # guards what follows
         self.answers: dict[tuple[str, str], tuple[float, Answer]] = {}  # oldest first
@@ -378,9 +408,11 @@ class Backend:
         url = self.url + ("&" if "?" in self.url else "?") + query
         request = urllib.request.Request(url, headers=self.headers)
         request.question = question  # type: ignore[attr-defined]
+        keep = False
         try:  # who got a place late may connect late: that is no reason to call it unreachable
             with self.opener.open(request, timeout=self.timeout) as response:
                 line, end, _ = response.read(ANSWER_LENGTH).partition(b"\n")
+                keep = response.isclosed() and "Keep-Alive" in response.headers
                 if response.status != 200:
                     why = line[:80].decode("ascii", "replace") if line[:6] == b"ERROR " else ""
                     raise BadAnswer(f"status {response.status} {why or response.reason[:80]}")
@@ -391,6 +423,8 @@ class Backend:
             raise
         except Exception as error:  # what urllib, http.client and ssl raise has no common base
             raise Fault("left alone meanwhile" if question.cut else repr(error)) from None
+        finally:
+            self.handler.release(keep)
 
     def miss(self, mailbox: tuple[str, str], question: Question) -> None:
         """Count a question that ran out of time, once, however many sessions waited for it."""
@@ -441,6 +475,7 @@ class Aliases:
     def __init__(self, files: list[str], parse: Callable[[str], Address]) -> None:
         """Read the files. Raises OSError, ValueError."""
         self.parse = parse
+        self.version = 0  # grows with each change
         self.stamps = {file: self.stamp(file) for file in files}
         self.tables = {file: self.read(file) for file in files}
 
@@ -462,6 +497,7 @@ class Aliases:
             self.stamps[file] = stamp
             try:
                 self.tables[file] = self.read(file)
+                self.version += 1
             except (OSError, ValueError) as error:
                 log.warning("aliases=%s state=kept reason=%s", file, printable(error))
 
@@ -599,30 +635,36 @@ class Policy:
         self.exempt = {self.parse(e).names()[0 if "@" in e else 2] for e in exempt}
         self.backends = backends
         self.aliases = Aliases(options.aliases, self.parse)
+        self.route = functools.lru_cache(ROUTES)(self.find_route)
         self.lock = threading.Lock()
         self.counters = collections.Counter(dict.fromkeys(COUNTERS, 0))
 
     def decide(self, recipient: str, size: int) -> Decision:
         """Judge a recipient of a message of `size` bytes (0: not declared)."""
         start = time.monotonic()
-        address = self.parse(recipient)
-        mailbox = self.aliases.resolve(address)
-        backend = mailbox and self.backends.get(mailbox.domain, self.backends.get(None))
-        heard, verdict = Heard(None), "ok"
-        if not address.local:
-            verdict = "empty"
-        elif self.is_exempt(address) or mailbox and self.is_exempt(mailbox):
-            verdict = "exempt"
-        elif not mailbox:
-            verdict = "notone"
-        elif not backend:
-            verdict = "nobackend"
-        else:
+        address, mailbox, backend, verdict = self.route(recipient, self.aliases.version)
+        heard = Heard(None)
+        if mailbox and backend:
             heard = backend.ask(mailbox.user, mailbox.domain)
             verdict = heard.answer.verdict(size) if heard.answer else "fault"
         reply = self.replies.get(verdict)
         reply = reply and reply.to(address.given)
         return Decision(address, mailbox, verdict, reply, heard, time.monotonic() - start)
+
+    def find_route(
+        self, recipient: str, _: int
+    ) -> tuple[Address, Optional[Address], Optional[Backend], str]:
+        """Give the address, its mailbox, the backend to ask, and a verdict where none is asked."""
+        address = self.parse(recipient)
+        mailbox = self.aliases.resolve(address)
+        if not address.local:
+            return address, mailbox, None, "empty"
+        if self.is_exempt(address) or mailbox and self.is_exempt(mailbox):
+            return address, mailbox, None, "exempt"
+        if not mailbox:
+            return address, None, None, "notone"
+        backend = self.backends.get(mailbox.domain, self.backends.get(None))
+        return address, mailbox, backend, "nobackend"
 
     def is_exempt(self, address: Address) -> bool:
         """Say whether an address is one that is never asked about."""

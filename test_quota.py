@@ -2817,6 +2817,73 @@ def test_a_log_that_nobody_reads_holds_up_neither_mail_nor_the_end(
         os.close(writer)
 
 
+def test_a_kept_connection_that_the_server_closed_is_no_fault(
+    start: Callable[..., Process], milter: Callable[..., RunningMilter], spool: pathlib.Path
+) -> None:
+    port = free_port()
+    environment = {**os.environ, "QUOTA_MAILBOX": str(spool / "%n"), "QUOTA_LIMIT": "100"}
+    url = "--backend", f"http://127.0.0.1:{port}/"
+    running = milter(None, *url, *UNCACHED, "--on-error", "tempfail")
+    for _ in range(3):
+        server = start(MBOX_CGI, "--serve", str(port), port=port, env=environment)
+        for _ in range(3):
+            assert running.rcpt("<mary@example.com>").startswith("452")
+            assert running.rcpt("<nobody@example.com>") == ""
+        server.stop(signal.SIGKILL)
+    assert "verdict=fault" not in running.process.output()
+
+
+def serve_kept(
+    listener: socket.socket, header: bytes, surplus: bytes, questions: list[int]
+) -> None:
+    """Answer on connections that stay open, in turn; note how many questions each brought."""
+    for _ in range(10):
+        with contextlib.suppress(ConnectionError), listener.accept()[0] as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            questions.append(0)
+            while True:
+                request = connection.recv(65536)
+                if not request:
+                    break
+                questions[-1] += 1
+                user = request.partition(b"u=")[2].partition(b"&")[0]
+                line = (b"OVERQUOTA %s 2 1\n" if user == b"full" else b"OK %s 1 2\n") % user
+                length = b"Content-Length: %d\r\n" % len(line)
+                connection.sendall(b"HTTP/1.1 200 OK\r\n" + length + header + b"\r\n" + line)
+                connection.sendall(surplus)
+
+
+@pytest.mark.parametrize(
+    ("header", "surplus", "questions_each"),
+    [
+        (b"Keep-Alive: timeout=10\r\n", b"", [10]),
+        (b"", b"", [1] * 10),  # such a server may have no ear for others meanwhile
+        (
+            b"Keep-Alive: timeout=10\r\n",
+            b"HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\nOVERQUOTA x 2 1\n",
+            None,
+        ),
+    ],
+)
+def test_a_connection_is_kept_where_the_server_says_so_and_nothing_is_left_in_it(
+    header: bytes,
+    surplus: bytes,
+    questions_each: Optional[list[int]],
+    milter: Callable[..., RunningMilter],
+) -> None:
+    questions: list[int] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        arguments = listener, header, surplus, questions
+        threading.Thread(target=serve_kept, args=arguments, daemon=True).start()
+        url = "--backend", f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        running = milter(None, *url, *UNCACHED, "--max-queries", "1", "--on-error", "tempfail")
+        for _ in range(5):
+            assert running.rcpt("<full@example.com>").startswith("452")
+            assert running.rcpt("<user@example.com>") == ""
+        assert questions_each in (None, questions)
+        running.process.stop()
+
+
 # ---- real mail and web servers ----
 
 README = HERE / "README.md"
