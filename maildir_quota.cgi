@@ -70,12 +70,12 @@ LONGEST_NUMBER = 20  # digits; a longer one does not fit the servers' 64 bits
 DIGITS = b"0123456789"
 
 
-def measure(path: bytes, given: "Optional[int]", env: "Env") -> "tuple[bool, int, int]":
+def measure(path: bytes, limit: int, given: "Optional[int]", env: "Env") -> "tuple[bool, int, int]":
     """Measure the Maildir at `path`: over its quota?, bytes used, quota in bytes (0: none).
 
-    `given` is the limit that QUOTA_USERS has for this user. Raises OSError, Problem.
+    `limit` is QUOTA_LIMIT, `given` what QUOTA_USERS has for this user. Raises OSError, Problem.
     """
-    limits = default_limit(env), 0
+    limits = limit, 0
     dovecot = is_dovecots(path, setting("QUOTA_TRASH", env))
     posix.stat(path)
     total, doubtful = None, False
@@ -255,11 +255,6 @@ def parse_limit(text: bytes) -> int:
     return int(digits) << 10 * power
 
 
-def default_limit(env: "Env") -> int:
-    """Return QUOTA_LIMIT in bytes (0: no limit). Raises Problem."""
-    return parse_limit(setting("QUOTA_LIMIT", env))
-
-
 def user_limit(user: bytes, domain: "Optional[bytes]", env: "Env") -> "Optional[int]":
     """Look up in QUOTA_USERS the limit in bytes of user@domain, else user. Raises Problem."""
     path = setting("QUOTA_USERS", env)
@@ -345,6 +340,10 @@ def home_of(user: bytes) -> "Optional[bytes]":
     try:
         home = pwd.getpwnam(user.decode(encoding, "surrogateescape")).pw_dir
     except KeyError:
+        try:
+            pwd.getpwuid(0)  # is there no such user, or nothing that could say so?
+        except KeyError:
+            raise Problem(500, "the users of the system cannot be looked up") from None
         return None
     return home.encode(encoding, "surrogateescape")
 
@@ -356,19 +355,16 @@ def verdict(user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env") -> b
     check_name("user", user)
     if domain is not None:
         check_name("domain", domain)
-    absent = {b"1": b"UNKNOWN", b"0": b"OK", b"off": b"OK", b"": b"OK"}.get(
-        setting("QUOTA_UNKNOWN", env)
-    )
-    if absent is None:
-        raise Problem(500, "QUOTA_UNKNOWN is neither 0 nor 1", setting("QUOTA_UNKNOWN", env))
-    given = user_limit(user, domain, env)
+    unknown = setting("QUOTA_UNKNOWN", env)
+    if unknown not in (b"", b"0", b"off", b"1"):
+        raise Problem(500, "QUOTA_UNKNOWN is neither 0 nor 1", unknown)
+    limit, given = parse_limit(setting("QUOTA_LIMIT", env)), user_limit(user, domain, env)
     path = expand(setting(PATH_SETTING, env), user, domain)
-    status, used, quota = absent, 0, default_limit(env) if given is None else given
+    status = b"UNKNOWN" if unknown == b"1" or path is None else b"OK"
+    used, quota = 0, limit if given is None else given
     try:
-        if path is None:
-            status = b"UNKNOWN"
-        else:
-            over, used, quota = measure(path, given, env)
+        if path is not None:
+            over, used, quota = measure(path, limit, given, env)
             status = b"OVERQUOTA" if over else b"OK"
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
@@ -381,7 +377,7 @@ def answer(user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env") -> "t
     try:
         return 200, verdict(user, domain, env)
     except Problem as problem:
-        if problem.detail is not None:
+        if problem.detail is not None and sys.stderr:  # None where a server has closed it
             print(f"quota: {problem.why}: {str(problem.detail)!a}", file=sys.stderr)
         return problem.status, b"ERROR %s\n" % problem.why.encode()
 
@@ -420,18 +416,18 @@ def application(environ: "dict[str, Any]", start_response: "Callable[..., Any]")
     return [body]
 
 
-def serve(where: str) -> None:
-    """Answer over HTTP at [HOST:]PORT until interrupted. Raises OSError, ValueError."""
+def http_handler() -> "type":
+    """Make the class that answers one HTTP connection."""
     import http.server
-    import socket
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"  # which keeps connections: a new one costs four times as much
         timeout = 10  # seconds that a silent client may hold a thread
         wbufsize = -1  # header and body in one packet
+        error_message_format, error_content_type = "ERROR %(message)s\n", "text/plain"
 
         def __getattr__(self, name: str) -> "Any":
-            """Let requests of all methods be answered: http.server looks for do_GET and so on."""
+            """Answer any method ourselves: http.server would say 501 where 405 is due."""
             if name.startswith("do_"):
                 return self.answer
             raise AttributeError(name)
@@ -439,15 +435,14 @@ def serve(where: str) -> None:
         def answer(self) -> None:
             """Answer one request. A body is not read: what follows it could not be told from it."""
             query = self.path.partition("?")[2].encode("latin-1")
-            method = self.command.encode("latin-1")
-            status, headers, body = respond(method, query, posix.environ)
+            status, headers, body = respond(self.command.encode("latin-1"), query, posix.environ)
             if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
                 self.close_connection = True
-            ending = "Connection", "close"
-            if not self.close_connection:
-                ending = "Keep-Alive", f"timeout={self.timeout}"
+            headers.append(("Keep-Alive", f"timeout={self.timeout}"))  # an offer, to any client
+            if self.close_connection:
+                headers.append(("Connection", "close"))
             self.send_response_only(status, REASONS[status])
-            for name, value in *headers, ending:
+            for name, value in headers:
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
@@ -455,8 +450,17 @@ def serve(where: str) -> None:
         def log_message(self, *args: object) -> None:
             """Log no request: what is worth a line has gone to standard error."""
 
-    class Server(http.server.ThreadingHTTPServer):
+    return Handler
+
+
+def serve(where: str) -> None:
+    """Answer over HTTP at [HOST:]PORT until interrupted. Raises OSError, ValueError."""
+    import socket
+    import socketserver
+
+    class Server(socketserver.ThreadingTCPServer):
         address_family = socket.AF_INET6 if "[" in where else socket.AF_INET
+        allow_reuse_address = daemon_threads = True
         request_queue_size = 128
 
         def handle_error(self, request: object, client_address: object) -> None:
@@ -465,8 +469,8 @@ def serve(where: str) -> None:
 
     host, _, port = where.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
-    with Server((host, int(port)), Handler) as server:
-        print(f"serving on {host} port {server.server_port}", file=sys.stderr, flush=True)
+    with Server((host, int(port)), http_handler()) as server:
+        print(f"serving on {host} port {port}", file=sys.stderr, flush=True)
         server.serve_forever()
 
 

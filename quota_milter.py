@@ -19,8 +19,8 @@ USE
 WHEN SOMETHING FAILS
     A backend that cannot be asked within --timeout costs no mail: its last
     answer counts for up to an hour, after that --on-error. A backend that
-    cannot be reached is left alone for --retry-after seconds. No session waits
-    longer than --timeout. What went wrong stands in the log, one line each.
+    cannot be reached is left alone for --retry-after seconds. No question is
+    waited for longer than --timeout. What went wrong is in the log, a line each.
 
 SECURITY
     Trusts the backends, and believes what they answer. Never trusts an address:
@@ -68,8 +68,8 @@ VERSION = "1.0"
 DEFAULT_BACKEND = "http://127.0.0.1:8025/cgi-bin/quota.cgi"
 
 ANSWER_LENGTH = 4096  # bytes read of an answer: a line with the longest of names is far below
-CACHE_SIZE = 50_000  # mailboxes remembered by a backend, in some 20 MB
-ROUTES = 10_000  # recipients of whom it is remembered where they lead, in some 10 MB
+CACHE_SIZE = 50_000  # mailboxes remembered of a backend, in some 20 MB with names of usual length
+ROUTES = 10_000  # recipients of whom it is remembered which mailbox they are, in some 10 MB
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that gives faults
 IDLE = 4  # seconds for which a connection rests at most: quota.cgi --serve closes it after 10
 LATE_ANSWER = 60  # seconds for which a question may hold its place when nobody waits any more
@@ -78,7 +78,10 @@ ADDRESS_LENGTH = 256  # characters of an address in a reply: the longest path of
 
 LOG_LENGTH = 10_000  # lines that may wait to be written
 TICK = 1  # seconds between two looks at the alias files and at late questions
+DAY = 86400  # seconds: the most that an option takes
 STOPPING = 6  # seconds that libmilter gets to stop
+
+REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RFC 5321, 4.5.3.1.5)
 
 log = logging.getLogger("quota_milter")
 
@@ -145,7 +148,8 @@ class Reply(NamedTuple):
         """Put the address in: printable ASCII without %, which MTAs and libmilter would read."""
         if len(address) > ADDRESS_LENGTH:
             address = address[:ADDRESS_LENGTH] + "..."
-        return self._replace(text=self.text.replace("{address}", re.sub("[^ -~]|%", "?", address)))
+        text = self.text.replace("{address}", re.sub("[^ -~]|%", "?", address))
+        return self._replace(text=text[:REPLY_LENGTH])
 
 
 OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
@@ -166,8 +170,8 @@ class Answer(NamedTuple):
         status, *fields = line.rstrip(b"\r\n").split(b" ")
         if status not in (b"OK", b"OVERQUOTA", b"UNKNOWN"):
             raise BadAnswer("no status in the answer " + repr(line[:80]))
-        numbers = [int(field) if field.isdigit() else None for field in fields[-2:]]
-        used, quota = numbers if len(numbers) == 2 else (None, None)
+        numbers = fields[-2:] if len(fields) > 2 else [b"", b""]  # a lone number may be either
+        used, quota = (int(number) if number.isdigit() else None for number in numbers)
         return cls(status.decode(), used, quota)
 
     def verdict(self, size: int) -> str:
@@ -178,6 +182,9 @@ class Answer(NamedTuple):
             return "toolarge"
         full = self.quota and size and self.used is not None and self.used + size > self.quota
         return "overquota" if full or self.status == "OVERQUOTA" else "ok"
+
+
+LEFT_ALONE = "the backend is left alone for a while"
 
 
 class Fault(Exception):
@@ -252,9 +259,10 @@ class HTTPSConnection(Kept, http.client.HTTPSConnection):
 class HTTPHandler(urllib.request.AbstractHTTPHandler):
     """Opens http and https, over one connection for each thread of the pool.
 
-    It is kept for the next question where the server sends a header Keep-Alive: one of ten lines
-    might have no ear for others meanwhile. With no other handler beside this one urllib follows no
-    redirect, uses no proxy of the environment, opens nothing else and leaves every status to us.
+    It is kept for the next question where the server offers that by a header Keep-Alive; a server
+    of ten lines, which may know no length and no second client meanwhile, is told to close. With no
+    other handler beside this one urllib follows no redirect, uses no proxy of the environment,
+    opens nothing else and leaves every status to us.
     """
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
@@ -264,6 +272,7 @@ class HTTPHandler(urllib.request.AbstractHTTPHandler):
         https = functools.partial(HTTPSConnection, context=context)
         self.kinds: dict[str, Any] = {"http": HTTPConnection, "https": https}
         self.of_thread = threading.local()
+        self.offered = False
 
     def http_open(self, request: Any) -> Any:
         """Send a request. Raises Unreachable, OSError, http.client.HTTPException."""
@@ -276,8 +285,13 @@ class HTTPHandler(urllib.request.AbstractHTTPHandler):
             self.of_thread.connection = connection
         request.question.connected(connection.sock)
         try:
-            connection.request("GET", request.selector, headers=dict(request.header_items()))
-            return connection.getresponse()
+            headers = dict(request.header_items())
+            if not self.offered:
+                headers["Connection"] = "close"
+            connection.request("GET", request.selector, headers=headers)
+            response = connection.getresponse()
+            self.offered = "Keep-Alive" in response.headers
+            return response
         except ConnectionError:
             if not kept or request.question.cut:
                 raise
@@ -349,15 +363,14 @@ class Backend:
                 question.future = self.pool.submit(self.run, mailbox, question)
                 self.questions[mailbox] = question  # not before: submit may find no thread
         if question is None:
-            fault = "left alone for a while"
+            fault = LEFT_ALONE
         else:
             try:
                 return Heard(question.future.result(max(0, question.deadline - now)))
-            except concurrent.futures.TimeoutError:
-                self.miss(mailbox, question)
+            except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
+                self.record_timeout(mailbox, question)
                 fault = f"no answer within {self.timeout:g} s"
-            except concurrent.futures.CancelledError:
-                fault = "left alone meanwhile"
+                fault = LEFT_ALONE if question.cut else fault
             except Fault as error:
                 fault = str(error)
         if now - at < LAST_KNOWN:
@@ -387,7 +400,7 @@ class Backend:
             if current and isinstance(outcome, Unreachable):
                 self.leave_alone(str(outcome))
             elif isinstance(outcome, (Answer, BadAnswer)):
-                self.welcome()
+                self.record_answer()
             if isinstance(outcome, Answer):
                 self.remember(mailbox, outcome)
         if isinstance(outcome, Fault):
@@ -411,8 +424,8 @@ class Backend:
         keep = False
         try:  # who got a place late may connect late: that is no reason to call it unreachable
             with self.opener.open(request, timeout=self.timeout) as response:
-                line, end, _ = response.read(ANSWER_LENGTH).partition(b"\n")
-                keep = response.isclosed() and "Keep-Alive" in response.headers
+                line, end, _ = response.readline(ANSWER_LENGTH).partition(b"\n")
+                keep = response.length == 0 and "Keep-Alive" in response.headers
                 if response.status != 200:
                     why = line[:80].decode("ascii", "replace") if line[:6] == b"ERROR " else ""
                     raise BadAnswer(f"status {response.status} {why or response.reason[:80]}")
@@ -422,11 +435,11 @@ class Backend:
         except Fault:
             raise
         except Exception as error:  # what urllib, http.client and ssl raise has no common base
-            raise Fault("left alone meanwhile" if question.cut else repr(error)) from None
+            raise Fault(LEFT_ALONE if question.cut else repr(error)) from None
         finally:
             self.handler.release(keep)
 
-    def miss(self, mailbox: tuple[str, str], question: Question) -> None:
+    def record_timeout(self, mailbox: tuple[str, str], question: Question) -> None:
         """Count a question that ran out of time, once, however many sessions waited for it."""
         with self.lock:
             if question.late:
@@ -450,7 +463,7 @@ class Backend:
             question.end()
         self.questions.clear()
 
-    def welcome(self) -> None:
+    def record_answer(self) -> None:
         """Note that the backend answers."""
         if self.down:
             log.warning("backend=%s state=up", self.name)
@@ -475,7 +488,6 @@ class Aliases:
     def __init__(self, files: list[str], parse: Callable[[str], Address]) -> None:
         """Read the files. Raises OSError, ValueError."""
         self.parse = parse
-        self.version = 0  # grows with each change
         self.stamps = {file: self.stamp(file) for file in files}
         self.tables = {file: self.read(file) for file in files}
 
@@ -488,8 +500,9 @@ class Aliases:
             return error.errno
         return status.st_mtime_ns, status.st_size, status.st_ino
 
-    def refresh(self, force: bool = False) -> None:
-        """Read again what has changed; what cannot be read stays as it was."""
+    def refresh(self, force: bool = False) -> bool:
+        """Read again what has changed, and say if something had; what is unreadable stays."""
+        changed = False
         for file, old in self.stamps.items():
             stamp = self.stamp(file)
             if stamp == old and not force:
@@ -497,9 +510,10 @@ class Aliases:
             self.stamps[file] = stamp
             try:
                 self.tables[file] = self.read(file)
-                self.version += 1
+                changed = True
             except (OSError, ValueError) as error:
                 log.warning("aliases=%s state=kept reason=%s", file, printable(error))
+        return changed
 
     def read(self, file: str) -> dict[str, str]:
         """Read names and what they stand for; of two lines for a name the first counts."""
@@ -642,19 +656,19 @@ class Policy:
     def decide(self, recipient: str, size: int) -> Decision:
         """Judge a recipient of a message of `size` bytes (0: not declared)."""
         start = time.monotonic()
-        address, mailbox, backend, verdict = self.route(recipient, self.aliases.version)
+        address, mailbox, backend, verdict = self.route(recipient)
         heard = Heard(None)
         if mailbox and backend:
             heard = backend.ask(mailbox.user, mailbox.domain)
             verdict = heard.answer.verdict(size) if heard.answer else "fault"
-        reply = self.replies.get(verdict)
-        reply = reply and reply.to(address.given)
+        template = self.replies.get(verdict)
+        reply = template and template.to(address.given)
         return Decision(address, mailbox, verdict, reply, heard, time.monotonic() - start)
 
     def find_route(
-        self, recipient: str, _: int
+        self, recipient: str
     ) -> tuple[Address, Optional[Address], Optional[Backend], str]:
-        """Give the address, its mailbox, the backend to ask, and a verdict where none is asked."""
+        """Give the address, its mailbox, the backend to ask, or a verdict where none is asked."""
         address = self.parse(recipient)
         mailbox = self.aliases.resolve(address)
         if not address.local:
@@ -662,9 +676,9 @@ class Policy:
         if self.is_exempt(address) or mailbox and self.is_exempt(mailbox):
             return address, mailbox, None, "exempt"
         if not mailbox:
-            return address, None, None, "notone"
+            return address, None, None, "alias"
         backend = self.backends.get(mailbox.domain, self.backends.get(None))
-        return address, mailbox, backend, "nobackend"
+        return address, mailbox, backend, "" if backend else "nobackend"
 
     def is_exempt(self, address: Address) -> bool:
         """Say whether an address is one that is never asked about."""
@@ -690,7 +704,8 @@ class Policy:
 
     def tidy(self, forget: bool = False) -> None:
         """Do what is due every second: read changed aliases, end late questions."""
-        self.aliases.refresh(forget)
+        if self.aliases.refresh(forget):  # a new memory: the old one may get a late entry yet
+            self.route = functools.lru_cache(ROUTES)(self.find_route)
         for backend in set(self.backends.values()):
             backend.tidy()
             if forget:
@@ -698,7 +713,7 @@ class Policy:
 
 
 VERDICTS = ("ok", "overquota", "toolarge", "unknown", "fault")
-UNASKED = ("empty", "exempt", "notone", "nobackend")
+UNASKED = ("empty", "exempt", "alias", "nobackend")
 COUNTERS = ("recipients", "refused", "cached", "lastknown", *VERDICTS, *UNASKED)
 
 
@@ -764,30 +779,16 @@ def parse_backend(text: str) -> tuple[list[Optional[str]], str]:
     return list(domains), match[2]
 
 
-def seconds(text: str) -> float:
-    """Read a number of seconds, at most a day. Raises ArgumentTypeError."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 86400:
-        raise argparse.ArgumentTypeError("is not a number of seconds from 0 to 86400")
-    return value
+def number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
+    """Make a reader of numbers in a range. It raises ArgumentTypeError."""
 
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"is not a number from {least:g} to {most:g}")
 
-def positive(text: str) -> float:
-    """Read a number of seconds that is not 0. Raises ArgumentTypeError."""
-    value = seconds(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("is 0 seconds")
-    return value
-
-
-def whole(text: str) -> int:
-    """Read how many places a backend has. Raises ArgumentTypeError."""
-    if not re.fullmatch("[0-9]{1,4}", text) or int(text) == 0:
-        raise argparse.ArgumentTypeError("is not a whole number from 1 to 9999")
-    return int(text)
+    return read
 
 
 def listen_socket(text: str) -> str:
@@ -808,7 +809,7 @@ def trust(file: str) -> ssl.SSLContext:
 
 def exempt(text: str) -> str:
     """Check `user` or `user@domain`. Raises ArgumentTypeError."""
-    if not text.rpartition("@")[0] and not text.strip("@"):
+    if not text.partition("@")[0]:
         raise argparse.ArgumentTypeError("is neither user nor user@domain")
     return text
 
@@ -828,17 +829,35 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the start with one line, that shows no password of a URL, and status 2."""
-        line = re.sub("//[^/]*@", "//...@", " ".join(message.split()))
+        line = re.sub(r"//\S*@", "//...@", " ".join(message.split()))
         self.exit(2, f"{self.prog}: error: {line}\n")
 
 
 VALUES: list[tuple[str, Any, Callable[[str], Any], str, str]] = [
     # Options with one value: name, default, type, what stands for the value, help.
-    ("listen", "inet:8894@127.0.0.1", listen_socket, "SOCKET", "as in libmilter, or unix:PATH"),
-    ("timeout", 5, positive, "SECONDS", "whole budget of a question"),
-    ("retry-after", 10, seconds, "SECONDS", "how long a backend that failed is not asked"),
-    ("max-queries", 16, whole, "N", "questions to one backend at a time"),
-    ("cache-ttl", 60, seconds, "SECONDS", "how long an answer is used again; 0: never"),
+    (
+        "listen",
+        "inet:8894@127.0.0.1",
+        listen_socket,
+        "SOCKET",
+        "inet:PORT@HOST, inet6:..., unix:/PATH",
+    ),
+    ("timeout", 5, number(float, 0.01, DAY), "SECONDS", "whole budget of a question"),
+    (
+        "retry-after",
+        10,
+        number(float, 0, DAY),
+        "SECONDS",
+        "how long a backend that failed is not asked",
+    ),
+    ("max-queries", 16, number(int, 1, 9999), "N", "questions to one backend at a time"),
+    (
+        "cache-ttl",
+        60,
+        number(float, 0, DAY),
+        "SECONDS",
+        "how long an answer is used again; 0: never",
+    ),
     ("overquota-reply", OVERQUOTA, Reply.parse, "REPLY", "for a full mailbox"),
     ("toolarge-reply", TOOLARGE, Reply.parse, "REPLY", "for what a whole quota cannot hold"),
     ("unknown-reply", None, Reply.parse, "REPLY", "for UNKNOWN (let through)"),
@@ -1001,9 +1020,8 @@ def run(policy: Policy, where: str) -> int:
     ended_by_itself = not thread.is_alive()
     stop(where)
     thread.join(STOPPING)
-    family, path = socket_address(where)
-    if family == socket.AF_UNIX and not ended_by_itself and os.path.exists(path):
-        os.unlink(path)
+    with contextlib.suppress(OSError):
+        claim(where)  # which removes our unix socket, but not one that a successor has made
     policy.log_counters()
     log.info("listen=%s state=stopped", where)
     return int(ended_by_itself)
@@ -1021,7 +1039,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             backends = map_backends(options)
             option = "--aliases"
             policy = Policy(options, backends)
-            option = f"--listen: {options.listen}"
+            option = "--check" if options.check else f"--listen: {options.listen}"
             return check(policy, options.check) if options.check else run(policy, options.listen)
     except (OSError, RecursionError, ValueError) as error:
         parser.error(f"argument {option}: {error}")
