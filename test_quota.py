@@ -3723,6 +3723,7 @@ def tls_site(site: Site) -> Site:
     run_block("Backend: a private authority and a certificate", own)
     strict = ["openssl", "verify", "-x509_strict", "-CAfile", "authority.pem", "mail1.pem"]
     assert subprocess.run(strict, cwd=ssl_folder).returncode == 0  # as Python 3.13 does
+    assert all(key.stat().st_mode & 0o077 == 0 for key in ssl_folder.glob("*.key"))
     passwords = site.folder / "quota.htpasswd"
     need("htpasswd", "apache2-utils")
     own = {" -c ": " -i -c ", "/etc/apache2/quota.htpasswd": passwords}
