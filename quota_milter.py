@@ -75,13 +75,11 @@ IDLE = 4  # seconds for which a connection rests at most: quota.cgi --serve clos
 LATE_ANSWER = 60  # seconds for which a question may hold its place when nobody waits any more
 PATIENCE = 3  # questions in a row that run out of time before a backend is left alone
 ADDRESS_LENGTH = 256  # characters of an address in a reply: the longest path of RFC 5321, 4.5.3.1.3
-
+REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RFC 5321, 4.5.3.1.5)
 LOG_LENGTH = 10_000  # lines that may wait to be written
 TICK = 1  # seconds between two looks at the alias files and at late questions
 DAY = 86400  # seconds: the most that an option takes
 STOPPING = 6  # seconds that libmilter gets to stop
-
-REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RFC 5321, 4.5.3.1.5)
 
 log = logging.getLogger("quota_milter")
 
@@ -226,36 +224,6 @@ class Question:
                 self.socket = None  # it had ended by itself
 
 
-class Kept:
-    """A connection that may serve one question after another, and tells each of itself."""
-
-    sock: Optional[socket.socket]
-    used = -math.inf  # when the last answer was read, on the monotonic clock
-
-    def connect(self) -> None:
-        """Connect. Raises Unreachable."""
-        try:
-            super().connect()  # type: ignore[misc]
-        except (OSError, ValueError) as error:
-            raise Unreachable(f"no connection: {error}") from None
-
-    def is_idle(self) -> bool:
-        """Say whether it is open and there is nothing to read: no end, no answer to another."""
-        if self.sock is None or time.monotonic() - self.used > IDLE:
-            return False
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        return not poll.poll(0)
-
-
-class HTTPConnection(Kept, http.client.HTTPConnection):
-    """A connection that is not encrypted."""
-
-
-class HTTPSConnection(Kept, http.client.HTTPSConnection):
-    """A connection that is."""
-
-
 class HTTPHandler(urllib.request.AbstractHTTPHandler):
     """Opens http and https, over one connection for each thread of the pool.
 
@@ -269,44 +237,56 @@ class HTTPHandler(urllib.request.AbstractHTTPHandler):
 
     def __init__(self, context: ssl.SSLContext) -> None:
         super().__init__()
-        https = functools.partial(HTTPSConnection, context=context)
-        self.kinds: dict[str, Any] = {"http": HTTPConnection, "https": https}
-        self.of_thread = threading.local()
+        https = functools.partial(http.client.HTTPSConnection, context=context)
+        self.kinds: dict[str, Any] = {"http": http.client.HTTPConnection, "https": https}
+        self.of_thread = threading.local()  # a connection, and when its last answer was read
         self.offered = False
 
     def http_open(self, request: Any) -> Any:
         """Send a request. Raises Unreachable, OSError, http.client.HTTPException."""
-        connection: Any = getattr(self.of_thread, "connection", None)
-        kept = connection is not None and connection.is_idle()
-        if not kept:
-            self.release(keep=False)
+        connection = self.kept()
+        is_new = connection is None
+        if is_new:
             connection = self.kinds[request.type](request.host, timeout=request.timeout)
-            connection.connect()
+            try:
+                connection.connect()
+            except (OSError, ValueError) as error:
+                raise Unreachable(f"no connection: {error}") from None
             self.of_thread.connection = connection
         request.question.connected(connection.sock)
+        headers = dict(request.header_items())
+        if not self.offered:
+            headers["Connection"] = "close"
         try:
-            headers = dict(request.header_items())
-            if not self.offered:
-                headers["Connection"] = "close"
             connection.request("GET", request.selector, headers=headers)
             response = connection.getresponse()
-            self.offered = "Keep-Alive" in response.headers
-            return response
         except ConnectionError:
-            if not kept or request.question.cut:
+            if is_new or request.question.cut:
                 raise
-        self.release(keep=False)  # the server closed what it had kept in this very moment
-        return self.http_open(request)
+            connection.close()  # the server closed what it had kept in this very moment
+            return self.http_open(request)
+        self.offered = "Keep-Alive" in response.headers
+        return response
 
     https_open = http_open
 
+    def kept(self) -> Any:
+        """Return this thread's connection if it rests, with no end or stray answer in it."""
+        connection = getattr(self.of_thread, "connection", None)
+        if connection is None or connection.sock is None:
+            return None
+        poll = select.poll()
+        poll.register(connection.sock, select.POLLIN)
+        if time.monotonic() - self.of_thread.used < IDLE and not poll.poll(0):
+            return connection
+        connection.close()
+        return None
+
     def release(self, keep: bool) -> None:
         """Close this thread's connection, or note that it may be used again."""
-        connection = getattr(self.of_thread, "connection", None)
-        if connection is not None:
-            connection.used = time.monotonic()
-            if not keep:
-                connection.close()
+        self.of_thread.used = time.monotonic()
+        if not keep and hasattr(self.of_thread, "connection"):
+            self.of_thread.connection.close()
 
 
 class Heard(NamedTuple):
