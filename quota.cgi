@@ -96,13 +96,13 @@ def setting(name: str, env: "Env") -> bytes:
     return str(globals()[name]).encode() if given is None else given
 
 
-def parse_limit(text: bytes) -> int:
-    """Read a limit such as `200M` in bytes. Raises Problem where it is none."""
+def parse_limit(name: str, text: bytes) -> int:
+    """Read the limit in a setting in bytes. Raises Problem where it is none."""
     text = text.strip().upper()
     power = b"KMGT".find(text[-1:]) + 1
     digits = text[:-1] if power else text
     if not digits.isdigit() or len(digits) > 20:
-        raise Problem(500, "a limit in the settings is no number of bytes", text)
+        raise Problem(500, f"{name} has a limit that is not like 200M", text)
     return int(digits) << 10 * power
 
 
@@ -123,7 +123,7 @@ def user_limit(user: bytes, domain: "Optional[bytes]", env: "Env") -> "Optional[
         raise Problem(500, "the file QUOTA_USERS cannot be read", error) from None
     for name in user + b"@" + (domain or b""), user:
         if name in found:
-            return parse_limit(found[name])
+            return parse_limit("QUOTA_USERS", found[name])
     return None
 
 
@@ -174,13 +174,16 @@ def expand(template: bytes, user: bytes, domain: "Optional[bytes]") -> "Optional
                 return None
             parts.append(home)
         elif placeholder not in (b"d", b"u"):
-            raise Problem(500, "unknown placeholder in the setting of the path", template)
+            raise Problem(500, f"{PATH_SETTING} has an unknown placeholder", template)
         elif domain is None:
             raise Problem(400, "no domain (d=) given")
         else:
             parts.append(domain if placeholder == b"d" else user + b"@" + domain)
         parts.append(part[1:])
-    return b"".join(parts).replace(b"\0", b"%")
+    path = b"".join(parts).replace(b"\0", b"%")
+    if path[:1] != b"/":
+        raise Problem(500, f"{PATH_SETTING} does not begin with /", template)
+    return path
 
 
 def home_of(user: bytes) -> "Optional[bytes]":
@@ -209,7 +212,10 @@ def verdict(user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env") -> b
     unknown = setting("QUOTA_UNKNOWN", env)
     if unknown not in (b"", b"0", b"off", b"1"):
         raise Problem(500, "QUOTA_UNKNOWN is neither 0 nor 1", unknown)
-    limit, given = parse_limit(setting("QUOTA_LIMIT", env)), user_limit(user, domain, env)
+    limit, given = (
+        parse_limit("QUOTA_LIMIT", setting("QUOTA_LIMIT", env)),
+        user_limit(user, domain, env),
+    )
     path = expand(setting(PATH_SETTING, env), user, domain)
     status = b"UNKNOWN" if unknown == b"1" or path is None else b"OK"
     used, quota = 0, limit if given is None else given
@@ -344,7 +350,9 @@ def main() -> int:
     if options.serve is not None:
         try:
             serve(options.serve)
-        except (OSError, OverflowError, ValueError) as error:
+        except (OverflowError, ValueError):
+            parser.error(f"--serve {options.serve}: not [HOST:]PORT")
+        except OSError as error:
             parser.error(f"--serve {options.serve}: {error}")
         except KeyboardInterrupt:
             return 0

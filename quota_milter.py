@@ -167,7 +167,7 @@ class Answer(NamedTuple):
         """Read `STATUS user used quota` (interface section 1). Raises BadAnswer."""
         status, *fields = line.rstrip(b"\r\n").split(b" ")
         if status not in (b"OK", b"OVERQUOTA", b"UNKNOWN"):
-            raise BadAnswer("no status in the answer " + repr(line[:80]))
+            raise BadAnswer(f"no status in the answer {line[:80]!r}: is the URL right?")
         numbers = fields[-2:] if len(fields) > 2 else [b"", b""]  # a lone number may be either
         used, quota = (int(number) if number.isdigit() else None for number in numbers)
         return cls(status.decode(), used, quota)
@@ -993,6 +993,8 @@ def run(policy: Policy, where: str) -> int:
         if event == signal.SIGUSR1:
             policy.log_counters()
         policy.tidy(forget=event == signal.SIGHUP)
+        if event == signal.SIGHUP:
+            log.info("listen=%s state=reloaded options=unchanged", where)
         try:
             event = events.get(timeout=TICK)
         except queue.Empty:

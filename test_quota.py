@@ -1221,9 +1221,9 @@ def test_a_limit_is_bytes_or_a_power_of_1024(
     if limit is None:
         assert (got.status, got.line) == (
             500,
-            b"ERROR a limit in the settings is no number of bytes",
+            b"ERROR QUOTA_LIMIT has a limit that is not like 200M",
         )
-        assert "a limit in the settings" in got.errors
+        assert "QUOTA_LIMIT" in got.errors
     else:
         status = b"OVERQUOTA" if 0 < limit < 100 else b"OK"
         assert got.line == b"%s john 100 %d" % (status, limit)
@@ -1244,6 +1244,9 @@ def test_placeholders_make_the_path(tmp_path: pathlib.Path) -> None:
     for template in "%x/%n", "%n%", "%N":
         got = ask_cgi(MBOX_CGI, "u=john&d=x.org", QUOTA_MAILBOX=tmp_path / template)
         assert got.status == 500 and b"placeholder" in got.line, template
+    for template in "mail/%n", "%n", "":
+        got = ask_cgi(MBOX_CGI, "u=john", QUOTA_MAILBOX=template)
+        assert (got.status, got.line) == (500, b"ERROR QUOTA_MAILBOX does not begin with /")
     long = ask_cgi(MBOX_CGI, f"u={'x' * 255}&d={'y' * 255}", QUOTA_MAILBOX=tmp_path / "%u")
     assert (long.status, long.line[:5]) == (200, b"OK xx"), "a name too long for a file has no file"
 
@@ -1279,8 +1282,8 @@ def test_limits_of_users_beat_the_limit_of_all(spool: pathlib.Path, tmp_path: pa
         ("u=paul", b"OK paul 0 100"),
         ("u=indented", b"OK indented 0 7"),
         ("u=hash%23tag", b"OK hash#tag 0 8"),
-        ("u=broken", b"ERROR a limit in the settings is no number of bytes"),
-        ("u=empty", b"ERROR a limit in the settings is no number of bytes"),
+        ("u=broken", b"ERROR QUOTA_USERS has a limit that is not like 200M"),
+        ("u=empty", b"ERROR QUOTA_USERS has a limit that is not like 200M"),
     ]:
         assert ask_cgi(MBOX_CGI, query, **settings).line == line
     gone = ask_cgi(MBOX_CGI, "u=john", **{**settings, "QUOTA_USERS": tmp_path / "none"})
@@ -4141,6 +4144,12 @@ def test_readmes_first_command_runs_the_main_job(
         os.kill(int(child), signal.SIGINT)
     assert process.popen.wait(20) == 0
     wait_for(lambda: not answers_at(8025), "the end of the backend")
+
+
+def test_readme_shows_a_mailbox_over_its_quota_in_a_shell() -> None:
+    assert run_block("a mailbox over its quota", {}, cwd=HERE).startswith("OVERQUOTA john ")
+    own: dict[str, Path] = {"/usr/lib/cgi-bin/quota.cgi": MBOX_CGI, "john": "no-such-user"}
+    assert run_block("Backend: ask in a shell", own) == "UNKNOWN no-such-user 0 209715200\n"
 
 
 def test_readmes_second_command_installs_what_the_tests_need() -> None:
