@@ -918,7 +918,9 @@ def check(policy: Policy, addresses: list[str]) -> int:
     status = 0
     for address in addresses:
         decision = policy.decide(address, 0)
-        print(decision, "reply=" + (" ".join(decision.reply) if decision.reply else "none"))
+        reply = " ".join(decision.reply) if decision.reply else "none"
+        with contextlib.suppress(BrokenPipeError):  # who reads no line may want the status
+            print(decision, f"reply={reply}")
         found = 2 if decision.heard.fault else 1 if decision.reply else 0
         status = max(status, found)
     return status
@@ -1029,5 +1031,6 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 if __name__ == "__main__":
     status = main()
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
     os._exit(status)  # a name look-up that hangs must not hold up the end

@@ -924,6 +924,15 @@ def test_check_prints_the_verdict_and_the_reply(backend: Backend) -> None:
     assert "verdict=fault" in output
 
 
+def test_check_ends_well_where_nobody_reads_its_verdicts(backend: Backend) -> None:
+    command = f"{PYTHON} {MILTER} --backend {backend.url} --check john@x.org mary@x.org"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command.split(), stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_help_names_every_option() -> None:
     text = run_milter("--help")[1]
     assert set(re.findall(r"^  --([a-z-]+)", text, re.MULTILINE)) == set(OPTIONS)
@@ -2705,25 +2714,25 @@ def test_garbage_on_the_milter_port_ends_that_session_alone(
     assert "Traceback" not in running.process.output() and running.process.stop() == 0
 
 
+def unsteady(line: bytes, noise: random.Random) -> Answering:
+    """Return an answer that is this line, and each tenth time a fault."""
+    faults = [b"HTTP/1.0 500 Oops\r\n\r\n", b"nonsense\n", reset, lambda connection: None]
+
+    def answer(connection: socket.socket) -> Optional[bytes]:
+        what: Any = noise.choice(faults) if noise.random() < 0.1 else line
+        found: Optional[bytes] = what(connection) if callable(what) else what
+        return found
+
+    return answer
+
+
 def test_every_verdict_is_right_while_a_backend_fails_at_random(
     backend: Backend, milter: Callable[..., RunningMilter]
 ) -> None:
     """The short form of `.ci/bench soak`."""
-    noise = random.Random(3)
-
-    def unsteady(line: bytes) -> Answering:
-        faults = [b"HTTP/1.0 500 Oops\r\n\r\n", b"nonsense\n", reset, lambda connection: None]
-
-        def answer(connection: socket.socket) -> Optional[bytes]:
-            what: Any = noise.choice(faults) if noise.random() < 0.1 else line
-            found: Optional[bytes] = what(connection) if callable(what) else what
-            return found
-
-        return answer
-
     for number in range(300):
         kind, line = ("full", FULL) if number % 3 == 0 else ("user", b"OK %s 1 100\n")
-        backend.answers[f"{kind}{number}".encode()] = unsteady(line)
+        backend.answers[f"{kind}{number}".encode()] = unsteady(line, random.Random(number))
     running = milter(backend, "--cache-ttl", "0.3", "--on-error", "tempfail")
     users = [user.decode() for user in backend.answers]
     wrong: list[str] = []
