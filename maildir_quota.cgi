@@ -60,7 +60,7 @@ QUOTA_LIMIT = "200M"  # bytes, or with K, M, G, T (powers of 1024); 0: no limit
 QUOTA_MAILDIR = "%h/Maildir"  # %n user, %d domain, %u user@domain, %h the user's home, %% percent
 QUOTA_USERS = ""  # a file of lines `user limit` or `user@domain limit`, which beat every other
 QUOTA_TRASH = "auto"  # count it as Dovecot, skip it as Courier, or as whichever keeps the Maildir
-QUOTA_UNKNOWN = "0"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
+QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
 PATH_SETTING = "QUOTA_MAILDIR"
 
@@ -360,7 +360,7 @@ def verdict(user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env") -> b
         check_name("domain", domain)
     unknown = setting("QUOTA_UNKNOWN", env)
     if unknown not in (b"", b"0", b"off", b"1"):
-        raise Problem(500, "QUOTA_UNKNOWN is neither 0 nor 1", unknown)
+        raise Problem(500, "QUOTA_UNKNOWN is neither 1 nor off", unknown)
     limit, given = (
         parse_limit("QUOTA_LIMIT", setting("QUOTA_LIMIT", env)),
         user_limit(user, domain, env),
