@@ -81,6 +81,19 @@ TICK = 1  # seconds between two looks at the alias files and at late questions
 DAY = 86400  # seconds: the most that an option takes
 STOPPING = 6  # seconds that libmilter gets to stop
 
+OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
+TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
+LEFT_ALONE = "the backend is left alone for a while"
+VERDICTS = ("ok", "overquota", "toolarge", "unknown", "fault")
+UNASKED = ("empty", "exempt", "alias", "nobackend")
+COUNTERS = ("recipients", "refused", "cached", "lastknown", *VERDICTS, *UNASKED)
+
+SOURCE_ROUTE = re.compile(r"^(?:@(?:\[[^\]]*\]|[^\[@,:])*,?)+:")
+# aliases(5) `name: value` or virtual(5) `name value`; a name may be quoted.
+ALIAS = re.compile(r"""("(?:\\.|[^"\\])*"(?:@[^\s:]+)?|[^\s:"][^\s:]*)(?:\s*:\s*|\s+)(\S.*)""")
+# One mailbox (behind a backslash: whatever the aliases say); no list, program, file, include.
+TARGET = re.compile(r"""(\\?)(?!"?[|/:]|\w+:)((?:"(?:\\.|[^"\\])*"|[^\s,"])+)""")
+
 log = logging.getLogger("quota_milter")
 
 
@@ -122,9 +135,6 @@ class Address(NamedTuple):
         return [f"{local}@{self.domain}", f"{user}@{self.domain}", local, user]
 
 
-SOURCE_ROUTE = re.compile(r"^(?:@(?:\[[^\]]*\]|[^\[@,:])*,?)+:")
-
-
 class Reply(NamedTuple):
     """An SMTP reply whose text may name the recipient as `{address}`."""
 
@@ -150,8 +160,6 @@ class Reply(NamedTuple):
         return self._replace(text=text[:REPLY_LENGTH])
 
 
-OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
-TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
 ON_ERROR = Reply("451", "4.3.0", "The mailbox of {address} cannot be checked, try again later")
 
 
@@ -180,9 +188,6 @@ class Answer(NamedTuple):
             return "toolarge"
         full = self.quota and size and self.used is not None and self.used + size > self.quota
         return "overquota" if full or self.status == "OVERQUOTA" else "ok"
-
-
-LEFT_ALONE = "the backend is left alone for a while"
 
 
 class Fault(Exception):
@@ -349,13 +354,11 @@ class Backend:
                 return Heard(question.future.result(max(0, question.deadline - now)))
             except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
                 self.record_timeout(mailbox, question)
-                fault = f"no answer within {self.timeout:g} s"
-                fault = LEFT_ALONE if question.cut else fault
+                fault = LEFT_ALONE if question.cut else f"no answer within {self.timeout:g} s"
             except Fault as error:
                 fault = str(error)
-        if now - at < LAST_KNOWN:
-            return Heard(answer, cached=True, fault=fault)
-        return Heard(None, fault=fault)
+        last_known = answer if now - at < LAST_KNOWN else None
+        return Heard(last_known, cached=last_known is not None, fault=fault)
 
     def is_silent(self, now: float) -> bool:
         """Say whether nothing may be asked. When it may again, one question tries the backend."""
@@ -545,11 +548,6 @@ class Aliases:
             address = following
 
 
-ALIAS = re.compile(r"""("(?:\\.|[^"\\])*"(?:@[^\s:]+)?|[^\s:"][^\s:]*)(?:\s*:\s*|\s+)(\S.*)""")
-# One mailbox (behind a backslash: whatever the aliases say); no list, program, file, include.
-TARGET = re.compile(r"""(\\?)(?!"?[|/:]|\w+:)((?:"(?:\\.|[^"\\])*"|[^\s,"])+)""")
-
-
 def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Join continuation lines and drop comments. Raises ValueError where it is no text."""
     start = 0
@@ -690,11 +688,6 @@ class Policy:
             backend.tidy()
             if forget:
                 backend.forget()
-
-
-VERDICTS = ("ok", "overquota", "toolarge", "unknown", "fault")
-UNASKED = ("empty", "exempt", "alias", "nobackend")
-COUNTERS = ("recipients", "refused", "cached", "lastknown", *VERDICTS, *UNASKED)
 
 
 class QuotaMilter(Milter.Base):  # type: ignore[misc]
