@@ -129,8 +129,11 @@ def read_maildirsize(path: bytes, dovecot: bool) -> "Optional[tuple[bytes, list[
         text = posix.read(file, TRUSTED_LENGTH)
     finally:
         posix.close(file)
+    if not text:  # what a full disk leaves
+        return None
     *lines, unfinished = text.split(b"\n")
-    if unfinished and not dovecot:  # Dovecot leaves it out: somebody may still be writing it
+    # Somebody may still be writing it: Dovecot leaves it out, Courier where it is no entry.
+    if not dovecot and (not lines or parse_entry(unfinished)):
         lines.append(unfinished)
     header, *entries = lines or [b""]
     return header, entries if len(text) < TRUSTED_LENGTH else [b""], time.time() - status.st_mtime
@@ -157,21 +160,26 @@ def parse_limits(header: bytes, dovecot: bool) -> "tuple[int, int]":
 def add_up(entries: "list[bytes]") -> "Optional[tuple[int, int]]":
     """Add up lines of `bytes messages`; None where one is something else or a sum is negative."""
     size = messages = 0
-    for entry in entries:
-        more_bytes, rest = number(entry)
-        more_messages, _ = number(rest)
-        if more_bytes is None or more_messages is None:
+    for entry in map(parse_entry, entries):
+        if entry is None:
             return None
-        size, messages = size + more_bytes, messages + more_messages
+        size, messages = size + entry[0], messages + entry[1]
     return (size, messages) if min(size, messages) >= 0 else None
 
 
-def number(text: bytes) -> "tuple[Optional[int], bytes]":
-    """Read a number as C's scanf does, None where there is none, and return what follows it."""
-    text = text.lstrip()
-    rest = text[text[:1] in (b"-", b"+") :].lstrip(DIGITS)
-    digits = text[: len(text) - len(rest)]
-    return int(digits) if digits[-1:].isdigit() and len(digits) <= LONGEST_NUMBER else None, rest
+def parse_entry(line: bytes) -> "Optional[tuple[int, int]]":
+    """Read `bytes messages` as C's scanf does, whatever follows; None where it is no entry."""
+    numbers = []
+    for _ in range(2):
+        line = line.lstrip()
+        sign = line[: line[:1] in (b"-", b"+")]
+        rest = line[len(sign) :].lstrip(DIGITS)
+        digits = line[len(sign) : len(line) - len(rest)]
+        if not digits or digits[:-LONGEST_NUMBER].strip(b"0"):
+            return None
+        numbers.append(int(sign + digits[-LONGEST_NUMBER:]))
+        line = rest
+    return numbers[0], numbers[1]
 
 
 def count(path: bytes, dovecot: bool) -> "tuple[int, int]":
@@ -182,7 +190,7 @@ def count(path: bytes, dovecot: bool) -> "tuple[int, int]":
     folders = [path]
     with posix.scandir(path) as entries:
         for entry in entries:
-            if entry.name[:1] == b"." and entry.is_dir(follow_symlinks=dovecot):
+            if entry.name[:1] == b"." and is_folder(entry, dovecot):
                 folders.append(path + b"/" + entry.name)
     if not dovecot and path + b"/.Trash" in folders:
         folders.remove(path + b"/.Trash")
@@ -193,6 +201,16 @@ def count(path: bytes, dovecot: bool) -> "tuple[int, int]":
                 size += message_size
                 messages += 1
     return size, messages
+
+
+def is_folder(entry: "posix.DirEntry[bytes]", dovecot: bool) -> bool:
+    """Say whether it is a folder: Dovecot follows links, but not in a circle. Raises OSError."""
+    try:
+        return entry.is_dir(follow_symlinks=dovecot)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def sizes(directory: bytes, dovecot: bool) -> "Iterator[int]":
@@ -262,6 +280,8 @@ def user_limit(user: bytes, domain: "Optional[bytes]", env: "Env") -> "Optional[
         return None
     found: dict[bytes, bytes] = {}
     try:
+        if posix.stat(path).st_mode & S_IFMT != S_IFREG:
+            raise OSError("not a file")
         with open(path, "rb") as file:
             for line in file:
                 text = line.replace(b"\t", b" ").partition(b" #")[0].strip()

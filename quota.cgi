@@ -113,6 +113,8 @@ def user_limit(user: bytes, domain: "Optional[bytes]", env: "Env") -> "Optional[
         return None
     found: dict[bytes, bytes] = {}
     try:
+        if posix.stat(path).st_mode & S_IFMT != S_IFREG:
+            raise OSError("not a file")
         with open(path, "rb") as file:
             for line in file:
                 text = line.replace(b"\t", b" ").partition(b" #")[0].strip()

@@ -1295,6 +1295,8 @@ def test_limits_of_users_beat_the_limit_of_all(spool: pathlib.Path, tmp_path: pa
         ("u=empty", b"ERROR QUOTA_USERS has a limit that is not like 200M"),
     ]:
         assert ask_cgi(MBOX_CGI, query, **settings).line == line
+    endless = ask_cgi(MBOX_CGI, "u=john", **{**settings, "QUOTA_USERS": "/dev/zero"})
+    assert (endless.status, endless.line) == (500, b"ERROR the file QUOTA_USERS cannot be read")
     gone = ask_cgi(MBOX_CGI, "u=john", **{**settings, "QUOTA_USERS": tmp_path / "none"})
     assert (gone.status, gone.line) == (500, b"ERROR the file QUOTA_USERS cannot be read")
     assert str(tmp_path) not in gone.line.decode() and str(tmp_path) in gone.errors
@@ -1944,7 +1946,9 @@ MAILDIR_RULE = (
     Rule("items in any order", b"3C,9S\n9 2\n", NO_FILES, "OVERQUOTA 9 9", "DC"),
     Rule("0 is no limit", b"0S,0C\n9 9\n", NO_FILES, "OK 9 0", "DC"),
     Rule("no digits, no limit", b"NOQUOTA\n9 9\n", NO_FILES, "OK 9 0", "DC"),
-    Rule("an empty file, no limit", b"", STUFFED, "OK 0 0", "DC"),
+    Rule("an empty file is none", b"", STUFFED, "OVERQUOTA 2000 9", setting="QUOTA_LIMIT=9"),
+    Rule("zeros ahead", b"6S\n" + b"0" * 200 + b"5 1\n", STUFFED, "OK 5 6", "DC"),
+    Rule("an unfinished line that is none", b"8S\n3 1\nx", STUFFED, "OK 3 8", "C"),
     Rule("other letters, no limit", b"5B,5s\n9 9\n", NO_FILES, "OK 9 0", "DC"),
     Rule("lines add up", b"999S\n1 1\n  -2   -1\n\t9 1\n-7 -1\n", STUFFED, "OK 1 999", "DC"),
     Rule("padded lines", b"9S\n" + b"%12d %12d\n" % (9, 2), NO_FILES, "OVERQUOTA 9 9", "DC"),
@@ -2114,6 +2118,13 @@ def huge_names(path: pathlib.Path) -> None:
         (path / "cur" / f"1,S={10**power}").touch()
 
 
+def circle_of_folders(path: pathlib.Path) -> None:
+    """Make links that lead to each other, in a Maildir of the server that follows links."""
+    (path / "dovecot-uidlist").touch()
+    (path / ".a1").symlink_to(".a2")
+    (path / ".a2").symlink_to(".a1")
+
+
 EVERY_BYTE = bytes(range(256)) * 10
 # Each with QUOTA_LIMIT=1500 and a message of 2000 bytes, unless it stands otherwise.
 BAD_MAILDIRS = (
@@ -2127,6 +2138,7 @@ BAD_MAILDIRS = (
     ("is binary", maildirsize_of(EVERY_BYTE), "OK john"),
     ("has binary entries", maildirsize_of(b"1000S\n" + EVERY_BYTE[1:]), "OVERQUOTA john 2000 1000"),
     ("is one long line", maildirsize_of(b"9" * 5000 + b"S\n1 1\n"), "OK john 1 0"),
+    ("has folders that are links in a circle", circle_of_folders, "OVERQUOTA john 2000 1500"),
     ("has a limit of 10^30", maildirsize_of(b"%dS\n1 1\n" % 10**30), "OK john 1 0"),
     ("has sizes of 10^30", maildirsize_of(b"1000S\n%d 1\n" % 10**30), "OVERQUOTA john 2000 1000"),
     (
