@@ -331,6 +331,7 @@ class Backend:
         self.lock = threading.Lock()  # guards what follows
         self.answers: dict[tuple[str, str], tuple[float, Answer]] = {}  # oldest first
         self.questions: dict[tuple[str, str], Question] = {}
+        self.answered = -math.inf  # when it last did, on the monotonic clock
         self.out_of_time = 0  # questions in a row
         self.down = False
         self.silent_until = 0.0  # on the monotonic clock, while down
@@ -353,8 +354,8 @@ class Backend:
             try:
                 return Heard(question.future.result(max(0, question.deadline - now)))
             except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
-                self.record_timeout(mailbox, question)
                 fault = LEFT_ALONE if question.cut else f"no answer within {self.timeout:g} s"
+                self.record_timeout(mailbox, question)
             except Fault as error:
                 fault = str(error)
         last_known = answer if now - at < LAST_KNOWN else None
@@ -428,8 +429,10 @@ class Backend:
             if question.late:
                 return
             question.late = True
-            if question.future.cancel():  # it was still waiting for a place
+            if question.future.cancel():
                 self.questions.pop(mailbox, None)
+                if self.answered > question.deadline - self.timeout:
+                    return  # it never got a place, of a backend that does answer
             self.out_of_time += 1
             if self.down or self.out_of_time >= PATIENCE:
                 self.leave_alone(f"{PATIENCE} questions in a row got no answer in time")
@@ -450,7 +453,7 @@ class Backend:
         """Note that the backend answers."""
         if self.down:
             log.warning("backend=%s state=up", self.name)
-        self.down, self.out_of_time = False, 0
+        self.down, self.out_of_time, self.answered = False, 0, time.monotonic()
 
     def tidy(self) -> None:
         """Give up questions that have held their places for too long."""
@@ -1018,7 +1021,9 @@ def main(argv: Optional[list[str]] = None) -> int:
             policy = Policy(options, backends)
             option = "--check" if options.check else f"--listen: {options.listen}"
             return check(policy, options.check) if options.check else run(policy, options.listen)
-    except (OSError, RecursionError, ValueError) as error:
+    except RecursionError:
+        parser.error("argument @FILE: the file reads itself")
+    except (OSError, ValueError) as error:
         parser.error(f"argument {option}: {error}")
 
 

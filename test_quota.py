@@ -901,7 +901,7 @@ def test_a_bad_option_file_ends_the_start_with_one_line(tmp_path: pathlib.Path, 
     file.write_bytes(text.replace("FILE", str(file)).encode("latin-1"))
     status, output, errors = run_milter(f"@{file}")
     assert (status, output, len(errors.splitlines())) == (2, "", 1)
-    assert "Traceback" not in errors
+    assert "Traceback" not in errors and "recursion" not in errors
 
 
 def test_check_prints_the_verdict_and_the_reply(backend: Backend) -> None:
@@ -2595,6 +2595,21 @@ def test_the_timeout_covers_the_wait_for_a_place(
     assert time.monotonic() - begin < 1 + SLACK
     assert all(reply.startswith("451") and took < 1 + SLACK for reply, took in results)
     assert len(backend.asked) == 2 == backend.most
+
+
+def test_a_backend_that_answers_is_not_left_alone_for_want_of_places(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    def slow(connection: socket.socket) -> bytes:
+        time.sleep(0.2)
+        return FULL
+
+    backend.default = slow
+    running = milter(backend, "--max-queries", "2", "--timeout", "1")
+    replies = at_once(running, [f"<user{number}@example.com>" for number in range(40)])
+    assert {reply[:3] for reply, _ in replies} == {"452", ""}
+    assert running.rcpt("<afterwards@example.com>").startswith("452")
+    assert "state=down" not in running.process.output()
 
 
 def test_a_backend_that_is_silent_three_times_in_a_row_is_left_alone(
