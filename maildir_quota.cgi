@@ -75,10 +75,9 @@ def measure(path: bytes, limit: int, given: "Optional[int]", env: "Env") -> "tup
 
     `limit` is QUOTA_LIMIT, `given` what QUOTA_USERS has for this user. Raises OSError, Problem.
     """
-    limits = limit, 0
+    posix.stat(path)  # no Maildir is FileNotFoundError; from here on that is one of its files
     dovecot = is_dovecots(path, setting("QUOTA_TRASH", env))
-    posix.stat(path)
-    total, doubtful = None, False
+    limits, total, doubtful = (limit, 0), None, False
     maildirsize = read_maildirsize(path, dovecot)
     if maildirsize is not None:
         header, entries, age = maildirsize
