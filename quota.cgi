@@ -214,10 +214,8 @@ def verdict(user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env") -> b
     unknown = setting("QUOTA_UNKNOWN", env)
     if unknown not in (b"", b"0", b"off", b"1"):
         raise Problem(500, "QUOTA_UNKNOWN is neither 1 nor off", unknown)
-    limit, given = (
-        parse_limit("QUOTA_LIMIT", setting("QUOTA_LIMIT", env)),
-        user_limit(user, domain, env),
-    )
+    limit = parse_limit("QUOTA_LIMIT", setting("QUOTA_LIMIT", env))
+    given = user_limit(user, domain, env)
     path = expand(setting(PATH_SETTING, env), user, domain)
     status = b"UNKNOWN" if unknown == b"1" or path is None else b"OK"
     used, quota = 0, limit if given is None else given
@@ -237,7 +235,10 @@ def answer(user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env") -> "t
         return 200, verdict(user, domain, env)
     except Problem as problem:
         if problem.detail is not None and sys.stderr:  # None where a server has closed it
-            print(f"quota: {problem.why}: {str(problem.detail)!a}", file=sys.stderr)
+            try:
+                print(f"quota: {problem.why}: {str(problem.detail)!a}", file=sys.stderr)
+            except OSError:
+                pass  # the disk that has the log is full; the client gets its answer
         return problem.status, b"ERROR %s\n" % problem.why.encode()
 
 

@@ -2911,6 +2911,28 @@ def test_a_second_instance_on_a_busy_port_ends_with_one_line(
     assert running.rcpt("<john@example.com>") == "" and running.process.stop() == 0
 
 
+def test_a_full_disk_under_the_log_changes_no_answer(backend: Backend, spool: pathlib.Path) -> None:
+    backend.answers[b"john"] = FULL
+    port = free_port()
+    listen = ["--listen", f"inet:{port}@127.0.0.1", "--backend", backend.url, "--verbose"]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen([PYTHON, str(MILTER), *listen], stdout=full, stderr=full)
+        try:
+            wait_for(lambda: answers_at(port), "the milter")
+            with MilterSession(port) as session:
+                session.mail()
+                assert session.rcpt("<john@example.com>").startswith("452")
+                assert session.rcpt("<mary@example.com>") == ""
+            process.terminate()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+        environment = {"GATEWAY_INTERFACE": "1", "QUERY_STRING": "u=folder"}
+        environment["QUOTA_MAILBOX"] = f"{spool}/%n"
+        done = subprocess.run([MBOX_CGI], env=environment, stdout=subprocess.PIPE, stderr=full)
+    assert done.stdout.endswith(b"\n\nERROR the mailbox is not a file\n")
+
+
 def test_a_log_that_nobody_reads_holds_up_neither_mail_nor_the_end(
     backend: Backend, start: Callable[..., Process]
 ) -> None:
