@@ -2534,6 +2534,21 @@ def test_answers_are_kept_for_their_time_and_not_beyond_their_number(
     assert heard.answer is None and "status 500" in heard.fault
 
 
+def test_a_question_that_drips_on_gives_its_place_back_in_the_end(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load(MILTER)
+    monkeypatch.setattr(module, "LATE_ANSWER", 1)
+    arguments = ["--backend", backend.url, "--timeout", "1", "--max-queries", "1"]
+    asking = module.map_backends(module.option_parser().parse_args(arguments))[None]
+    backend.answers[b"john"] = drip
+    assert asking.ask("john", "x.org").fault == "no answer within 1 s"
+    assert asking.ask("mary", "x.org").answer is None, "the only place is taken"
+    wait_for(lambda: asking.tidy() or not asking.questions, "the end of the question")
+    assert asking.ask("mary", "x.org").answer.status == "OK"
+    assert not asking.down
+
+
 # ---- load ----
 
 
