@@ -33,6 +33,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Optional, Union
 
 import pytest
@@ -191,9 +192,28 @@ def ask_cgi(
 
 
 class MilterSession:
-    """An MTA's side of the milter protocol (version 6), for one connection."""
+    """An MTA's side of the milter protocol, as Postfix and Sendmail speak it: one connection."""
 
-    def __init__(self, address: Union[int, Path, socket.socket]) -> None:
+    SKIP = 0x400  # the milter may end a body with "s"
+    CHUNK = 65535  # bytes of a body that an MTA sends at a time
+    STEPS = {
+        # command: the bits with which a milter does without it, and without replying to it
+        b"C": (0x1, 0x1000),
+        b"H": (0x2, 0x2000),
+        b"M": (0x4, 0x4000),
+        b"T": (0x200, 0x10000),
+        b"L": (0x20, 0x80),
+        b"N": (0x40, 0x40000),
+        b"B": (0x10, 0x80000),
+    }
+
+    def __init__(
+        self,
+        address: Union[int, Path, socket.socket],
+        version: int = 6,
+        offered: int = 0x1FFFFF,  # the bits that this MTA understands
+    ) -> None:
+        self.version, self.offered = version, offered
         if isinstance(address, socket.socket):
             self.socket = address
         elif isinstance(address, int):
@@ -203,11 +223,13 @@ class MilterSession:
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.settimeout(60)
             self.socket.connect(str(address))
-        version, actions, protocol = 6, 0x1FF, 0x1FFFFF
-        self.send(b"O", struct.pack(">III", version, actions, protocol))
+        self.send(b"O", struct.pack(">III", version, 0x1FF, offered))
         command, data = self.receive()
         assert command == b"O", command
         self.protocol = struct.unpack(">III", data[:12])[2]
+        assert not self.protocol & ~offered, "the milter wants what was not offered"
+        self.step(b"C", b"client.example.net\x004\x00\x19127.0.0.1\0")
+        self.step(b"H", b"client.example.net\0")
 
     def __enter__(self) -> "MilterSession":
         return self
@@ -234,11 +256,17 @@ class MilterSession:
             data += more
         return data
 
+    def step(self, command: bytes, data: bytes = b"") -> bytes:
+        """Take a step, unless the milter does without it; return its reply, "c" for none."""
+        without, without_reply = self.STEPS[command]
+        if self.protocol & without:
+            return b"c"
+        self.send(command, data)
+        return b"c" if self.protocol & without_reply else self.receive()[0]
+
     def mail(self, sender: str = "<sender@example.net>", *parameters: str) -> None:
         """Begin a message."""
-        self.send(b"M", b"".join(p.encode() + b"\0" for p in (sender, *parameters)))
-        if not self.protocol & 0x4000:  # SMFIP_NR_MAIL: no reply to this one
-            assert self.receive() == (b"c", b"")
+        assert self.step(b"M", b"".join(p.encode() + b"\0" for p in (sender, *parameters))) == b"c"
 
     def rcpt(self, recipient: Union[str, bytes], *parameters: str) -> str:
         """Give a recipient; return the SMTP reply, "" for one that is let through."""
@@ -247,6 +275,49 @@ class MilterSession:
         command, data = self.receive()
         assert command in (b"c", b"y"), (command, data)
         return data.rstrip(b"\0").decode("ascii")
+
+    def data(self, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Begin the data: DATA (which protocol versions below 4 have not), headers, their end."""
+        if self.version >= 4:
+            assert self.step(b"T") == b"c"
+        for name, value in headers.items():
+            assert self.step(b"L", f"{name}\0{value}\0".encode()) == b"c"
+        assert self.step(b"N") == b"c"
+
+    def body(self, size: int) -> int:
+        """Send a body of so many bytes, or less if the milter skips it; return the bytes sent."""
+        sent = 0
+        while sent < size:
+            chunk = b"x" * min(size - sent, self.CHUNK)
+            sent += len(chunk)
+            reply = self.step(b"B", chunk)
+            assert reply == b"c" or reply == b"s" and self.offered & self.SKIP, reply
+            if reply == b"s":
+                break
+        return sent
+
+    def end(self) -> str:
+        """End the data; return the SMTP reply to the whole message, "" for one that is taken."""
+        self.send(b"E")
+        command, data = self.receive()
+        assert command in (b"c", b"y"), (command, data)
+        return data.rstrip(b"\0").decode("ascii")
+
+    def message(self, recipients: str, size: int, declared: Optional[int] = None) -> str:
+        """Give a whole message to recipients (user or user@domain, spaces between).
+
+        Returns the reply to the data, "" where it was taken; where every recipient was refused
+        there are no data, and the last one's reply stands for them.
+        """
+        self.mail("<sender@example.net>", *([] if declared is None else [f"SIZE={declared}"]))
+        names = [name if "@" in name else f"{name}@example.com" for name in recipients.split()]
+        replies = [self.rcpt(f"<{name}>") for name in names]
+        if all(replies):
+            self.abort()
+            return replies[-1]
+        self.data()
+        self.body(size)
+        return self.end()
 
     def abort(self) -> None:
         """End the message, as RSET does."""
@@ -343,9 +414,9 @@ class RunningMilter(NamedTuple):
     port: int
     process: Process
 
-    def session(self) -> MilterSession:
-        """Connect as an MTA does."""
-        return MilterSession(self.port)
+    def session(self, version: int = 6, offered: int = 0x1FFFFF) -> MilterSession:
+        """Connect as an MTA does that knows this version and these bits of the protocol."""
+        return MilterSession(self.port, version, offered)
 
     def rcpt(self, recipient: Union[str, bytes], *mail_parameters: str) -> str:
         """Give one recipient of one message in a session of its own."""
