@@ -239,6 +239,7 @@ class MilterSession:
 
     def send(self, command: bytes, data: bytes = b"") -> None:
         """Send one packet."""
+        self.last = command
         self.socket.sendall(struct.pack(">I", len(data) + 1) + command + data)
 
     def receive(self) -> tuple[bytes, bytes]:
@@ -303,13 +304,13 @@ class MilterSession:
         assert command in (b"c", b"y"), (command, data)
         return data.rstrip(b"\0").decode("ascii")
 
-    def message(self, recipients: str, size: int, declared: Optional[int] = None) -> str:
-        """Give a whole message to recipients (user or user@domain, spaces between).
+    def message(self, recipients: str, size: int, *parameters: str) -> str:
+        """Give a whole message to recipients (user or user@domain, spaces between them).
 
         Returns the reply to the data, "" where it was taken; where every recipient was refused
         there are no data, and the last one's reply stands for them.
         """
-        self.mail("<sender@example.net>", *([] if declared is None else [f"SIZE={declared}"]))
+        self.mail("<sender@example.net>", *parameters)
         names = [name if "@" in name else f"{name}@example.com" for name in recipients.split()]
         replies = [self.rcpt(f"<{name}>") for name in names]
         if all(replies):
@@ -2618,6 +2619,676 @@ def test_a_question_that_drips_on_gives_its_place_back_in_the_end(
     wait_for(lambda: asking.tidy() or not asking.questions, "the end of the question")
     assert asking.ask("mary", "x.org").answer.status == "OK"
     assert not asking.down
+
+
+# ---- mail in flight ----
+
+LIMIT = 100_000  # bytes: the quota of the tables below, in which 1,000 to 1,536 count for headers
+ALL_BITS = 0x1FFFFF
+REPLIES = {"over quota": "452 4.2.2", "too large": "552 5.2.3", "fault": "451 4.3.0"}
+
+
+def response(line: str, **header: str) -> bytes:
+    """Make a backend's answer of a line and header fields (Quota_Grace for Quota-Grace)."""
+    fields = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in header.items())
+    head = f"HTTP/1.0 200 OK\r\nContent-Length: {len(line) + 1}\r\n{fields}\r\n"
+    return f"{head}{line}\n".encode("latin-1")
+
+
+class Story:
+    """Plays the steps of a row of the tables below, in one session, with mailboxes of its own.
+
+    john has 40_000 [of 0] [OVERQUOTA] [grace 10]   what the backend says of john (of LIMIT)
+    john is unknown, john fails                     UNKNOWN, a status 500
+    mail 60_000 [SIZE=5] [to john mary] -> OUTCOME  a message (to john), to its end
+    sized 60_000 [to john mary] -> OUTCOME          the same, and its true size declared
+    rset 60_000, lost 60_000                        its body is sent, then RSET or no more at all
+    wait 1.5, hup                                   seconds; the signal
+
+    OUTCOME: taken, or over quota, too large or fault, each with `at RCPT` or `at the end`, and
+    `for john` where it matters whom the reply names.
+    """
+
+    def __init__(self, running: RunningMilter, backend: Backend, number: int) -> None:
+        self.running, self.backend, self.number = running, backend, number
+        self.session = running.session()
+
+    def play(self, name: str, steps: list[str]) -> None:
+        """Play all steps; an assertion names row and step."""
+        for step in steps:
+            told, _, outcome = step.partition(" -> ")
+            verb, *words = told.split()
+            if verb in ("mail", "sized", "rset", "lost"):
+                happened = self.send(verb, words)
+                assert happened.startswith(outcome) and bool(outcome), (name, step, happened)
+            elif verb == "wait":
+                time.sleep(float(words[0]))
+            elif verb == "hup":
+                reload(self.running)
+            else:
+                self.tell(verb, words)
+        self.session.socket.close()
+
+    def tell(self, user: str, words: list[str]) -> None:
+        """Set what the backend says of a mailbox."""
+        status = "OVERQUOTA" if "OVERQUOTA" in words else "OK"
+        header = {"Quota_Grace": words[-1]} if "grace" in words else {}
+        answer = b"UNKNOWN %s\n" if words[-1] == "unknown" else b"HTTP/1.0 500 Oops\r\n\r\n"
+        if words[0] == "has":
+            quota = int(words[3]) if "of" in words else LIMIT
+            used = words[1].replace("_", "").replace("-", "")
+            answer = response(f"{status} {user} {used} {quota}", **header)
+        self.backend.answers[f"{user}{self.number}".encode()] = answer
+
+    def send(self, verb: str, words: list[str]) -> str:
+        """Give a message; return what became of it, in the words of the tables."""
+        size = int(words[0])
+        users = words[words.index("to") + 1 :] if "to" in words else ["john"]
+        names = [f"{user}{'' if user == 'postmaster' else self.number}" for user in users]
+        declared = [word for word in words if word.startswith("SIZE=")]
+        declared += [f"SIZE={size}"] if verb == "sized" else []
+        if verb in ("mail", "sized"):
+            return self.outcome(self.session.message(" ".join(names), size, *declared))
+        self.session.mail("<sender@example.net>", *declared)
+        for name in names:
+            assert self.session.rcpt(f"<{name}@example.com>") == ""
+        self.session.data()
+        self.session.body(size)
+        if verb == "rset":
+            self.session.abort()
+        else:
+            self.session.socket.close()
+            self.session = self.running.session()
+        return verb
+
+    def outcome(self, reply: str) -> str:
+        """Put a reply into the words of the tables."""
+        if not reply:
+            return "taken"
+        verdict = next((name for name, code in REPLIES.items() if reply.startswith(code)), reply)
+        named = re.search(r"\b([a-z]+)\d*@example\.com", reply)
+        step = "the end" if self.session.last == b"E" else "RCPT"
+        return f"{verdict} at {step} for {named[1] if named else 'nobody'}"
+
+
+def reload(running: RunningMilter) -> str:
+    """Send a HUP and return the line of the log that says what became of it."""
+
+    def lines() -> list[str]:
+        return [line for line in running.process.output().splitlines() if "reload" in line]
+
+    before = len(lines())
+    running.process.popen.send_signal(signal.SIGHUP)
+    return str(wait_for(lambda: lines()[before:], "the reload")[-1])
+
+
+# By the options of one milter: the rows that are played with it. Answers are remembered unless
+# the options say otherwise.
+STORIES: dict[str, dict[str, list[str]]] = {
+    "--verbose": {
+        "what fits exactly is taken, one byte more is not": [
+            "john has 40_000",
+            "mail 60_001 -> over quota at the end for john",
+            "mail 60_000 -> taken",
+        ],
+        "a declared size is known at RCPT": [
+            "john has 40_000",
+            "sized 60_001 -> over quota at RCPT for john",
+            "sized 60_000 -> taken",
+        ],
+        "three messages, and the room that each leaves to the next": [
+            "john has 0",
+            "mail 50_000 -> taken",
+            "mail 49_001 -> over quota at the end",
+            "mail 48_000 -> taken",
+            "mail 1_000 -> over quota at",
+        ],
+        "the same with sizes": [
+            "john has 0",
+            "sized 50_000 -> taken",
+            "sized 49_001 -> over quota at RCPT",
+            "sized 48_000 -> taken",
+            "sized 1_000 -> over quota at RCPT",
+        ],
+        "a mailbox that is filled by what is in flight gets nothing more, however small": [
+            "john has 0",
+            "sized 99_500 -> taken",
+            "mail 0 -> over quota at RCPT",
+            "sized 1 -> over quota at RCPT",
+        ],
+        "at the quota without mail in flight its backend alone decides": [
+            "john has 100_000",
+            "mail 0 -> taken",
+            "mail 0 -> over quota at RCPT",
+        ],
+        "messages of zero bytes have headers, too": [
+            "john has 0",
+            *["mail 0 -> taken"] * 10,
+            "mail 90_001 -> over quota at the end",
+            "mail 84_000 -> taken",
+        ],
+        "what has ended otherwise adds nothing": [
+            "john has 0",
+            "rset 90_000 -> rset",
+            "lost 90_000 -> lost",
+            "lost 90_000 SIZE=90_000 -> lost",
+            "mail 100_001 -> too large at the end for john",
+            "sized 100_001 -> too large at RCPT for john",
+            "rset 90_000 SIZE=90_000 -> rset",
+            "mail 100_000 -> taken",
+        ],
+        "hup forgets the answer and not what is in flight": [
+            "john has 0",
+            "mail 50_000 -> taken",
+            "hup",
+            "mail 49_001 -> over quota at the end",
+            "john has 50_000",
+            "hup",
+            "mail 49_001 -> over quota at the end",
+            "mail 48_400 -> taken",
+        ],
+        "the larger of two sizes counts: one that lies above": [
+            "john has 0",
+            "mail 10 SIZE=50000 -> taken",
+            "mail 49_001 -> over quota at the end",
+            "mail 10 SIZE=49001 -> over quota at RCPT",
+            "mail 48_000 -> taken",
+        ],
+        "the larger of two sizes counts: one that lies below": [
+            "john has 40_000",
+            "mail 60_001 SIZE=10 -> over quota at the end",
+            "mail 30_000 SIZE=10 -> taken",
+            "mail 29_001 -> over quota at the end",
+        ],
+        "sizes that say nothing": [
+            "john has 40_000",
+            "mail 60_001 SIZE=0 -> over quota at the end",
+            "mail 60_001 SIZE=-5 -> over quota at the end",
+            "mail 60_001 SIZE=1e2 -> over quota at the end",
+            "mail 60_000 SIZE=0 -> taken",
+        ],
+        "a message that fits into one of its mailboxes is taken, and counts for both": [
+            "john has 50_000",
+            "mary has 0",
+            "mail 60_000 to john mary -> taken",
+            "mail 39_001 to mary -> over quota at the end for mary",
+            "mail 0 to john -> over quota at RCPT for john",
+            "mail 38_000 to mary -> taken",
+        ],
+        "a message that fits into none gets the reply of the first": [
+            "john has 50_000",
+            "mary has 60_000",
+            "mail 60_000 to john mary -> over quota at the end for john",
+            "mail 60_000 to mary john -> over quota at the end for mary",
+            "mail 50_000 to mary john -> taken",
+        ],
+        "the reply of the first, whatever its kind": [
+            "john has 0 of 50_000",
+            "mary has 60_000",
+            "mail 60_000 to john mary -> too large at the end for john",
+            "mail 60_000 to mary john -> over quota at the end for mary",
+        ],
+        "who was refused at RCPT does not count": [
+            "john has 90_000",
+            "mary has 0",
+            "paul has 110_000 OVERQUOTA",
+            "sized 20_000 to john mary paul -> taken",
+            "mail 10_001 to john -> over quota at the end for john",
+            "mail 100_000 to paul mary -> over quota at the end for mary",
+            "mail 10_000 to john -> taken",
+        ],
+        "an exempt recipient takes it for all": [
+            "john has 50_000",
+            "mail 60_000 to john postmaster -> taken",
+            "mail 0 to john -> over quota at RCPT",
+            "mail 900_000 to postmaster -> taken",
+        ],
+        "an unknown recipient takes it for all": [
+            "john has 50_000",
+            "mary is unknown",
+            "mail 60_000 to mary john -> taken",
+            "mail 0 to john -> over quota at RCPT",
+            "mail 900_000 to mary -> taken",
+        ],
+        "a recipient who cannot be asked about takes it for all": [
+            "john has 50_000",
+            "mary fails",
+            "mail 60_000 to john mary -> taken",
+            "mail 0 to john -> over quota at RCPT",
+            "mail 900_000 to mary -> taken",
+        ],
+        "a mailbox without a limit, or with an unknown one, takes all": [
+            "john has 50_000",
+            "mary has 500_000 of 0",
+            "mail 900_000 to mary -> taken",
+            "mail 900_000 to mary -> taken",
+            "mail 60_000 to john mary -> taken",
+            "mail 0 to john -> over quota at RCPT",
+        ],
+        "a mailbox that does not exist yet": [
+            "john has - of 100_000",
+            "mail 100_001 -> too large at the end for john",
+            "mail 60_000 -> taken",
+        ],
+        "two names of one mailbox": [
+            "john has 0",
+            "mail 60_000 to john john -> taken",
+            "mail 39_001 -> over quota at",
+        ],
+        "grace is for the message that fills the mailbox": [
+            "john has 90_000 grace 10000",
+            "mail 20_001 -> over quota at the end",
+            "mail 20_000 -> taken",
+            "mail 0 -> over quota at RCPT",
+        ],
+        "grace at RCPT": [
+            "john has 90_000 grace 10000",
+            "sized 20_001 -> over quota at RCPT",
+            "sized 8_000 -> taken",
+            "sized 2_000 -> taken",
+            "sized 1 -> over quota at RCPT",
+        ],
+        "what is too large is what quota and grace cannot hold": [
+            "john has 0 grace 10000",
+            "sized 110_001 -> too large at RCPT",
+            "mail 110_001 -> too large at the end",
+            "mail 110_000 -> taken",
+        ],
+        "grace saves no mailbox that is over quota": [
+            "john has 100_000 OVERQUOTA grace 10000",
+            "mail 1 -> over quota at RCPT",
+        ],
+    },
+    "--cache-ttl 0": {
+        "what used has grown by is no longer in flight": [
+            "john has 0",
+            "mail 50_000 -> taken",
+            "john has 50_000",
+            "mail 49_001 -> over quota at the end",
+            "mail 48_400 -> taken",
+        ],
+        "growth counts once": [
+            "john has 0",
+            "mail 30_000 -> taken",
+            "mail 30_000 -> taken",
+            "john has 30_000",
+            "mail 39_000 -> over quota at the end",
+            "mail 39_000 -> over quota at the end",
+            "john has 60_000",
+            "mail 39_000 -> over quota at the end",
+            "mail 36_900 -> taken",
+        ],
+        "growth that others made leaves no more room than there is": [
+            "john has 0",
+            "mail 10_000 -> taken",
+            "john has 90_000",
+            "mail 10_001 -> over quota at the end",
+            "mail 10_000 -> taken",
+        ],
+        "a user who deletes does not make what is in flight smaller": [
+            "john has 80_000",
+            "mail 18_000 -> taken",
+            "john has 0",
+            "mail 81_001 -> over quota at the end",
+            "john has 18_000",
+            "mail 81_001 -> over quota at the end",
+            "mail 80_400 -> taken",
+        ],
+        "faults: the last known answer, and what has been taken since": [
+            "john has 0",
+            "mail 30_000 -> taken",
+            "john fails",
+            "mail 70_000 -> over quota at the end",
+            "mail 100_001 -> over quota at the end",
+            "sized 100_001 -> over quota at RCPT",
+            "mail 67_000 -> taken",
+            "mail 5_000 -> over quota at",
+        ],
+        "grace that is none": [
+            *[
+                step
+                for grace in ("-5", "1e9", "lots", "10%", "0x99999", "10000,5", "")
+                for step in (f"john has 90_000 grace {grace}", "sized 10_001 -> over quota at RCPT")
+            ],
+            "mail 10_001 -> over quota at the end",
+            "mail 10_000 -> taken",
+        ],
+    },
+    "--in-flight 1": {
+        "what is in flight ends by itself": [
+            "john has 0",
+            "mail 60_000 -> taken",
+            "mail 60_000 -> over quota at the end",
+            "wait 1.2",
+            "mail 60_000 -> taken",
+        ],
+        "also where the user has emptied the mailbox": [
+            "john has 90_000",
+            "mail 8_000 -> taken",
+            "mail 8_000 -> over quota at the end",
+            "john has 0",
+            "hup",
+            "wait 1.2",
+            "mail 100_000 -> taken",
+        ],
+    },
+    "--in-flight 3": {
+        "each message by its own time": [
+            "john has 0",
+            "mail 40_000 -> taken",
+            "wait 2",
+            "mail 40_000 -> taken",
+            "mail 40_000 -> over quota at the end",
+            "wait 1.3",
+            "mail 40_000 -> taken",
+            "mail 40_000 -> over quota at the end",
+        ]
+    },
+    "--in-flight 0": {
+        "nothing is in flight, and the real size counts": [
+            "john has 0",
+            *["mail 60_000 -> taken"] * 3,
+            "sized 60_000 -> taken",
+            "mail 100_001 -> too large at the end",
+            "mary has 60_000",
+            "mail 40_001 to mary -> over quota at the end",
+        ]
+    },
+    "--frontends 2": {
+        "what was taken counts for each frontend": [
+            "john has 0",
+            "mail 30_000 -> taken",
+            "mail 38_001 -> over quota at the end",
+            "mail 36_000 -> taken",
+            "mail 0 -> over quota at RCPT",
+        ]
+    },
+    "--frontends 3 --cache-ttl 0": {
+        "and growth is what all frontends' mail has made": [
+            "john has 0",
+            "mail 20_000 -> taken",
+            "john has 20_000",
+            "mail 38_001 -> over quota at the end",
+            "john has 60_000",
+            "mail 38_001 -> over quota at the end",
+            "mail 35_000 -> taken",
+        ]
+    },
+    "--ignore-size --cache-ttl 0": {
+        "the status alone decides": [
+            "john has 0",
+            "mail 200_000 -> taken",
+            "sized 200_000 -> taken",
+            "mail 200_000 SIZE=5 -> taken",
+            "john has 100_000 OVERQUOTA",
+            "mail 0 -> over quota at RCPT",
+        ]
+    },
+    "--on-error tempfail": {
+        "a fault at RCPT is none at the end": [
+            "john has 50_000",
+            "mary fails",
+            "mail 60_000 to john mary -> over quota at the end for john",
+            "mail 1 to mary -> fault at RCPT for mary",
+        ]
+    },
+    "--dry-run": {
+        "everything is taken": [
+            "john has 50_000",
+            "mary has 100_000 OVERQUOTA",
+            "mail 60_000 -> taken",
+            "sized 60_000 -> taken",
+            "mail 60_000 -> taken",
+            "mail 100_001 -> taken",
+            "mail 60_000 to mary -> taken",
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("options", STORIES)
+def test_mail_in_flight_counts(
+    options: str, backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    running = milter(backend, *options.split())
+    for number, (name, steps) in enumerate(STORIES[options].items()):
+        Story(running, backend, number).play(name, steps)
+    assert running.process.stop() == 0
+    assert "Traceback" not in running.process.output()
+
+
+@pytest.mark.parametrize(
+    ("version", "offered"),
+    [
+        (6, ALL_BITS & ~MilterSession.SKIP),
+        (6, ALL_BITS & ~0x200),  # DATA cannot be done without
+        (6, 0),
+        (4, 0x7F),
+        (2, 0x7F),  # Sendmail 8.12: there is no DATA
+    ],
+)
+def test_an_older_mta_gets_the_same_answers(
+    version: int, offered: int, backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.default = response(f"OK x 40000 {LIMIT}")
+    running = milter(backend)
+    with running.session(version, offered) as session:
+        for _ in range(2):
+            assert session.message("john", 60_001).startswith("452 4.2.2")
+            assert session.message("john", 60_001, "SIZE=60001").startswith("452 4.2.2")
+            assert session.message("john", 3_000_000).startswith("552 5.2.3")
+            assert session.message("john", 3_000_000, "SIZE=3000000").startswith("552 5.2.3")
+        assert session.message("john postmaster", 30_000) == ""
+        assert session.message("john", 30_001).startswith("452 4.2.2")
+        assert session.message("mary", 60_000, "SIZE=60000") == ""
+        assert session.message("mary", 1).startswith("452 4.2.2")
+        assert session.message("postmaster", 3_000_000) == ""
+    assert running.process.stop() == 0 and "Traceback" not in running.process.output()
+
+
+BODIES = [
+    # (recipients, parameters, bytes after which there is no more to know, beginning of the reply)
+    ("john", "", LIMIT, "552 5.2.3"),
+    ("john", "SIZE=1000", LIMIT, ""),  # who has declared may be believed
+    ("grace", "", 3 * LIMIT, "552 5.2.3"),
+    ("john grace", "", 3 * LIMIT, "552 5.2.3"),
+    ("unlimited", "", LIMIT, ""),
+    ("unlimited", "SIZE=1000", LIMIT, ""),
+    ("postmaster", "", LIMIT, ""),
+    ("unknown", "", LIMIT, ""),
+    ("ill", "", LIMIT, ""),
+]
+
+
+def test_a_body_without_end_is_read_no_longer_than_it_can_change_the_answer(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.default = response(f"OK x 0 {LIMIT}")
+    backend.answers[b"grace"] = response(f"OK x 0 {LIMIT}", Quota_Grace=str(2 * LIMIT))
+    backend.answers[b"unlimited"] = b"OK %s 0 0\n"
+    backend.answers[b"unknown"] = b"UNKNOWN %s\n"
+    backend.answers[b"ill"] = b"HTTP/1.0 500 Oops\r\n\r\n"
+    running = milter(backend)
+    with running.session() as session:
+        for recipients, parameters, enough, reply in BODIES:
+            session.mail("<sender@example.net>", *parameters.split())
+            for recipient in recipients.split():
+                assert session.rcpt(f"<{recipient}@example.com>") == ""
+            session.data()
+            sent = session.body(50_000_000)
+            assert sent <= enough + 2 * session.CHUNK, (recipients, parameters)
+            if parameters and recipients == "john":
+                session.end()
+                continue
+            got = session.end()
+            assert got.startswith(reply) and bool(got) == bool(reply), (recipients, got)
+
+
+def test_ten_thousand_recipients_of_a_message(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.default = response(f"OK x 40000 {LIMIT}")
+    running = milter(backend, "--timeout", "30")
+    with running.session() as session:
+        for size, reply in (60_001, "452 4.2.2"), (50_000, ""):
+            session.mail()
+            for number in range(10_000):
+                assert session.rcpt(f"<user{number % 500}+{number}@example.com>") == ""
+            session.data()
+            session.body(size)
+            begin = time.monotonic()
+            got = session.end()
+            assert got.startswith(reply) and bool(got) == bool(reply)
+            assert "user0+0@example.com" in got or not got, "the first"
+            assert time.monotonic() - begin < 1 + SLACK
+        for user in "user0", "user499+x":
+            assert session.message(user, 9_001).startswith("452"), user
+        assert session.message("user500", 60_000) == ""
+    assert len(backend.asked) == 501
+
+
+def test_a_recipient_reserves_nothing_and_the_end_decides_by_what_is_known_then(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.default = response(f"OK x 0 {LIMIT}")
+    running = milter(backend)
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(running.session()) for _ in range(10)]
+        for number, session in enumerate(idle):
+            session.mail("<sender@example.net>", *["SIZE=60000"] * (number % 2))
+            assert session.rcpt("<john@example.com>") == ""
+            session.data()
+            session.body(60_000)
+        with running.session() as other:
+            assert other.message("john", 60_000) == ""
+        for session in idle:
+            assert session.end().startswith("452 4.2.2 Quota exceeded for john@example.com")
+        for session in idle[:2]:
+            assert session.message("mary", 45_000) == "", "the session goes on"
+        assert idle[2].message("mary", 45_000).startswith("452")
+
+
+def test_a_newer_answer_counts_at_the_end_of_the_data(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    running = milter(backend, *UNCACHED)
+    for now in f"OVERQUOTA x {LIMIT} {LIMIT}", f"OK x 50001 {LIMIT}":
+        backend.default = response(f"OK x 0 {LIMIT}")
+        with running.session() as first, running.session() as second:
+            first.mail()
+            assert first.rcpt("<john@example.com>") == ""
+            backend.default = response(now)
+            second.mail()
+            second.rcpt("<john@example.com>")
+            first.data()
+            first.body(50_000)
+            assert first.end().startswith("452"), now
+
+
+@pytest.mark.parametrize("ttl", ["60", "0"])
+@pytest.mark.parametrize("declared", [True, False])
+def test_of_sixty_sessions_at_once_no_two_take_the_same_room(
+    declared: bool, ttl: str, backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.default = response("OK x 0 1000000")
+    running = milter(backend, "--cache-ttl", ttl, "--timeout", "30")
+    barrier = threading.Barrier(60, timeout=60)
+    replies: list[list[str]] = []
+
+    def give() -> None:
+        with running.session() as session:
+            session.mail("<sender@example.net>", *["SIZE=100000"] * declared)
+            assert session.rcpt("<john@example.com>") == ""
+            barrier.wait()
+            session.data()
+            session.body(100_000)
+            barrier.wait()
+            first = session.end()
+            barrier.wait()
+            replies.append([first, session.message("john", 100_000)])
+
+    threads = [threading.Thread(target=give) for _ in range(60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(replies) == 60
+    assert sum(first == "" for first, _ in replies) == 9, "a tenth has no room for its headers"
+    assert {first[:9] for first, _ in replies} == {"", "452 4.2.2"}
+    assert {second[:9] for _, second in replies} == {"452 4.2.2"}
+
+
+class Mailboxes:
+    """A mail system behind the backend: what was taken arrives there after a while."""
+
+    def __init__(self, backend: Backend, users: list[str], quota: int) -> None:
+        self.quota = quota
+        self.used = dict.fromkeys(users, 0)
+        self.lock = threading.Lock()
+        self.timers: list[threading.Timer] = []
+        for user in users:
+            backend.answers[user.encode()] = lambda connection, user=user: self.answer(user)
+
+    def answer(self, user: str) -> bytes:
+        """Tell how full a mailbox is by now."""
+        used = self.used[user]
+        return response(f"{'OVERQUOTA' if used > self.quota else 'OK'} x {used} {self.quota}")
+
+    def deliver(self, user: str, size: int, seconds: float) -> None:
+        """Let a message arrive in so many seconds."""
+        self.timers.append(threading.Timer(seconds, self.arrive, (user, size)))
+        self.timers[-1].start()
+
+    def arrive(self, user: str, size: int) -> None:
+        """Put a message, with the header that its way has added, into a mailbox."""
+        with self.lock:
+            self.used[user] += size + 700
+
+
+@pytest.mark.parametrize("ttl", ["60", "0.5", "0"])
+def test_no_mailbox_is_overfilled_and_none_left_empty_whatever_pours_in(
+    ttl: str, backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    """The short form of `.ci/bench burst`, with mail that arrives late and out of order."""
+    users = [f"user{number}" for number in range(5)]
+    mailboxes = Mailboxes(backend, users, 1_000_000)
+    running = milter(backend, "--cache-ttl", ttl)
+
+    def pour(noise: random.Random) -> None:
+        with running.session() as session:
+            for _ in range(60):
+                user, size = noise.choice(users), noise.randrange(1000, 90_000)
+                declared = [f"SIZE={size}"] * noise.randrange(2)
+                if session.message(user, size, *declared) == "":
+                    mailboxes.deliver(user, size, noise.random())
+
+    threads = [threading.Thread(target=pour, args=(random.Random(seed),)) for seed in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for timer in mailboxes.timers:
+        timer.join(10)
+    for user, used in mailboxes.used.items():
+        assert 850_000 < used <= 1_000_000, (user, used)
+
+
+def test_the_log_tells_the_step_and_the_size(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.default = response(f"OK x 40000 {LIMIT}")
+    for dry in (), ("--dry-run",):
+        running = milter(backend, *dry)
+        with running.session() as session:
+            for size, declared in (70_001, ["SIZE=70001"]), (80_002, []), (100_003, []):
+                assert bool(session.message("john", size, *declared)) != bool(dry)
+        at_rcpt, at_end, too_large = (running.log(f"size={n}") for n in (70001, 80002, 1000))
+        assert "verdict=overquota" in at_rcpt and "step=rcpt" in at_rcpt
+        assert "verdict=overquota" in at_end and "step=end" in at_end
+        assert "verdict=toolarge" in too_large and "step=end" in too_large
+        for line in at_rcpt, at_end, too_large:
+            assert "recipient=john@example.com user=john" in line and "quota=100000" in line
+            assert line.endswith("dry_run=yes") == bool(dry)
 
 
 # ---- load ----
