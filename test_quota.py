@@ -10,6 +10,7 @@ package; with CI set in the environment it fails. Postfix and the others want ro
 
 import base64
 import contextlib
+import email.utils
 import errno
 import http.client as http_client
 import importlib.machinery
@@ -3289,6 +3290,720 @@ def test_the_log_tells_the_step_and_the_size(
         for line in at_rcpt, at_end, too_large:
             assert "recipient=john@example.com user=john" in line and "quota=100000" in line
             assert line.endswith("dry_run=yes") == bool(dry)
+
+
+# ---- several backends of one domain ----
+
+
+@pytest.fixture
+def three() -> Iterator[list[Backend]]:
+    """Give three backends that know nobody until they are told."""
+    servers = [Backend() for _ in range(3)]
+    for server in servers:
+        server.default = b"UNKNOWN %s\n"
+    yield servers
+    for server in servers:
+        with contextlib.suppress(OSError):
+            server.close()
+
+
+def of_domain(backends: list[Backend]) -> list[str]:
+    """Return the options that give one domain several backends."""
+    return [part for server in backends for part in ("--backend", f"example.com={server.url}")]
+
+
+def test_users_spread_over_three_backends_are_looked_for_once(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    for number, server in enumerate(three):
+        server.answers[f"full{number}".encode()] = FULL
+        server.answers[f"user{number}".encode()] = b"OK %s 1 100\n"
+    nobody = "550 5.1.1 No such user"
+    running = milter(None, *of_domain(three), *UNCACHED, "--unknown-reply", nobody)
+    for attempt in range(3):
+        for number in range(3):
+            before = [len(server.asked) for server in three]
+            assert running.rcpt(f"<full{number}@example.com>").startswith("452")
+            assert running.rcpt(f"<user{number}@example.com>") == ""
+            asked = [len(server.asked) - old for server, old in zip(three, before)]
+            looked_at = range(number + 1) if attempt == 0 else [number]
+            assert asked == [2 * (n in looked_at) for n in range(3)], (attempt, number)
+        assert running.rcpt("<nobody@example.com>") == nobody
+    assert [server.users().count("nobody") for server in three] == [3, 3, 3]
+
+
+def test_an_answer_of_several_backends_is_remembered_as_one(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    three[2].answers[b"john"] = FULL
+    running = milter(None, *of_domain(three))
+    for _ in range(3):
+        assert running.rcpt("<john@example.com>").startswith("452")
+    assert [len(server.asked) for server in three] == [1, 1, 1]
+
+
+def test_without_a_domain_several_backends_serve_all_others(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    three[1].answers[b"john"] = FULL
+    three[2].default = FULL
+    options = [f"--backend={three[0].url}", f"--backend={three[1].url}"]
+    running = milter(None, *options, f"--backend=one.org={three[2].url}")
+    assert running.rcpt("<john@example.com>").startswith("452")
+    assert running.rcpt("<mary@one.org>").startswith("452")
+    assert running.rcpt("<john@one.org>").startswith("452")
+    assert [len(server.asked) for server in three] == [1, 1, 2]
+
+
+def test_a_backend_may_serve_several_domains_beside_different_others(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    three[1].answers[b"john"] = FULL
+    options = [f"--backend={name}={three[number].url}" for name, number in
+               (("a.org", 0), ("a.org,b.org", 1), ("b.org", 2))]  # fmt: skip
+    running = milter(None, *options)
+    assert running.rcpt("<john@a.org>").startswith("452")
+    assert running.rcpt("<john@b.org>").startswith("452")
+    assert [len(server.asked) for server in three] == [1, 2, 0]
+
+
+def test_a_backend_named_twice_for_a_domain_is_asked_once_or_an_error(backend: Backend) -> None:
+    backend.default = b"UNKNOWN %s\n"
+    for one, two in ("x.org", "x.org"), ("x.org", "y.org,X.org."), ("", ""):
+        options = [f"--backend={name}{'=' * bool(name)}{backend.url}" for name in (one, two)]
+        before = len(backend.asked)
+        status, output, errors = run_milter(*options, "--check", "john@x.org")
+        if status == 2:
+            assert (output, len(errors.splitlines())) == ("", 1) and "--backend" in errors
+        else:
+            assert "verdict=unknown" in output and len(backend.asked) == before + 1
+
+
+def test_a_mailbox_that_moves_while_mail_goes_on_is_always_known(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    three[0].answers[b"john"] = b"OK %s 1 100\n"
+    options = "--unknown-reply", "550 5.1.1 No such user", "--on-error", "tempfail"
+    running = milter(None, *of_domain(three), *UNCACHED, *options)
+    replies: list[tuple[bool, str]] = []
+    moved, done = threading.Event(), threading.Event()
+
+    def give() -> None:
+        with running.session() as session:
+            while not done.is_set():
+                before = moved.is_set()
+                session.mail()
+                replies.append((before, session.rcpt("<john@example.com>")[:3]))
+                session.abort()
+
+    threads = [threading.Thread(target=give) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(replies) > 100, "some mail")
+    for source, goal in (0, 2), (2, 1), (1, 0), (0, 2):  # it is there before it leaves
+        three[goal].answers[b"john"] = FULL if (source, goal) == (0, 2) else b"OK %s 1 100\n"
+        del three[source].answers[b"john"]
+        asked = len(three[goal].asked)
+        wait_for(lambda goal=goal, asked=asked: len(three[goal].asked) > asked + 50, "its mail")
+    time.sleep(0.3)
+    moved.set()
+    wait_for(lambda: sum(after for after, _ in replies) > 100, "more mail")
+    done.set()
+    for thread in threads:
+        thread.join(20)
+    assert {reply for _, reply in replies} <= {"", "452"}
+    assert {reply for after, reply in replies if after} == {"452"}
+
+
+FIRST_BACKENDS: dict[str, Any] = {
+    "is dead": None,
+    "hangs": hang,
+    "drips": drip,
+    "fails": b"HTTP/1.0 500 Oops\r\n\r\n",
+    "talks nonsense": b"Mailbox full, sorry\n",
+    "closes": lambda connection: None,
+    "knows nobody": b"UNKNOWN %s\n",
+}
+
+
+@pytest.mark.parametrize("kind", FIRST_BACKENDS)
+def test_the_next_backend_is_asked_where_the_first(
+    kind: str, three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    three[0].default = FIRST_BACKENDS[kind]
+    if kind == "is dead":
+        three[0].close()
+    three[1].answers.update({b"full": FULL, b"john": b"OK %s 1 100\n"})
+    three[2].default = FULL
+    options = "--timeout", "3", "--on-error", "tempfail", "--retry-after", "60"
+    running = milter(None, *of_domain(three), *options, *UNCACHED)
+    begin = time.monotonic()
+    for _ in range(2):
+        assert running.rcpt("<full@example.com>").startswith("452")
+        assert running.rcpt("<john@example.com>") == ""
+    assert time.monotonic() - begin < 2 * 3 + SLACK, "who knew is asked first"
+    assert three[1].users() == ["full", "john"] * 2 and three[2].asked == []
+    log = running.process.output()
+    assert log.count("state=down") == (kind == "is dead")
+    assert running.rcpt("<paul@example.com>").startswith("452"), "whom only the third knows"
+
+
+ALL_BACKENDS = [
+    # (what each of three says of john: a number is one that is dead, reply with --on-error
+    # tempfail and an --unknown-reply, which of them are asked)
+    ([b"UNKNOWN %s\n"] * 3, "550", [1, 1, 1]),
+    ([None, None, None], "451", [0, 0, 0]),
+    ([hang, hang, hang], "451", [1, 1, 1]),
+    ([b"nonsense\n", None, b"HTTP/1.0 500 Oops\r\n\r\n"], "451", [1, 0, 1]),
+    ([b"UNKNOWN %s\n", None, b"UNKNOWN %s\n"], "451", [1, 0, 1]),
+    ([b"HTTP/1.0 500 Oops\r\n\r\n", b"UNKNOWN %s\n", b"UNKNOWN %s\n"], "451", [1, 1, 1]),
+    ([b"OK %s 1 100\n", FULL, FULL], "", [1, 0, 0]),
+    ([FULL, b"OK %s 1 100\n", FULL], "452", [1, 0, 0]),
+    ([hang, hang, FULL], "452", [1, 1, 1]),
+    ([None, b"UNKNOWN %s\n", FULL], "452", [0, 1, 1]),
+]
+
+
+def test_all_backends_of_a_domain_give_one_answer_in_one_time(
+    milter: Callable[..., RunningMilter],
+) -> None:
+    options = "--timeout", "3", "--on-error", "tempfail", "--unknown-reply", "550 5.1.1 None"
+    for answers, reply, asked in ALL_BACKENDS:
+        servers = [Backend() for _ in answers]
+        for server, answer in zip(servers, answers):
+            server.default = answer
+            if answer is None:
+                server.close()
+        running = milter(None, *of_domain(servers), *options)
+        begin = time.monotonic()
+        got = running.rcpt("<john@example.com>")
+        assert time.monotonic() - begin < 3 + SLACK
+        assert got[:3] == reply and [len(server.asked) for server in servers] == asked, answers
+        for server, answer in zip(servers, answers):
+            if answer is not None:
+                server.close()
+
+
+def test_what_one_backend_leaves_of_the_time_the_others_may_take(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    def slow(connection: socket.socket) -> bytes:
+        time.sleep(2.8)
+        return FULL
+
+    three[0].default, three[1].default, three[2].default = hang, b"nonsense\n", slow
+    running = milter(None, *of_domain(three), "--timeout", "6")
+    begin = time.monotonic()
+    assert running.rcpt("<john@example.com>").startswith("452")
+    assert 4 < time.monotonic() - begin < 6 + SLACK, "two seconds for the first"
+
+
+def test_the_last_known_answer_stands_in_where_none_knows_a_mailbox_for_certain(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    three[1].answers[b"john"] = FULL
+    options = "--on-error", "tempfail", "--unknown-reply", "550 5.1.1 No such user"
+    running = milter(None, *of_domain(three), *UNCACHED, *options)
+    assert running.rcpt("<john@example.com>").startswith("452")
+    three[1].answers[b"john"] = b"HTTP/1.0 500 Oops\r\n\r\n"
+    assert running.rcpt("<john@example.com>").startswith("452"), "the last known answer"
+    assert "cached=yes" in running.log("reason=")
+    del three[1].answers[b"john"]
+    assert running.rcpt("<john@example.com>").startswith("550")
+
+
+def test_a_stand_by_takes_over_and_each_backend_is_down_for_itself(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    for server in three[:2]:
+        server.default = b"OK %s 1 100\n"
+        server.answers[b"full"] = FULL
+    first, second = three[:2]
+    options = "--retry-after", "1", "--timeout", "2", "--on-error", "tempfail"
+    running = milter(None, *of_domain([first, second]), *UNCACHED, *options)
+    assert running.rcpt("<full@example.com>").startswith("452") and second.asked == []
+    first.close()
+    for _ in range(20):
+        assert running.rcpt("<full@example.com>").startswith("452")
+        assert running.rcpt("<john@example.com>") == ""
+    assert f"backend={first.url}" in running.log("state=down") and len(second.asked) == 40
+    again = Backend(first.port)
+    again.default = FULL
+    wait_for(lambda: running.rcpt(f"<new{time.time()}@example.com>"), "the first to be asked")
+    second.close()
+    wait_for(lambda: running.rcpt("<john@example.com>").startswith("452"), "the first alone")
+    again.close()
+    log = running.process.output()
+    assert [log.count(f"backend={server.url} state=down") for server in (first, second)] == [1, 1]
+
+
+def test_what_is_in_flight_belongs_to_the_mailbox_and_not_to_a_backend(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    three[0].answers[b"john"] = response(f"OK x 0 {LIMIT}")
+    running = milter(None, *of_domain(three), *UNCACHED)
+    with running.session() as session:
+        assert session.message("john", 60_000) == ""
+        three[1].answers[b"john"] = response(f"OK x 0 {LIMIT}")
+        del three[0].answers[b"john"]
+        assert session.message("john", 39_001).startswith("452")
+        three[1].close()
+        three[2].answers[b"john"] = response(f"OK x 60000 {LIMIT}")
+        assert session.message("john", 39_001).startswith("452")
+        assert session.message("john", 38_000) == ""
+    assert three[2].users() == ["john"] * 2
+
+
+# ---- dead mailboxes ----
+
+
+def days_ago(days: float) -> str:
+    """Return an HTTP date."""
+    return email.utils.formatdate(time.time() - days * 86400, usegmt=True)
+
+
+OVER, GOOD = "OVERQUOTA x 101 100", "OK x 90 100"
+DEAD_MAILBOXES = [
+    # (line, Last-Modified, parameters, beginning of the reply with --inactive-after 30)
+    (OVER, days_ago(30.1), "", "552 5.2.2"),
+    (OVER, days_ago(5000), "SIZE=10", "552 5.2.2"),
+    (OVER, days_ago(29.9), "", "452 4.2.2"),
+    (OVER, days_ago(0), "", "452 4.2.2"),
+    (OVER, None, "", "452 4.2.2"),
+    (GOOD, days_ago(5000), "", ""),
+    (GOOD, days_ago(5000), "SIZE=10", ""),
+    (OVER, days_ago(5000), "SIZE=101", "552 5.2.3"),
+    ("OK x 100 100", days_ago(5000), "", ""),
+    ("OVERQUOTA x 5 0", days_ago(5000), "", "552 5.2.2"),
+    ("OVERQUOTA x", days_ago(5000), "", "552 5.2.2"),
+    ("UNKNOWN x 101 100", days_ago(5000), "", ""),
+    *(
+        (OVER, nonsense, "", "452 4.2.2")
+        for nonsense in (
+            *("", "0", "-1", "1500000000", "yesterday", "31 days ago", "GMT", ",", "\xff\xfe"),
+            *("Thu, 99 Jan 2015 00:00:00 GMT", "Thu, 01 Foo 2015 00:00:00 GMT"),
+            *("Thu, 01 Jan 2015 25:61:00 GMT", "Thu, 01 Jan 99999999999 00:00:00 GMT"),
+            *("Fri, 01 Jan 2150 00:00:00 GMT", "x" * 5000, "Thu, 01 Jan 2015 \0 GMT"),
+        )
+    ),
+]
+
+
+def test_a_full_mailbox_that_nothing_changes_is_refused_for_good(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    running = milter(backend, "--inactive-after", "30")
+    patient = milter(backend)
+    worded = ["--inactive-after", "1", "--inactive-reply", "550 5.2.1 {address} is no longer used"]
+    other = milter(backend, *worded)
+    for number, (line, changed, parameters, reply) in enumerate(DEAD_MAILBOXES):
+        header = {} if changed is None else {"Last_Modified": changed}
+        backend.answers[f"u{number}".encode()] = response(line, **header)
+        got = running.rcpt(f"<u{number}@example.com>", *parameters.split())
+        assert got.startswith(reply) and bool(got) == bool(reply), (line, changed, got)
+        got = patient.rcpt(f"<u{number}@example.com>")
+        assert got[:9] == ("452 4.2.2" if line.startswith("OVER") else ""), (line, changed)
+    assert other.rcpt("<u0@example.com>") == "550 5.2.1 u0@example.com is no longer used"
+    assert other.rcpt("<u3@example.com>").startswith("452")
+    assert "u0@example.com" in running.rcpt("<u0@example.com>")
+
+
+def test_a_last_known_answer_refuses_nobody_for_good(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.answers[b"john"] = response(OVER, Last_Modified=days_ago(40))
+    running = milter(backend, *UNCACHED, "--inactive-after", "30")
+    assert running.rcpt("<john@example.com>").startswith("552 5.2.2")
+    backend.answers[b"john"] = b"HTTP/1.0 500 Oops\r\n\r\n"
+    assert running.rcpt("<john@example.com>").startswith("452 4.2.2")
+    assert running.rcpt("<john@example.com>", "SIZE=101").startswith("452 4.2.2")
+
+
+def make_old(folder: pathlib.Path) -> None:
+    """Let all that stands in a folder be unchanged for 40 days."""
+    then = time.time() - 40 * 86400
+    for path in (folder, *folder.rglob("*")):
+        os.utime(path, (then, then))
+
+
+LIFE = [
+    # what happens to a mailbox of each kind: the path of an mbox file and of a Maildir
+    ("a message is delivered", "echo more >> {mbox}; echo m > {maildir}/new/9.x"),
+    (
+        "a message is read",
+        "sed -i 's/^Status: O/Status: RO/' {mbox}; mv {maildir}/new/1.x {maildir}/cur/1.x:2,S",
+    ),
+    (
+        "a message is marked",
+        "sed -i 's/^Status: O/Status: RO/' {mbox}; mv {maildir}/cur/1.x:2,S {maildir}/cur/1.x:2,SF",
+    ),  # fmt: skip
+    ("a message is deleted", "sed -i '$d' {mbox}; rm {maildir}/cur/1.x:2,SF"),
+]
+
+
+@pytest.mark.parametrize("kind", ["mbox", "maildir"])
+def test_a_real_mailbox_that_is_used_lives(
+    kind: str,
+    start: Callable[..., Process],
+    milter: Callable[..., RunningMilter],
+    tmp_path: pathlib.Path,
+) -> None:
+    mail = tmp_path / "mail"
+    mbox, maildir = mail / "john", mail / "john.d"
+    for part in "cur", "new", "tmp":
+        (maildir / part).mkdir(parents=True)
+    (maildir / "new/1.x").write_text("x" * 3000)
+    (maildir / "cur/2.x:2,S").write_text("x" * 3000)
+    mbox.write_text("From x\nStatus: O\n\n" + "x\n" * 3000)
+    port = free_port()
+    settings = {"QUOTA_MAILBOX": f"{mail}/%n", "QUOTA_MAILDIR": f"{mail}/%n.d"}
+    environment = {**os.environ, **settings, "QUOTA_LIMIT": "1K"}
+    script = MBOX_CGI if kind == "mbox" else MAILDIR_CGI
+    start(script, "--serve", str(port), port=port, env=environment)
+    url = "--backend", f"http://127.0.0.1:{port}/"
+    running = milter(None, *url, *UNCACHED, "--inactive-after", "30")
+    assert running.rcpt("<john@example.com>").startswith("452 4.2.2")
+    for event, command in LIFE:
+        make_old(mail)
+        assert running.rcpt("<john@example.com>").startswith("552 5.2.2"), event
+        subprocess.run(command.format(mbox=mbox, maildir=maildir), shell=True, check=True)
+        assert running.rcpt("<john@example.com>").startswith("452 4.2.2"), event
+
+
+# ---- metrics ----
+
+
+def read_metrics(file: pathlib.Path) -> dict[str, Any]:
+    """Read a file with Prometheus' own parser: families by their names."""
+    try:
+        from prometheus_client import parser
+    except ImportError:
+        missing("prometheus_client is missing: apt-get install python3-prometheus-client")
+    text = file.read_text(encoding="ascii")
+    assert text.endswith("\n"), "it is whole"
+    return {family.name: family for family in parser.text_string_to_metric_families(text)}
+
+
+def values(families: dict[str, Any], kind: str, *words: str) -> list[float]:
+    """Return the values of samples of a kind that have these words in names or labels."""
+    return [
+        sample.value
+        for family in families.values()
+        for sample in family.samples
+        if family.type == kind
+        and all(word in f"{sample.name} {list(sample.labels.values())}" for word in words)
+    ]
+
+
+METRICS_TIME = 15 + 2 * SLACK  # seconds in which the file is replaced
+
+
+def exercise(running: RunningMilter) -> None:
+    """Give messages whose numbers can be found in the metrics."""
+    with running.session() as session:
+        for size in 70_001, 70_002:
+            assert session.message("john", size, f"SIZE={size}").startswith("452")
+        assert session.message("john", 80_005).startswith("452")
+        assert session.message("john paul", 20_000) == ""
+        assert session.message("mary", 30_000, "SIZE=30000") == ""
+        assert session.message("full full full full full", 1).startswith("452")
+        assert session.message("gone john@dead.org", 5) == ""
+        session.mail()
+        for number in range(30):
+            assert session.rcpt(f"<user{number}@example.com>") == ""
+
+
+def test_metrics_tell_prometheus_what_the_milter_does(
+    backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
+) -> None:
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    file = folder / "quota.prom"
+    backend.default = response(f"OK x 40000 {LIMIT}")
+    backend.answers.update({b"full": FULL, b"gone": b"UNKNOWN %s\n"})
+    secret = backend.url.replace("//", "//user:secret@")
+    dead = f"http://127.0.0.1:{free_port()}/"
+    backends = [f"--backend=example.com={secret}", f"--backend=dead.org={dead}"]
+    options = *backends, "--metrics", file, "--in-flight", "600"
+    running = milter(None, *options, preexec_fn=lambda: os.umask(0o077))
+    exercise(running)
+    seen: set[int] = set()
+
+    def complete() -> dict[str, Any]:
+        if not file.exists():
+            return {}
+        families = read_metrics(file)  # whenever it is read, it can be
+        seen.add(file.stat().st_ino)
+        assert file.stat().st_mode & 0o777 == 0o644
+        return families if 34 + 2 in values(families, "gauge") or "x" in families else {}
+
+    families = wait_for(lambda: 80_005 in values(complete(), "counter") and read_metrics(file),
+                        "the numbers", METRICS_TIME)  # fmt: skip
+    assert "secret" not in file.read_text()
+    assert {family.type for family in families.values()} == {"counter", "gauge", "histogram"}
+    assert all(family.documentation for family in families.values())
+    assert 140_003 in values(families, "counter"), "bytes refused at RCPT"
+    assert values(families, "counter", "full") == [] == values(families, "gauge", "john")
+    assert {"overquota", "unknown", "fault", "ok"} <= {
+        label
+        for family in families.values()
+        for sample in family.samples
+        for label in sample.labels.values()
+    }
+    assert 2 in values(families, "gauge", "flight"), "messages in flight"
+    assert any(50_000 <= value <= 80_000 for value in values(families, "gauge", "flight"))
+    assert values(families, "gauge", f":{backend.port}/").count(1) == 1, "up"
+    assert values(families, "gauge", dead) == [0], "down"
+    mailboxes = 35  # john, paul, mary, full, gone and thirty users
+    assert mailboxes in values(families, "gauge"), "remembered answers"
+    assert mailboxes in values(families, "counter", f":{backend.port}/"), "questions"
+    count = values(families, "histogram", "_count", f":{backend.port}/")
+    buckets = values(families, "histogram", "_bucket", f":{backend.port}/")
+    assert count == [mailboxes] == buckets[-1:] and buckets == sorted(buckets)
+    assert 0 < values(families, "histogram", "_sum", f":{backend.port}/")[0] < 60
+    assert os.listdir(folder) == ["quota.prom"]
+    before = seen.copy()
+    wait_for(lambda: complete() and seen - before, "the next file", METRICS_TIME)
+    assert running.process.stop() == 0
+    assert os.listdir(folder) in ([], ["quota.prom"])
+
+
+def test_metrics_that_cannot_be_written_harm_nothing(
+    backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
+) -> None:
+    need_root()
+    backend.answers[b"full"] = FULL
+    gone, disk, target = tmp_path / "gone", tmp_path / "disk", tmp_path / "target"
+    for folder in gone, disk, tmp_path / "linked":
+        folder.mkdir()
+    target.write_text("precious\n")
+    link = tmp_path / "linked/quota.prom"
+    link.symlink_to(target)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk])
+    if mounted.returncode:
+        missing("this machine mounts no tmpfs")
+    try:
+        files = gone / "quota.prom", disk / "quota.prom", link
+        milters = [milter(backend, "--metrics", file) for file in files]
+        for file in files:
+            wait_for(lambda file=file: file.exists() and "#" in file.read_text(), "the file",
+                     METRICS_TIME)  # fmt: skip
+            assert read_metrics(file)
+        shutil.rmtree(gone)
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", 0) as filler:
+            while True:
+                filler.write(b"x" * 512)
+        for running, file in list(zip(milters, files))[:2]:
+            wait_for(lambda running=running, file=file: str(file) in running.process.output(),
+                     "the log", METRICS_TIME)  # fmt: skip
+            assert running.rcpt("<full@example.com>").startswith("452")
+            assert running.rcpt("<john@example.com>") == ""
+        assert read_metrics(files[1]), "what was whole stays whole"
+        assert set(os.listdir(disk)) == {"filler", "quota.prom"}
+        (disk / "filler").unlink()
+        gone.mkdir()
+        old = files[1].stat().st_ino
+        wait_for(files[0].exists, "the file, again", METRICS_TIME)
+        wait_for(lambda: files[1].stat().st_ino != old, "the new file", METRICS_TIME)
+        assert read_metrics(files[0]) and read_metrics(files[1])
+        for running in milters:
+            assert running.process.stop() == 0
+            assert "Traceback" not in running.process.output()
+            assert running.process.output().count("quota.prom") <= 3, "logged, not poured"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# ---- reload ----
+
+RELOADED = [
+    # (a line of the option file, recipient, parameters; the reply without the line and with it)
+    ("--overquota-reply 552 5.2.2 Full", "full", "", "452 4.2.2 Quota", "552 5.2.2 Full"),
+    ("--toolarge-reply 452 4.2.2 Large", "john", "SIZE=101", "552 5.2.3", "452 4.2.2 Large"),
+    ("--unknown-reply 550 5.1.1 None", "gone", "", "", "550 5.1.1 None"),
+    ("--on-error tempfail", "ill", "", "", "451 4.3.0"),
+    ("--exempt full", "full", "", "452", ""),
+    ("--ignore-size", "john", "SIZE=50", "452", ""),
+    ("--recipient-delimiter -", "full-x", "", "", "452"),
+    ('--recipient-delimiter ""', "full+x", "", "452", ""),
+    ("--case-sensitive", "FULL", "", "452", ""),
+    ("--dry-run", "full", "", "452", ""),
+    ("--inactive-after 30", "dead", "", "452", "552 5.2.2"),
+    ("--inactive-after 30\n--inactive-reply 550 5.2.1 Dead", "dead", "", "452", "550 5.2.1 Dead"),
+    ("--aliases {folder}/aliases", "info", "", "", "452"),
+    ("--backend other.org={other}", "full@other.org", "", "452", ""),
+    ("@{folder}/inner", "full", "", "452", ""),
+]
+
+
+@pytest.fixture
+def reloading(
+    backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
+) -> tuple[RunningMilter, pathlib.Path, str]:
+    """Give a milter with an option file, that file, and what stands in it at first."""
+    backend.default = b"OK %s 90 100\n"
+    backend.answers.update({b"full": FULL, b"gone": b"UNKNOWN %s\n", b"ill": b"nonsense\n"})
+    backend.answers[b"full-x"] = backend.answers[b"full+x"] = b"OK %s 1 100\n"
+    backend.answers[b"FULL"] = b"OK %s 1 100\n"
+    backend.answers[b"dead"] = response(OVER, Last_Modified=days_ago(40))
+    (tmp_path / "aliases").write_text("info: full\n")
+    (tmp_path / "inner").write_text("--exempt full\n")
+    file = tmp_path / "options"
+    base = f"# the options\n--backend {backend.url}\n"
+    file.write_text(base)
+    return milter(None, f"@{file}"), file, base
+
+
+def test_hup_reads_the_option_file_again(
+    reloading: tuple[RunningMilter, pathlib.Path, str], tmp_path: pathlib.Path
+) -> None:
+    running, file, base = reloading
+    other = Backend()
+    with running.session() as session:
+
+        def reply(recipient: str, parameters: str) -> str:
+            session.mail("<sender@example.net>", *parameters.split())
+            got = session.rcpt(f"<{recipient}{'' if '@' in recipient else '@example.com'}>")
+            session.abort()
+            return got
+
+        for line, recipient, parameters, without, with_it in RELOADED:
+            for text, expected in ((line, with_it), ("", without)):
+                file.write_text(base + text.format(folder=tmp_path, other=other.url) + "\n")
+                reload(running)
+                got = reply(recipient, parameters)
+                assert got.startswith(expected) and bool(got) == bool(expected), (line, text)
+    assert running.process.stop() == 0
+    other.close()
+
+
+def test_hup_changes_backends_timeouts_and_files_but_neither_socket_nor_sessions(
+    reloading: tuple[RunningMilter, pathlib.Path, str], backend: Backend, tmp_path: pathlib.Path
+) -> None:
+    running, file, base = reloading
+    second, port = Backend(), free_port()
+    second.default = hang
+    lines = [f"--backend {second.url}", "--timeout 1", "--on-error tempfail", "--verbose"]
+    lines += [f"--listen inet:{port}@127.0.0.1", "--syslog", f"--metrics {tmp_path}/quota.prom"]
+    with running.session() as session:
+        assert session.message("john", 1) == ""
+        session.mail()
+        file.write_text("\n".join(lines) + "\n")
+        reload(running)
+        begin = time.monotonic()
+        assert session.rcpt("<john@example.com>").startswith("451")
+        assert time.monotonic() - begin < 1 + SLACK
+        assert second.users() == ["john"] and backend.users() == ["john"]
+        second.default = b"OK %s 1 100\n"
+        assert session.rcpt("<postmaster@example.com>") == ""
+        assert running.log("recipient=postmaster"), "verbose, and not to syslog"
+        assert not answers_at(port) and running.rcpt("<mary@example.com>") == ""
+    wait_for((tmp_path / "quota.prom").exists, "the metrics", METRICS_TIME)
+    assert running.process.stop() == 0
+    second.close()
+
+
+def test_what_is_in_flight_stays_over_a_reload(
+    reloading: tuple[RunningMilter, pathlib.Path, str],
+) -> None:
+    running, file, base = reloading
+    other = Backend()
+    other.default = response(f"OK x 0 {LIMIT}")
+    file.write_text(f"--backend {other.url}\n")
+    reload(running)
+    with running.session() as session:
+        assert session.message("john", 60_000) == ""
+        file.write_text(f"--backend example.com={other.url}\n--frontends 3\n")
+        reload(running)
+        assert session.message("john", 39_001).startswith("452")
+        assert session.message("mary", 40_000) == ""
+        assert session.message("mary", 0).startswith("452"), "three frontends"
+    other.close()
+
+
+BAD_FILES = [
+    # (what comes behind two good lines, the line that the log names, a word of the reason)
+    ("--timeout soon\n", 3, "--timeout"),
+    ("\n# x\n--timeout 0\n", 5, "--timeout"),
+    ("--nonsense 5\n", 3, "--nonsense"),
+    ("--timeout\n", 3, "--timeout"),
+    ("stray\n", 3, "stray"),
+    ("--overquota-reply 250 2.0.0 Fine\n", 3, "--overquota-reply"),
+    ("--backend nonsense\n", 3, "--backend"),
+    ("--aliases {folder}/nowhere\n", 3, "--aliases"),
+    ("--cafile {folder}/nowhere\n", 3, "--cafile"),
+    ("@{folder}/nowhere\n", 3, "nowhere"),
+]
+
+
+def test_an_error_in_an_option_file_names_file_and_line(
+    backend: Backend, tmp_path: pathlib.Path
+) -> None:
+    file, outer = tmp_path / "options", tmp_path / "outer"
+    outer.write_text(f"--verbose\n@{file}\n--timeout 3\n")
+    for text, line, word in BAD_FILES:
+        file.write_text(f"# x\n--backend {backend.url}\n" + text.format(folder=tmp_path))
+        for first in file, outer:
+            for check in (), ("--check",), ("--check", "john@example.com"):
+                status, output, errors = run_milter(f"@{first}", *check)
+                assert (status, output, len(errors.splitlines())) == (2, "", 1), text
+                assert re.search(rf"{file}\D{{1,10}}{line}\b", errors) and word in errors, errors
+    assert backend.asked == []
+
+
+def test_a_bad_option_file_changes_nothing_and_is_logged(
+    reloading: tuple[RunningMilter, pathlib.Path, str], tmp_path: pathlib.Path
+) -> None:
+    running, file, base = reloading
+    for text, line, word in [*BAD_FILES, (f"@{file}\n", 3, ""), ("\xff\n", 0, "")]:
+        changed = base.partition("\n")[2] + "--overquota-reply 552 5.2.2 Changed\n"
+        file.write_text(changed + text.format(folder=tmp_path), encoding="latin-1")
+        logged = reload(running)
+        assert word in logged and str(file) in logged, (text, logged)
+        assert not word or re.search(rf"{file}\D{{1,10}}{line}\b", logged), logged
+        assert running.rcpt("<full@example.com>").startswith("452 4.2.2 Quota"), text
+    file.unlink()
+    assert str(file) in reload(running)
+    assert running.rcpt("<full@example.com>").startswith("452 4.2.2 Quota")
+    file.write_text(base + "--overquota-reply 552 5.2.2 Changed\n")
+    reload(running)
+    assert running.rcpt("<full@example.com>") == "552 5.2.2 Changed"
+    assert running.process.stop() == 0 and "Traceback" not in running.process.output()
+
+
+def test_check_without_an_address_says_whether_the_options_are_good(
+    backend: Backend, tmp_path: pathlib.Path
+) -> None:
+    file = tmp_path / "options"
+    file.write_text(f"--backend {backend.url}\n--aliases {tmp_path}/aliases\n")
+    status, _, errors = run_milter(f"@{file}", "--check")
+    assert status == 2 and len(errors.splitlines()) == 1 and f"{tmp_path}/aliases" in errors
+    (tmp_path / "aliases").write_text("info: john\n")
+    for arguments in [f"@{file}", "--check"], ["--check", f"@{file}"]:
+        status, _, errors = run_milter(*arguments)
+        assert (status, errors) == (0, "")
+    assert backend.asked == []
+
+
+NOBODY_SERVES = [
+    # (addresses, exit status of --check where only example.com has a backend)
+    (["john@elsewhere.net"], 2),
+    (["john@example.com", "john@elsewhere.net"], 2),
+    (["full@example.com", "john@elsewhere.net"], 2),
+    (["john@elsewhere.net", "full@example.com"], 2),
+    (["postmaster@example.com", "john@example.com"], 0),
+    (["full@example.com"], 1),
+]
+
+
+def test_check_of_an_address_that_no_backend_serves_is_status_2(backend: Backend) -> None:
+    backend.answers[b"full"] = FULL
+    for addresses, expected in NOBODY_SERVES:
+        options = f"--backend=example.com={backend.url}", "--check"
+        status, output, errors = run_milter(*options, *addresses)
+        assert (status, errors) == (expected, ""), addresses
+        assert len(output.splitlines()) == len(addresses)
+        assert ("nobackend" in output) == ("elsewhere" in str(addresses))
 
 
 # ---- load ----
