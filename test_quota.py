@@ -2690,7 +2690,7 @@ class Story:
         """Give a message; return what became of it, in the words of the tables."""
         size = int(words[0])
         users = words[words.index("to") + 1 :] if "to" in words else ["john"]
-        names = [f"{user}{'' if user == 'postmaster' else self.number}" for user in users]
+        names = [re.sub("^(?!postmaster)[a-z]+", rf"\g<0>{self.number}", user) for user in users]
         declared = [word for word in words if word.startswith("SIZE=")]
         declared += [f"SIZE={size}"] if verb == "sized" else []
         if verb in ("mail", "sized"):
@@ -2880,6 +2880,19 @@ STORIES: dict[str, dict[str, list[str]]] = {
             "john has 0",
             "mail 60_000 to john john -> taken",
             "mail 39_001 -> over quota at",
+            "mail 38_000 -> taken",
+        ],
+        "each address of a mailbox brings it a copy": [
+            "john has 0",
+            "mail 40_000 to john john+a -> taken",
+            "mail 19_001 -> over quota at the end",
+            "mail 17_000 -> taken",
+        ],
+        "a copy that does not fit is refused for itself where its size is known": [
+            "john has 0",
+            "sized 60_000 to john john+a -> taken",
+            "mail 39_001 -> over quota at the end",
+            "mail 38_000 -> taken",
         ],
         "grace is for the message that fills the mailbox": [
             "john has 90_000 grace 10000",
@@ -3068,7 +3081,7 @@ def test_mail_in_flight_counts(
     [
         (6, ALL_BITS & ~MilterSession.SKIP),
         (6, ALL_BITS & ~0x200),  # DATA cannot be done without
-        (6, 0),
+        (6, 0x3F),
         (4, 0x7F),
         (2, 0x7F),  # Sendmail 8.12: there is no DATA
     ],
@@ -3139,13 +3152,13 @@ def test_ten_thousand_recipients_of_a_message(
         for size, reply in (60_001, "452 4.2.2"), (50_000, ""):
             session.mail()
             for number in range(10_000):
-                assert session.rcpt(f"<user{number % 500}+{number}@example.com>") == ""
+                assert session.rcpt(f"<user{number % 500}@example.com>") == ""
             session.data()
             session.body(size)
             begin = time.monotonic()
             got = session.end()
             assert got.startswith(reply) and bool(got) == bool(reply)
-            assert "user0+0@example.com" in got or not got, "the first"
+            assert "user0@example.com" in got or not got, "the first"
             assert time.monotonic() - begin < 1 + SLACK
         for user in "user0", "user499+x":
             assert session.message(user, 9_001).startswith("452"), user
@@ -3286,14 +3299,17 @@ def test_the_log_tells_the_step_and_the_size(
     for dry in (), ("--dry-run",):
         running = milter(backend, *dry)
         with running.session() as session:
-            for size, declared in (70_001, ["SIZE=70001"]), (80_002, []), (100_003, []):
-                assert bool(session.message("john", size, *declared)) != bool(dry)
-        at_rcpt, at_end, too_large = (running.log(f"size={n}") for n in (70001, 80002, 1000))
+            for user, size in ("john", 70_001), ("mary", 80_002), ("paul", 100_003):
+                declared = [f"SIZE={size}"] * (user == "john")
+                assert bool(session.message(user, size, *declared)) != bool(dry)
+        at_rcpt, at_end = running.log("size=70001"), running.log("size=80002")
+        too_large = running.log("size=1000")
         assert "verdict=overquota" in at_rcpt and "step=rcpt" in at_rcpt
-        assert "verdict=overquota" in at_end and "step=end" in at_end
-        assert "verdict=toolarge" in too_large and "step=end" in too_large
-        for line in at_rcpt, at_end, too_large:
-            assert "recipient=john@example.com user=john" in line and "quota=100000" in line
+        assert "verdict=overquota" in at_end and "step=data" in at_end
+        assert "verdict=toolarge" in too_large and "step=data" in too_large
+        for user, line in ("john", at_rcpt), ("mary", at_end), ("paul", too_large):
+            assert f"recipient={user}@example.com user={user} " in line
+            assert "used=40000 quota=100000" in line
             assert line.endswith("dry_run=yes") == bool(dry)
 
 
@@ -3756,8 +3772,9 @@ def test_metrics_tell_prometheus_what_the_milter_does(
         for sample in family.samples
         for label in sample.labels.values()
     }
-    assert 2 in values(families, "gauge", "flight"), "messages in flight"
-    assert any(50_000 <= value <= 80_000 for value in values(families, "gauge", "flight"))
+    flight = values(families, "gauge", "flight")
+    assert 5 in flight, "messages under way to a mailbox: john, paul, mary, gone, john@dead.org"
+    assert any(75_010 <= value <= 77_690 for value in flight), "bytes"
     assert values(families, "gauge", f":{backend.port}/").count(1) == 1, "up"
     assert values(families, "gauge", dead) == [0], "down"
     mailboxes = 35  # john, paul, mary, full, gone and thirty users
@@ -3892,9 +3909,9 @@ def test_hup_changes_backends_timeouts_and_files_but_neither_socket_nor_sessions
     lines += [f"--listen inet:{port}@127.0.0.1", "--syslog", f"--metrics {tmp_path}/quota.prom"]
     with running.session() as session:
         assert session.message("john", 1) == ""
-        session.mail()
         file.write_text("\n".join(lines) + "\n")
         reload(running)
+        session.mail()
         begin = time.monotonic()
         assert session.rcpt("<john@example.com>").startswith("451")
         assert time.monotonic() - begin < 1 + SLACK
@@ -3986,7 +4003,7 @@ def test_check_without_an_address_says_whether_the_options_are_good(
     (tmp_path / "aliases").write_text("info: john\n")
     for arguments in [f"@{file}", "--check"], ["--check", f"@{file}"]:
         status, _, errors = run_milter(*arguments)
-        assert (status, errors) == (0, "")
+        assert status == 0 and "error" not in errors
     assert backend.asked == []
 
 
