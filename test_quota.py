@@ -10,7 +10,9 @@ package; with CI set in the environment it fails. Postfix and the others want ro
 
 import base64
 import contextlib
+import email.utils
 import errno
+import functools
 import http.client as http_client
 import importlib.machinery
 import importlib.util
@@ -33,6 +35,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Optional, Union
 
 import pytest
@@ -191,9 +194,28 @@ def ask_cgi(
 
 
 class MilterSession:
-    """An MTA's side of the milter protocol (version 6), for one connection."""
+    """An MTA's side of the milter protocol, as Postfix and Sendmail speak it: one connection."""
 
-    def __init__(self, address: Union[int, Path, socket.socket]) -> None:
+    SKIP = 0x400  # the milter may end a body with "s"
+    CHUNK = 65535  # bytes of a body that an MTA sends at a time
+    STEPS = {
+        # command: the bits with which a milter does without it, and without replying to it
+        b"C": (0x1, 0x1000),
+        b"H": (0x2, 0x2000),
+        b"M": (0x4, 0x4000),
+        b"T": (0x200, 0x10000),
+        b"L": (0x20, 0x80),
+        b"N": (0x40, 0x40000),
+        b"B": (0x10, 0x80000),
+    }
+
+    def __init__(
+        self,
+        address: Union[int, Path, socket.socket],
+        version: int = 6,
+        offered: int = 0x1FFFFF,  # the bits that this MTA understands
+    ) -> None:
+        self.version, self.offered = version, offered
         if isinstance(address, socket.socket):
             self.socket = address
         elif isinstance(address, int):
@@ -203,11 +225,13 @@ class MilterSession:
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.settimeout(60)
             self.socket.connect(str(address))
-        version, actions, protocol = 6, 0x1FF, 0x1FFFFF
-        self.send(b"O", struct.pack(">III", version, actions, protocol))
+        self.send(b"O", struct.pack(">III", version, 0x1FF, offered))
         command, data = self.receive()
         assert command == b"O", command
         self.protocol = struct.unpack(">III", data[:12])[2]
+        assert not self.protocol & ~offered, "the milter wants what was not offered"
+        self.step(b"C", b"client.example.net\x004\x00\x19127.0.0.1\0")
+        self.step(b"H", b"client.example.net\0")
 
     def __enter__(self) -> "MilterSession":
         return self
@@ -217,6 +241,7 @@ class MilterSession:
 
     def send(self, command: bytes, data: bytes = b"") -> None:
         """Send one packet."""
+        self.last = command
         self.socket.sendall(struct.pack(">I", len(data) + 1) + command + data)
 
     def receive(self) -> tuple[bytes, bytes]:
@@ -234,11 +259,17 @@ class MilterSession:
             data += more
         return data
 
+    def step(self, command: bytes, data: bytes = b"") -> bytes:
+        """Take a step, unless the milter does without it; return its reply, "c" for none."""
+        without, without_reply = self.STEPS[command]
+        if self.protocol & without:
+            return b"c"
+        self.send(command, data)
+        return b"c" if self.protocol & without_reply else self.receive()[0]
+
     def mail(self, sender: str = "<sender@example.net>", *parameters: str) -> None:
         """Begin a message."""
-        self.send(b"M", b"".join(p.encode() + b"\0" for p in (sender, *parameters)))
-        if not self.protocol & 0x4000:  # SMFIP_NR_MAIL: no reply to this one
-            assert self.receive() == (b"c", b"")
+        assert self.step(b"M", b"".join(p.encode() + b"\0" for p in (sender, *parameters))) == b"c"
 
     def rcpt(self, recipient: Union[str, bytes], *parameters: str) -> str:
         """Give a recipient; return the SMTP reply, "" for one that is let through."""
@@ -247,6 +278,49 @@ class MilterSession:
         command, data = self.receive()
         assert command in (b"c", b"y"), (command, data)
         return data.rstrip(b"\0").decode("ascii")
+
+    def data(self, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Begin the data: DATA (which protocol versions below 4 have not), headers, their end."""
+        if self.version >= 4:
+            assert self.step(b"T") == b"c"
+        for name, value in headers.items():
+            assert self.step(b"L", f"{name}\0{value}\0".encode()) == b"c"
+        assert self.step(b"N") == b"c"
+
+    def body(self, size: int) -> int:
+        """Send a body of so many bytes, or less if the milter skips it; return the bytes sent."""
+        sent = 0
+        while sent < size:
+            chunk = b"x" * min(size - sent, self.CHUNK)
+            sent += len(chunk)
+            reply = self.step(b"B", chunk)
+            assert reply == b"c" or reply == b"s" and self.offered & self.SKIP, reply
+            if reply == b"s":
+                break
+        return sent
+
+    def end(self) -> str:
+        """End the data; return the SMTP reply to the whole message, "" for one that is taken."""
+        self.send(b"E")
+        command, data = self.receive()
+        assert command in (b"c", b"y"), (command, data)
+        return data.rstrip(b"\0").decode("ascii")
+
+    def message(self, recipients: str, size: int, *parameters: str) -> str:
+        """Give a whole message to recipients (user or user@domain, spaces between them).
+
+        Returns the reply to the data, "" where it was taken; where every recipient was refused
+        there are no data, and the last one's reply stands for them.
+        """
+        self.mail("<sender@example.net>", *parameters)
+        names = [name if "@" in name else f"{name}@example.com" for name in recipients.split()]
+        replies = [self.rcpt(f"<{name}>") for name in names]
+        if all(replies):
+            self.abort()
+            return replies[-1]
+        self.data()
+        self.body(size)
+        return self.end()
 
     def abort(self) -> None:
         """End the message, as RSET does."""
@@ -322,6 +396,10 @@ class Backend:
         found = [re.search(rb"[?&]u=([^& ]*)", line) for line in self.asked]
         return [urllib.parse.unquote(match[1].decode()) for match in found if match]
 
+    def has_been_asked(self, times: int) -> bool:
+        """Say whether there have been so many questions."""
+        return len(self.asked) >= times
+
     def close(self) -> None:
         """Listen no more."""
         self.listener.shutdown(socket.SHUT_RDWR)
@@ -343,9 +421,9 @@ class RunningMilter(NamedTuple):
     port: int
     process: Process
 
-    def session(self) -> MilterSession:
-        """Connect as an MTA does."""
-        return MilterSession(self.port)
+    def session(self, version: int = 6, offered: int = 0x1FFFFF) -> MilterSession:
+        """Connect as an MTA does that knows this version and these bits of the protocol."""
+        return MilterSession(self.port, version, offered)
 
     def rcpt(self, recipient: Union[str, bytes], *mail_parameters: str) -> str:
         """Give one recipient of one message in a session of its own."""
@@ -2547,6 +2625,1390 @@ def test_a_question_that_drips_on_gives_its_place_back_in_the_end(
     wait_for(lambda: asking.tidy() or not asking.questions, "the end of the question")
     assert asking.ask("mary", "x.org").answer.status == "OK"
     assert not asking.down
+
+
+# ---- mail in flight ----
+
+LIMIT = 100_000  # bytes: the quota of the tables below, in which 1,000 to 1,536 count for headers
+ALL_BITS = 0x1FFFFF
+REPLIES = {"over quota": "452 4.2.2", "too large": "552 5.2.3", "fault": "451 4.3.0"}
+
+
+def response(line: str, **header: str) -> bytes:
+    """Make a backend's answer of a line and header fields (Quota_Grace for Quota-Grace)."""
+    fields = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in header.items())
+    head = f"HTTP/1.0 200 OK\r\nContent-Length: {len(line) + 1}\r\n{fields}\r\n"
+    return f"{head}{line}\n".encode("latin-1")
+
+
+class Story:
+    """Plays the steps of a row of the tables below, in one session, with mailboxes of its own.
+
+    john has 40_000 [of 0] [OVERQUOTA] [grace 10]   what the backend says of john (of LIMIT)
+    john is unknown, john fails                     UNKNOWN, a status 500
+    mail 60_000 [SIZE=5] [to john mary] -> OUTCOME  a message (to john), to its end
+    sized 60_000 [to john mary] -> OUTCOME          the same, and its true size declared
+    rset 60_000, lost 60_000                        its body is sent, then RSET or no more at all
+    wait 1.5, hup                                   seconds; the signal
+
+    OUTCOME: taken, or over quota, too large or fault, each with `at RCPT` or `at the end`, and
+    `for john` where it matters whom the reply names.
+    """
+
+    def __init__(self, running: RunningMilter, backend: Backend, number: int) -> None:
+        self.running, self.backend, self.number = running, backend, number
+        self.session = running.session()
+
+    def play(self, name: str, steps: list[str]) -> None:
+        """Play all steps; an assertion names row and step."""
+        for step in steps:
+            told, _, outcome = step.partition(" -> ")
+            verb, *words = told.split()
+            if verb in ("mail", "sized", "rset", "lost"):
+                happened = self.send(verb, words)
+                assert happened.startswith(outcome) and bool(outcome), (name, step, happened)
+            elif verb == "wait":
+                time.sleep(float(words[0]))
+            elif verb == "hup":
+                reload(self.running)
+            else:
+                self.tell(verb, words)
+        self.session.socket.close()
+
+    def tell(self, user: str, words: list[str]) -> None:
+        """Set what the backend says of a mailbox."""
+        status = "OVERQUOTA" if "OVERQUOTA" in words else "OK"
+        header = {"Quota_Grace": words[-1]} if "grace" in words else {}
+        answer = b"UNKNOWN %s\n" if words[-1] == "unknown" else b"HTTP/1.0 500 Oops\r\n\r\n"
+        if words[0] == "has":
+            quota = int(words[3]) if "of" in words else LIMIT
+            used = words[1].replace("_", "").replace("-", "")
+            answer = response(f"{status} {user} {used} {quota}", **header)
+        self.backend.answers[f"{user}{self.number}".encode()] = answer
+
+    def send(self, verb: str, words: list[str]) -> str:
+        """Give a message; return what became of it, in the words of the tables."""
+        size = int(words[0])
+        users = words[words.index("to") + 1 :] if "to" in words else ["john"]
+        names = [f"{user}{'' if user == 'postmaster' else self.number}" for user in users]
+        declared = [word for word in words if word.startswith("SIZE=")]
+        declared += [f"SIZE={size}"] if verb == "sized" else []
+        if verb in ("mail", "sized"):
+            return self.outcome(self.session.message(" ".join(names), size, *declared))
+        self.session.mail("<sender@example.net>", *declared)
+        for name in names:
+            assert self.session.rcpt(f"<{name}@example.com>") == ""
+        self.session.data()
+        self.session.body(size)
+        if verb == "rset":
+            self.session.abort()
+        else:
+            self.session.socket.close()
+            self.session = self.running.session()
+        return verb
+
+    def outcome(self, reply: str) -> str:
+        """Put a reply into the words of the tables."""
+        if not reply:
+            return "taken"
+        verdict = next((name for name, code in REPLIES.items() if reply.startswith(code)), reply)
+        named = re.search(r"\b([a-z]+)\d*@example\.com", reply)
+        step = "the end" if self.session.last == b"E" else "RCPT"
+        return f"{verdict} at {step} for {named[1] if named else 'nobody'}"
+
+
+def reload(running: RunningMilter) -> str:
+    """Send a HUP and return the line of the log that says what became of it."""
+
+    def lines() -> list[str]:
+        return [line for line in running.process.output().splitlines() if "reload" in line]
+
+    before = len(lines())
+    running.process.popen.send_signal(signal.SIGHUP)
+    return str(wait_for(lambda: lines()[before:], "the reload")[-1])
+
+
+# By the options of one milter: the rows that are played with it. Answers are remembered unless
+# the options say otherwise.
+STORIES: dict[str, dict[str, list[str]]] = {
+    "--verbose": {
+        "what fits exactly is taken, one byte more is not": [
+            "john has 40_000",
+            "mail 60_001 -> over quota at the end for john",
+            "mail 60_000 -> taken",
+        ],
+        "a declared size is known at RCPT": [
+            "john has 40_000",
+            "sized 60_001 -> over quota at RCPT for john",
+            "sized 60_000 -> taken",
+        ],
+        "three messages, and the room that each leaves to the next": [
+            "john has 0",
+            "mail 50_000 -> taken",
+            "mail 49_001 -> over quota at the end",
+            "mail 48_000 -> taken",
+            "mail 1_000 -> over quota at",
+        ],
+        "the same with sizes": [
+            "john has 0",
+            "sized 50_000 -> taken",
+            "sized 49_001 -> over quota at RCPT",
+            "sized 48_000 -> taken",
+            "sized 1_000 -> over quota at RCPT",
+        ],
+        "a mailbox that is filled by what is in flight gets nothing more, however small": [
+            "john has 0",
+            "sized 99_500 -> taken",
+            "mail 0 -> over quota at RCPT",
+            "sized 1 -> over quota at RCPT",
+        ],
+        "at the quota without mail in flight its backend alone decides": [
+            "john has 100_000",
+            "mail 0 -> taken",
+            "mail 0 -> over quota at RCPT",
+        ],
+        "messages of zero bytes have headers, too": [
+            "john has 0",
+            *["mail 0 -> taken"] * 10,
+            "mail 90_001 -> over quota at the end",
+            "mail 84_000 -> taken",
+        ],
+        "what has ended otherwise adds nothing": [
+            "john has 0",
+            "rset 90_000 -> rset",
+            "lost 90_000 -> lost",
+            "lost 90_000 SIZE=90_000 -> lost",
+            "mail 100_001 -> too large at the end for john",
+            "sized 100_001 -> too large at RCPT for john",
+            "rset 90_000 SIZE=90_000 -> rset",
+            "mail 100_000 -> taken",
+        ],
+        "hup forgets the answer and not what is in flight": [
+            "john has 0",
+            "mail 50_000 -> taken",
+            "hup",
+            "mail 49_001 -> over quota at the end",
+            "john has 50_000",
+            "hup",
+            "mail 49_001 -> over quota at the end",
+            "mail 48_400 -> taken",
+        ],
+        "the larger of two sizes counts: one that lies above": [
+            "john has 0",
+            "mail 10 SIZE=50000 -> taken",
+            "mail 49_001 -> over quota at the end",
+            "mail 10 SIZE=49001 -> over quota at RCPT",
+            "mail 48_000 -> taken",
+        ],
+        "the larger of two sizes counts: one that lies below": [
+            "john has 40_000",
+            "mail 60_001 SIZE=10 -> over quota at the end",
+            "mail 30_000 SIZE=10 -> taken",
+            "mail 29_001 -> over quota at the end",
+        ],
+        "sizes that say nothing": [
+            "john has 40_000",
+            "mail 60_001 SIZE=0 -> over quota at the end",
+            "mail 60_001 SIZE=-5 -> over quota at the end",
+            "mail 60_001 SIZE=1e2 -> over quota at the end",
+            "mail 60_000 SIZE=0 -> taken",
+        ],
+        "a message that fits into one of its mailboxes is taken, and counts for both": [
+            "john has 50_000",
+            "mary has 0",
+            "mail 60_000 to john mary -> taken",
+            "mail 39_001 to mary -> over quota at the end for mary",
+            "mail 0 to john -> over quota at RCPT for john",
+            "mail 38_000 to mary -> taken",
+        ],
+        "a message that fits into none gets the reply of the first": [
+            "john has 50_000",
+            "mary has 60_000",
+            "mail 60_000 to john mary -> over quota at the end for john",
+            "mail 60_000 to mary john -> over quota at the end for mary",
+            "mail 50_000 to mary john -> taken",
+        ],
+        "the reply of the first, whatever its kind": [
+            "john has 0 of 50_000",
+            "mary has 60_000",
+            "mail 60_000 to john mary -> too large at the end for john",
+            "mail 60_000 to mary john -> over quota at the end for mary",
+        ],
+        "who was refused at RCPT does not count": [
+            "john has 90_000",
+            "mary has 0",
+            "paul has 110_000 OVERQUOTA",
+            "sized 20_000 to john mary paul -> taken",
+            "mail 10_001 to john -> over quota at the end for john",
+            "mail 100_000 to paul mary -> over quota at the end for mary",
+            "mail 10_000 to john -> taken",
+        ],
+        "an exempt recipient takes it for all": [
+            "john has 50_000",
+            "mail 60_000 to john postmaster -> taken",
+            "mail 0 to john -> over quota at RCPT",
+            "mail 900_000 to postmaster -> taken",
+        ],
+        "an unknown recipient takes it for all": [
+            "john has 50_000",
+            "mary is unknown",
+            "mail 60_000 to mary john -> taken",
+            "mail 0 to john -> over quota at RCPT",
+            "mail 900_000 to mary -> taken",
+        ],
+        "a recipient who cannot be asked about takes it for all": [
+            "john has 50_000",
+            "mary fails",
+            "mail 60_000 to john mary -> taken",
+            "mail 0 to john -> over quota at RCPT",
+            "mail 900_000 to mary -> taken",
+        ],
+        "a mailbox without a limit, or with an unknown one, takes all": [
+            "john has 50_000",
+            "mary has 500_000 of 0",
+            "mail 900_000 to mary -> taken",
+            "mail 900_000 to mary -> taken",
+            "mail 60_000 to john mary -> taken",
+            "mail 0 to john -> over quota at RCPT",
+        ],
+        "a mailbox that does not exist yet": [
+            "john has - of 100_000",
+            "mail 100_001 -> too large at the end for john",
+            "mail 60_000 -> taken",
+        ],
+        "two names of one mailbox": [
+            "john has 0",
+            "mail 60_000 to john john -> taken",
+            "mail 39_001 -> over quota at",
+        ],
+        "grace is for the message that fills the mailbox": [
+            "john has 90_000 grace 10000",
+            "mail 20_001 -> over quota at the end",
+            "mail 20_000 -> taken",
+            "mail 0 -> over quota at RCPT",
+        ],
+        "grace at RCPT": [
+            "john has 90_000 grace 10000",
+            "sized 20_001 -> over quota at RCPT",
+            "sized 8_000 -> taken",
+            "sized 2_000 -> taken",
+            "sized 1 -> over quota at RCPT",
+        ],
+        "what is too large is what quota and grace cannot hold": [
+            "john has 0 grace 10000",
+            "sized 110_001 -> too large at RCPT",
+            "mail 110_001 -> too large at the end",
+            "mail 110_000 -> taken",
+        ],
+        "grace saves no mailbox that is over quota": [
+            "john has 100_000 OVERQUOTA grace 10000",
+            "mail 1 -> over quota at RCPT",
+        ],
+    },
+    "--cache-ttl 0": {
+        "what used has grown by is no longer in flight": [
+            "john has 0",
+            "mail 50_000 -> taken",
+            "john has 50_000",
+            "mail 49_001 -> over quota at the end",
+            "mail 48_400 -> taken",
+        ],
+        "growth counts once": [
+            "john has 0",
+            "mail 30_000 -> taken",
+            "mail 30_000 -> taken",
+            "john has 30_000",
+            "mail 39_000 -> over quota at the end",
+            "mail 39_000 -> over quota at the end",
+            "john has 60_000",
+            "mail 39_000 -> over quota at the end",
+            "mail 36_900 -> taken",
+        ],
+        "growth that others made leaves no more room than there is": [
+            "john has 0",
+            "mail 10_000 -> taken",
+            "john has 90_000",
+            "mail 10_001 -> over quota at the end",
+            "mail 10_000 -> taken",
+        ],
+        "a user who deletes does not make what is in flight smaller": [
+            "john has 80_000",
+            "mail 18_000 -> taken",
+            "john has 0",
+            "mail 81_001 -> over quota at the end",
+            "john has 18_000",
+            "mail 81_001 -> over quota at the end",
+            "mail 80_400 -> taken",
+        ],
+        "faults: the last known answer, and what has been taken since": [
+            "john has 0",
+            "mail 30_000 -> taken",
+            "john fails",
+            "mail 70_000 -> over quota at the end",
+            "mail 100_001 -> over quota at the end",
+            "sized 100_001 -> over quota at RCPT",
+            "mail 67_000 -> taken",
+            "mail 5_000 -> over quota at",
+        ],
+        "grace that is none": [
+            *[
+                step
+                for grace in ("-5", "1e9", "lots", "10%", "0x99999", "10000,5", "")
+                for step in (f"john has 90_000 grace {grace}", "sized 10_001 -> over quota at RCPT")
+            ],
+            "mail 10_001 -> over quota at the end",
+            "mail 10_000 -> taken",
+        ],
+    },
+    "--in-flight 1": {
+        "what is in flight ends by itself": [
+            "john has 0",
+            "mail 60_000 -> taken",
+            "mail 60_000 -> over quota at the end",
+            "wait 1.2",
+            "mail 60_000 -> taken",
+        ],
+        "also where the user has emptied the mailbox": [
+            "john has 90_000",
+            "mail 8_000 -> taken",
+            "mail 8_000 -> over quota at the end",
+            "john has 0",
+            "hup",
+            "wait 1.2",
+            "mail 100_000 -> taken",
+        ],
+    },
+    "--in-flight 3": {
+        "each message by its own time": [
+            "john has 0",
+            "mail 40_000 -> taken",
+            "wait 2",
+            "mail 40_000 -> taken",
+            "mail 40_000 -> over quota at the end",
+            "wait 1.3",
+            "mail 40_000 -> taken",
+            "mail 40_000 -> over quota at the end",
+        ]
+    },
+    "--in-flight 0": {
+        "nothing is in flight, and the real size counts": [
+            "john has 0",
+            *["mail 60_000 -> taken"] * 3,
+            "sized 60_000 -> taken",
+            "mail 100_001 -> too large at the end",
+            "mary has 60_000",
+            "mail 40_001 to mary -> over quota at the end",
+        ]
+    },
+    "--frontends 2": {
+        "what was taken counts for each frontend": [
+            "john has 0",
+            "mail 30_000 -> taken",
+            "mail 38_001 -> over quota at the end",
+            "mail 36_000 -> taken",
+            "mail 0 -> over quota at RCPT",
+        ]
+    },
+    "--frontends 3 --cache-ttl 0": {
+        "and growth is what all frontends' mail has made": [
+            "john has 0",
+            "mail 20_000 -> taken",
+            "john has 20_000",
+            "mail 38_001 -> over quota at the end",
+            "john has 60_000",
+            "mail 38_001 -> over quota at the end",
+            "mail 35_000 -> taken",
+        ]
+    },
+    "--ignore-size --cache-ttl 0": {
+        "the status alone decides": [
+            "john has 0",
+            "mail 200_000 -> taken",
+            "sized 200_000 -> taken",
+            "mail 200_000 SIZE=5 -> taken",
+            "john has 100_000 OVERQUOTA",
+            "mail 0 -> over quota at RCPT",
+        ]
+    },
+    "--on-error tempfail": {
+        "a fault at RCPT is none at the end": [
+            "john has 50_000",
+            "mary fails",
+            "mail 60_000 to john mary -> over quota at the end for john",
+            "mail 1 to mary -> fault at RCPT for mary",
+        ]
+    },
+    "--dry-run": {
+        "everything is taken": [
+            "john has 50_000",
+            "mary has 100_000 OVERQUOTA",
+            "mail 60_000 -> taken",
+            "sized 60_000 -> taken",
+            "mail 60_000 -> taken",
+            "mail 100_001 -> taken",
+            "mail 60_000 to mary -> taken",
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("options", STORIES)
+def test_mail_in_flight_counts(
+    options: str, backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    running = milter(backend, *options.split())
+    for number, (name, steps) in enumerate(STORIES[options].items()):
+        Story(running, backend, number).play(name, steps)
+    assert running.process.stop() == 0
+    assert "Traceback" not in running.process.output()
+
+
+@pytest.mark.parametrize(
+    ("version", "offered"),
+    [
+        (6, ALL_BITS & ~MilterSession.SKIP),
+        (6, ALL_BITS & ~0x200),  # DATA cannot be done without
+        (6, 0),
+        (4, 0x7F),
+        (2, 0x7F),  # Sendmail 8.12: there is no DATA
+    ],
+)
+def test_an_older_mta_gets_the_same_answers(
+    version: int, offered: int, backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.default = response(f"OK x 40000 {LIMIT}")
+    running = milter(backend)
+    with running.session(version, offered) as session:
+        for _ in range(2):
+            assert session.message("john", 60_001).startswith("452 4.2.2")
+            assert session.message("john", 60_001, "SIZE=60001").startswith("452 4.2.2")
+            assert session.message("john", 3_000_000).startswith("552 5.2.3")
+            assert session.message("john", 3_000_000, "SIZE=3000000").startswith("552 5.2.3")
+        assert session.message("john postmaster", 30_000) == ""
+        assert session.message("john", 30_001).startswith("452 4.2.2")
+        assert session.message("mary", 60_000, "SIZE=60000") == ""
+        assert session.message("mary", 1).startswith("452 4.2.2")
+        assert session.message("postmaster", 3_000_000) == ""
+    assert running.process.stop() == 0 and "Traceback" not in running.process.output()
+
+
+BODIES = [
+    # (recipients, parameters, bytes after which there is no more to know, beginning of the reply)
+    ("john", "", LIMIT, "552 5.2.3"),
+    ("john", "SIZE=1000", LIMIT, ""),  # who has declared may be believed
+    ("grace", "", 3 * LIMIT, "552 5.2.3"),
+    ("john grace", "", 3 * LIMIT, "552 5.2.3"),
+    ("unlimited", "", LIMIT, ""),
+    ("unlimited", "SIZE=1000", LIMIT, ""),
+    ("postmaster", "", LIMIT, ""),
+    ("unknown", "", LIMIT, ""),
+    ("ill", "", LIMIT, ""),
+]
+
+
+def test_a_body_without_end_is_read_no_longer_than_it_can_change_the_answer(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.default = response(f"OK x 0 {LIMIT}")
+    backend.answers[b"grace"] = response(f"OK x 0 {LIMIT}", Quota_Grace=str(2 * LIMIT))
+    backend.answers[b"unlimited"] = b"OK %s 0 0\n"
+    backend.answers[b"unknown"] = b"UNKNOWN %s\n"
+    backend.answers[b"ill"] = b"HTTP/1.0 500 Oops\r\n\r\n"
+    running = milter(backend)
+    with running.session() as session:
+        for recipients, parameters, enough, reply in BODIES:
+            session.mail("<sender@example.net>", *parameters.split())
+            for recipient in recipients.split():
+                assert session.rcpt(f"<{recipient}@example.com>") == ""
+            session.data()
+            sent = session.body(50_000_000)
+            assert sent <= enough + 2 * session.CHUNK, (recipients, parameters)
+            if parameters and recipients == "john":
+                session.end()
+                continue
+            got = session.end()
+            assert got.startswith(reply) and bool(got) == bool(reply), (recipients, got)
+
+
+def test_ten_thousand_recipients_of_a_message(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.default = response(f"OK x 40000 {LIMIT}")
+    running = milter(backend, "--timeout", "30")
+    with running.session() as session:
+        for size, reply in (60_001, "452 4.2.2"), (50_000, ""):
+            session.mail()
+            for number in range(10_000):
+                assert session.rcpt(f"<user{number % 500}+{number}@example.com>") == ""
+            session.data()
+            session.body(size)
+            begin = time.monotonic()
+            got = session.end()
+            assert got.startswith(reply) and bool(got) == bool(reply)
+            assert "user0+0@example.com" in got or not got, "the first"
+            assert time.monotonic() - begin < 1 + SLACK
+        for user in "user0", "user499+x":
+            assert session.message(user, 9_001).startswith("452"), user
+        assert session.message("user500", 60_000) == ""
+    assert len(backend.asked) == 501
+
+
+def test_a_recipient_reserves_nothing_and_the_end_decides_by_what_is_known_then(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.default = response(f"OK x 0 {LIMIT}")
+    running = milter(backend)
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(running.session()) for _ in range(10)]
+        for number, session in enumerate(idle):
+            session.mail("<sender@example.net>", *["SIZE=60000"] * (number % 2))
+            assert session.rcpt("<john@example.com>") == ""
+            session.data()
+            session.body(60_000)
+        with running.session() as other:
+            assert other.message("john", 60_000) == ""
+        for session in idle:
+            assert session.end().startswith("452 4.2.2 Quota exceeded for john@example.com")
+        for session in idle[:2]:
+            assert session.message("mary", 45_000) == "", "the session goes on"
+        assert idle[2].message("mary", 45_000).startswith("452")
+
+
+def test_a_newer_answer_counts_at_the_end_of_the_data(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    running = milter(backend, *UNCACHED)
+    for now in f"OVERQUOTA x {LIMIT} {LIMIT}", f"OK x 50001 {LIMIT}":
+        backend.default = response(f"OK x 0 {LIMIT}")
+        with running.session() as first, running.session() as second:
+            first.mail()
+            assert first.rcpt("<john@example.com>") == ""
+            backend.default = response(now)
+            second.mail()
+            second.rcpt("<john@example.com>")
+            first.data()
+            first.body(50_000)
+            assert first.end().startswith("452"), now
+
+
+@pytest.mark.parametrize("ttl", ["60", "0"])
+@pytest.mark.parametrize("declared", [True, False])
+def test_of_sixty_sessions_at_once_no_two_take_the_same_room(
+    declared: bool, ttl: str, backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.default = response("OK x 0 1000000")
+    running = milter(backend, "--cache-ttl", ttl, "--timeout", "30")
+    barrier = threading.Barrier(60, timeout=60)
+    replies: list[list[str]] = []
+
+    def give() -> None:
+        with running.session() as session:
+            session.mail("<sender@example.net>", *["SIZE=100000"] * declared)
+            assert session.rcpt("<john@example.com>") == ""
+            barrier.wait()
+            session.data()
+            session.body(100_000)
+            barrier.wait()
+            first = session.end()
+            barrier.wait()
+            replies.append([first, session.message("john", 100_000)])
+
+    threads = [threading.Thread(target=give) for _ in range(60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(replies) == 60
+    assert sum(first == "" for first, _ in replies) == 9, "a tenth has no room for its headers"
+    assert {first[:9] for first, _ in replies} == {"", "452 4.2.2"}
+    assert {second[:9] for _, second in replies} == {"452 4.2.2"}
+
+
+class Mailboxes:
+    """A mail system behind the backend: what was taken arrives there after a while."""
+
+    def __init__(self, backend: Backend, users: list[str], quota: int) -> None:
+        self.quota = quota
+        self.used = dict.fromkeys(users, 0)
+        self.lock = threading.Lock()
+        self.timers: list[threading.Timer] = []
+        for user in users:
+            backend.answers[user.encode()] = lambda connection, user=user: self.answer(user)
+
+    def answer(self, user: str) -> bytes:
+        """Tell how full a mailbox is by now."""
+        used = self.used[user]
+        return response(f"{'OVERQUOTA' if used > self.quota else 'OK'} x {used} {self.quota}")
+
+    def deliver(self, user: str, size: int, seconds: float) -> None:
+        """Let a message arrive in so many seconds."""
+        self.timers.append(threading.Timer(seconds, self.arrive, (user, size)))
+        self.timers[-1].start()
+
+    def arrive(self, user: str, size: int) -> None:
+        """Put a message, with the header that its way has added, into a mailbox."""
+        with self.lock:
+            self.used[user] += size + 700
+
+
+@pytest.mark.parametrize("ttl", ["60", "0.5", "0"])
+def test_no_mailbox_is_overfilled_and_none_left_empty_whatever_pours_in(
+    ttl: str, backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    """The short form of `.ci/bench burst`, with mail that arrives late and out of order."""
+    users = [f"user{number}" for number in range(5)]
+    mailboxes = Mailboxes(backend, users, 1_000_000)
+    running = milter(backend, "--cache-ttl", ttl)
+
+    def pour(noise: random.Random) -> None:
+        with running.session() as session:
+            for _ in range(60):
+                user, size = noise.choice(users), noise.randrange(1000, 90_000)
+                declared = [f"SIZE={size}"] * noise.randrange(2)
+                if session.message(user, size, *declared) == "":
+                    mailboxes.deliver(user, size, noise.random())
+
+    threads = [threading.Thread(target=pour, args=(random.Random(seed),)) for seed in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for timer in mailboxes.timers:
+        timer.join(10)
+    for user, used in mailboxes.used.items():
+        assert 850_000 < used <= 1_000_000, (user, used)
+
+
+def test_the_log_tells_the_step_and_the_size(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.default = response(f"OK x 40000 {LIMIT}")
+    for dry in (), ("--dry-run",):
+        running = milter(backend, *dry)
+        with running.session() as session:
+            for size, declared in (70_001, ["SIZE=70001"]), (80_002, []), (100_003, []):
+                assert bool(session.message("john", size, *declared)) != bool(dry)
+        at_rcpt, at_end, too_large = (running.log(f"size={n}") for n in (70001, 80002, 1000))
+        assert "verdict=overquota" in at_rcpt and "step=rcpt" in at_rcpt
+        assert "verdict=overquota" in at_end and "step=end" in at_end
+        assert "verdict=toolarge" in too_large and "step=end" in too_large
+        for line in at_rcpt, at_end, too_large:
+            assert "recipient=john@example.com user=john" in line and "quota=100000" in line
+            assert line.endswith("dry_run=yes") == bool(dry)
+
+
+# ---- several backends of one domain ----
+
+
+@pytest.fixture
+def three() -> Iterator[list[Backend]]:
+    """Give three backends that know nobody until they are told."""
+    servers = [Backend() for _ in range(3)]
+    for server in servers:
+        server.default = b"UNKNOWN %s\n"
+    yield servers
+    for server in servers:
+        with contextlib.suppress(OSError):
+            server.close()
+
+
+def of_domain(backends: list[Backend]) -> list[str]:
+    """Return the options that give one domain several backends."""
+    return [part for server in backends for part in ("--backend", f"example.com={server.url}")]
+
+
+def test_users_spread_over_three_backends_are_looked_for_once(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    for number, server in enumerate(three):
+        server.answers[f"full{number}".encode()] = FULL
+        server.answers[f"user{number}".encode()] = b"OK %s 1 100\n"
+    nobody = "550 5.1.1 No such user"
+    running = milter(None, *of_domain(three), *UNCACHED, "--unknown-reply", nobody)
+    for attempt in range(3):
+        for number in range(3):
+            before = [len(server.asked) for server in three]
+            assert running.rcpt(f"<full{number}@example.com>").startswith("452")
+            assert running.rcpt(f"<user{number}@example.com>") == ""
+            asked = [len(server.asked) - old for server, old in zip(three, before)]
+            looked_at = range(number + 1) if attempt == 0 else [number]
+            assert asked == [2 * (n in looked_at) for n in range(3)], (attempt, number)
+        assert running.rcpt("<nobody@example.com>") == nobody
+    assert [server.users().count("nobody") for server in three] == [3, 3, 3]
+
+
+def test_an_answer_of_several_backends_is_remembered_as_one(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    three[2].answers[b"john"] = FULL
+    running = milter(None, *of_domain(three))
+    for _ in range(3):
+        assert running.rcpt("<john@example.com>").startswith("452")
+    assert [len(server.asked) for server in three] == [1, 1, 1]
+
+
+def test_without_a_domain_several_backends_serve_all_others(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    three[1].answers[b"john"] = FULL
+    three[2].default = FULL
+    options = [f"--backend={three[0].url}", f"--backend={three[1].url}"]
+    running = milter(None, *options, f"--backend=one.org={three[2].url}")
+    assert running.rcpt("<john@example.com>").startswith("452")
+    assert running.rcpt("<mary@one.org>").startswith("452")
+    assert running.rcpt("<john@one.org>").startswith("452")
+    assert [len(server.asked) for server in three] == [1, 1, 2]
+
+
+def test_a_backend_may_serve_several_domains_beside_different_others(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    three[1].answers[b"john"] = FULL
+    names = "a.org", "a.org,b.org", "b.org"
+    options = [f"--backend={name}={server.url}" for name, server in zip(names, three)]
+    running = milter(None, *options)
+    assert running.rcpt("<john@a.org>").startswith("452")
+    assert running.rcpt("<john@b.org>").startswith("452")
+    assert [len(server.asked) for server in three] == [1, 2, 0]
+
+
+def test_a_backend_named_twice_for_a_domain_is_asked_once_or_an_error(backend: Backend) -> None:
+    backend.default = b"UNKNOWN %s\n"
+    for one, two in ("x.org", "x.org"), ("x.org", "y.org,X.org."), ("", ""):
+        options = [f"--backend={name}{'=' * bool(name)}{backend.url}" for name in (one, two)]
+        before = len(backend.asked)
+        status, output, errors = run_milter(*options, "--check", "john@x.org")
+        if status == 2:
+            assert (output, len(errors.splitlines())) == ("", 1) and "--backend" in errors
+        else:
+            assert "verdict=unknown" in output and len(backend.asked) == before + 1
+
+
+def test_a_mailbox_that_moves_while_mail_goes_on_is_always_known(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    three[0].answers[b"john"] = b"OK %s 1 100\n"
+    options = "--unknown-reply", "550 5.1.1 No such user", "--on-error", "tempfail"
+    running = milter(None, *of_domain(three), *UNCACHED, *options)
+    replies: list[tuple[bool, str]] = []
+    moved, done = threading.Event(), threading.Event()
+
+    def give() -> None:
+        with running.session() as session:
+            while not done.is_set():
+                before = moved.is_set()
+                session.mail()
+                replies.append((before, session.rcpt("<john@example.com>")[:3]))
+                session.abort()
+
+    threads = [threading.Thread(target=give) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(replies) > 100, "some mail")
+    for source, goal in (0, 2), (2, 1), (1, 0), (0, 2):  # it is there before it leaves
+        three[goal].answers[b"john"] = FULL if (source, goal) == (0, 2) else b"OK %s 1 100\n"
+        del three[source].answers[b"john"]
+        asked = len(three[goal].asked)
+        wait_for(functools.partial(three[goal].has_been_asked, asked + 50), "its mail")
+    time.sleep(0.3)
+    moved.set()
+    wait_for(lambda: sum(after for after, _ in replies) > 100, "more mail")
+    done.set()
+    for thread in threads:
+        thread.join(20)
+    assert {reply for _, reply in replies} <= {"", "452"}
+    assert {reply for after, reply in replies if after} == {"452"}
+
+
+FIRST_BACKENDS: dict[str, Any] = {
+    "is dead": None,
+    "hangs": hang,
+    "drips": drip,
+    "fails": b"HTTP/1.0 500 Oops\r\n\r\n",
+    "talks nonsense": b"Mailbox full, sorry\n",
+    "closes": lambda connection: None,
+    "knows nobody": b"UNKNOWN %s\n",
+}
+
+
+@pytest.mark.parametrize("kind", FIRST_BACKENDS)
+def test_the_next_backend_is_asked_where_the_first(
+    kind: str, three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    three[0].default = FIRST_BACKENDS[kind]
+    if kind == "is dead":
+        three[0].close()
+    three[1].answers.update({b"full": FULL, b"john": b"OK %s 1 100\n"})
+    three[2].default = FULL
+    options = "--timeout", "3", "--on-error", "tempfail", "--retry-after", "60"
+    running = milter(None, *of_domain(three), *options, *UNCACHED)
+    begin = time.monotonic()
+    for _ in range(2):
+        assert running.rcpt("<full@example.com>").startswith("452")
+        assert running.rcpt("<john@example.com>") == ""
+    assert time.monotonic() - begin < 2 * 3 + SLACK, "who knew is asked first"
+    assert three[1].users() == ["full", "john"] * 2 and three[2].asked == []
+    log = running.process.output()
+    assert log.count("state=down") == (kind == "is dead")
+    assert running.rcpt("<paul@example.com>").startswith("452"), "whom only the third knows"
+
+
+ALL_BACKENDS: list[tuple[list[Any], str, list[int]]] = [
+    # (what each of three says of john, None: it is dead; the reply with --on-error tempfail and
+    # an --unknown-reply; how often each is asked)
+    ([b"UNKNOWN %s\n"] * 3, "550", [1, 1, 1]),
+    ([None, None, None], "451", [0, 0, 0]),
+    ([hang, hang, hang], "451", [1, 1, 1]),
+    ([b"nonsense\n", None, b"HTTP/1.0 500 Oops\r\n\r\n"], "451", [1, 0, 1]),
+    ([b"UNKNOWN %s\n", None, b"UNKNOWN %s\n"], "451", [1, 0, 1]),
+    ([b"HTTP/1.0 500 Oops\r\n\r\n", b"UNKNOWN %s\n", b"UNKNOWN %s\n"], "451", [1, 1, 1]),
+    ([b"OK %s 1 100\n", FULL, FULL], "", [1, 0, 0]),
+    ([FULL, b"OK %s 1 100\n", FULL], "452", [1, 0, 0]),
+    ([hang, hang, FULL], "452", [1, 1, 1]),
+    ([None, b"UNKNOWN %s\n", FULL], "452", [0, 1, 1]),
+]
+
+
+def test_all_backends_of_a_domain_give_one_answer_in_one_time(
+    milter: Callable[..., RunningMilter],
+) -> None:
+    options = "--timeout", "3", "--on-error", "tempfail", "--unknown-reply", "550 5.1.1 None"
+    for answers, reply, asked in ALL_BACKENDS:
+        servers = [Backend() for _ in answers]
+        for server, answer in zip(servers, answers):
+            server.default = answer
+            if answer is None:
+                server.close()
+        running = milter(None, *of_domain(servers), *options)
+        begin = time.monotonic()
+        got = running.rcpt("<john@example.com>")
+        assert time.monotonic() - begin < 3 + SLACK
+        assert got[:3] == reply and [len(server.asked) for server in servers] == asked, answers
+        for server, answer in zip(servers, answers):
+            if answer is not None:
+                server.close()
+
+
+def test_what_one_backend_leaves_of_the_time_the_others_may_take(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    def slow(connection: socket.socket) -> bytes:
+        time.sleep(2.8)
+        return FULL
+
+    three[0].default, three[1].default, three[2].default = hang, b"nonsense\n", slow
+    running = milter(None, *of_domain(three), "--timeout", "6")
+    begin = time.monotonic()
+    assert running.rcpt("<john@example.com>").startswith("452")
+    assert 4 < time.monotonic() - begin < 6 + SLACK, "two seconds for the first"
+
+
+def test_the_last_known_answer_stands_in_where_none_knows_a_mailbox_for_certain(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    three[1].answers[b"john"] = FULL
+    options = "--on-error", "tempfail", "--unknown-reply", "550 5.1.1 No such user"
+    running = milter(None, *of_domain(three), *UNCACHED, *options)
+    assert running.rcpt("<john@example.com>").startswith("452")
+    three[1].answers[b"john"] = b"HTTP/1.0 500 Oops\r\n\r\n"
+    assert running.rcpt("<john@example.com>").startswith("452"), "the last known answer"
+    assert "cached=yes" in running.log("reason=")
+    del three[1].answers[b"john"]
+    assert running.rcpt("<john@example.com>").startswith("550")
+
+
+def test_a_stand_by_takes_over_and_each_backend_is_down_for_itself(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    for server in three[:2]:
+        server.default = b"OK %s 1 100\n"
+        server.answers[b"full"] = FULL
+    first, second = three[:2]
+    options = "--retry-after", "1", "--timeout", "2", "--on-error", "tempfail"
+    running = milter(None, *of_domain([first, second]), *UNCACHED, *options)
+    assert running.rcpt("<full@example.com>").startswith("452") and second.asked == []
+    first.close()
+    for _ in range(20):
+        assert running.rcpt("<full@example.com>").startswith("452")
+        assert running.rcpt("<john@example.com>") == ""
+    assert f"backend={first.url}" in running.log("state=down") and len(second.asked) == 40
+    again = Backend(first.port)
+    again.default = FULL
+    wait_for(lambda: running.rcpt(f"<new{time.time()}@example.com>"), "the first to be asked")
+    second.close()
+    wait_for(lambda: running.rcpt("<john@example.com>").startswith("452"), "the first alone")
+    again.close()
+    log = running.process.output()
+    assert [log.count(f"backend={server.url} state=down") for server in (first, second)] == [1, 1]
+
+
+def test_what_is_in_flight_belongs_to_the_mailbox_and_not_to_a_backend(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    three[0].answers[b"john"] = response(f"OK x 0 {LIMIT}")
+    running = milter(None, *of_domain(three), *UNCACHED)
+    with running.session() as session:
+        assert session.message("john", 60_000) == ""
+        three[1].answers[b"john"] = response(f"OK x 0 {LIMIT}")
+        del three[0].answers[b"john"]
+        assert session.message("john", 39_001).startswith("452")
+        three[1].close()
+        three[2].answers[b"john"] = response(f"OK x 60000 {LIMIT}")
+        assert session.message("john", 39_001).startswith("452")
+        assert session.message("john", 38_000) == ""
+    assert three[2].users() == ["john"] * 2
+
+
+# ---- dead mailboxes ----
+
+
+def days_ago(days: float) -> str:
+    """Return an HTTP date."""
+    return email.utils.formatdate(time.time() - days * 86400, usegmt=True)
+
+
+OVER, GOOD = "OVERQUOTA x 101 100", "OK x 90 100"
+DEAD_MAILBOXES = [
+    # (line, Last-Modified, parameters, beginning of the reply with --inactive-after 30)
+    (OVER, days_ago(30.1), "", "552 5.2.2"),
+    (OVER, days_ago(5000), "SIZE=10", "552 5.2.2"),
+    (OVER, days_ago(29.9), "", "452 4.2.2"),
+    (OVER, days_ago(0), "", "452 4.2.2"),
+    (OVER, None, "", "452 4.2.2"),
+    (GOOD, days_ago(5000), "", ""),
+    (GOOD, days_ago(5000), "SIZE=10", ""),
+    (OVER, days_ago(5000), "SIZE=101", "552 5.2.3"),
+    ("OK x 100 100", days_ago(5000), "", ""),
+    ("OVERQUOTA x 5 0", days_ago(5000), "", "552 5.2.2"),
+    ("OVERQUOTA x", days_ago(5000), "", "552 5.2.2"),
+    ("UNKNOWN x 101 100", days_ago(5000), "", ""),
+    *(
+        (OVER, nonsense, "", "452 4.2.2")
+        for nonsense in (
+            *("", "0", "-1", "1500000000", "yesterday", "31 days ago", "GMT", ",", "\xff\xfe"),
+            *("Thu, 99 Jan 2015 00:00:00 GMT", "Thu, 01 Foo 2015 00:00:00 GMT"),
+            *("Thu, 01 Jan 2015 25:61:00 GMT", "Thu, 01 Jan 99999999999 00:00:00 GMT"),
+            *("Fri, 01 Jan 2150 00:00:00 GMT", "x" * 5000, "Thu, 01 Jan 2015 \0 GMT"),
+        )
+    ),
+]
+
+
+def test_a_full_mailbox_that_nothing_changes_is_refused_for_good(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    running = milter(backend, "--inactive-after", "30")
+    patient = milter(backend)
+    worded = ["--inactive-after", "1", "--inactive-reply", "550 5.2.1 {address} is no longer used"]
+    other = milter(backend, *worded)
+    for number, (line, changed, parameters, reply) in enumerate(DEAD_MAILBOXES):
+        header = {} if changed is None else {"Last_Modified": changed}
+        backend.answers[f"u{number}".encode()] = response(line, **header)
+        got = running.rcpt(f"<u{number}@example.com>", *parameters.split())
+        assert got.startswith(reply) and bool(got) == bool(reply), (line, changed, got)
+        got = patient.rcpt(f"<u{number}@example.com>")
+        assert got[:9] == ("452 4.2.2" if line.startswith("OVER") else ""), (line, changed)
+    assert other.rcpt("<u0@example.com>") == "550 5.2.1 u0@example.com is no longer used"
+    assert other.rcpt("<u3@example.com>").startswith("452")
+    assert "u0@example.com" in running.rcpt("<u0@example.com>")
+
+
+def test_a_last_known_answer_refuses_nobody_for_good(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.answers[b"john"] = response(OVER, Last_Modified=days_ago(40))
+    running = milter(backend, *UNCACHED, "--inactive-after", "30")
+    assert running.rcpt("<john@example.com>").startswith("552 5.2.2")
+    backend.answers[b"john"] = b"HTTP/1.0 500 Oops\r\n\r\n"
+    assert running.rcpt("<john@example.com>").startswith("452 4.2.2")
+    assert running.rcpt("<john@example.com>", "SIZE=101").startswith("452 4.2.2")
+
+
+def make_old(folder: pathlib.Path) -> None:
+    """Let all that stands in a folder be unchanged for 40 days."""
+    then = time.time() - 40 * 86400
+    for path in (folder, *folder.rglob("*")):
+        os.utime(path, (then, then))
+
+
+LIFE = [
+    # what happens to a mailbox of each kind: the path of an mbox file and of a Maildir
+    ("a message is delivered", "echo more >> {mbox}; echo m > {maildir}/new/9.x"),
+    (
+        "a message is read",
+        "sed -i 's/^Status: O/Status: RO/' {mbox}; mv {maildir}/new/1.x {maildir}/cur/1.x:2,S",
+    ),
+    ("a message is deleted", "sed -i '$d' {mbox}; rm {maildir}/cur/1.x:2,S"),
+]
+
+
+@pytest.mark.parametrize("kind", ["mbox", "maildir"])
+def test_a_real_mailbox_that_is_used_lives(
+    kind: str,
+    start: Callable[..., Process],
+    milter: Callable[..., RunningMilter],
+    tmp_path: pathlib.Path,
+) -> None:
+    mail = tmp_path / "mail"
+    mbox, maildir = mail / "john", mail / "john.d"
+    for part in "cur", "new", "tmp":
+        (maildir / part).mkdir(parents=True)
+    (maildir / "new/1.x").write_text("x" * 3000)
+    (maildir / "cur/2.x:2,S").write_text("x" * 3000)
+    mbox.write_text("From x\nStatus: O\n\n" + "x\n" * 3000)
+    port = free_port()
+    settings = {"QUOTA_MAILBOX": f"{mail}/%n", "QUOTA_MAILDIR": f"{mail}/%n.d"}
+    environment = {**os.environ, **settings, "QUOTA_LIMIT": "1K"}
+    script = MBOX_CGI if kind == "mbox" else MAILDIR_CGI
+    start(script, "--serve", str(port), port=port, env=environment)
+    url = "--backend", f"http://127.0.0.1:{port}/"
+    running = milter(None, *url, *UNCACHED, "--inactive-after", "30")
+    assert running.rcpt("<john@example.com>").startswith("452 4.2.2")
+    for event, command in LIFE:
+        make_old(mail)
+        assert running.rcpt("<john@example.com>").startswith("552 5.2.2"), event
+        subprocess.run(command.format(mbox=mbox, maildir=maildir), shell=True, check=True)
+        assert running.rcpt("<john@example.com>").startswith("452 4.2.2"), event
+
+
+# ---- metrics ----
+
+
+def read_metrics(file: pathlib.Path) -> dict[str, Any]:
+    """Read a file with Prometheus' own parser: families by their names."""
+    try:
+        from prometheus_client import parser
+    except ImportError:
+        missing("prometheus_client is missing: apt-get install python3-prometheus-client")
+    text = file.read_text(encoding="ascii")
+    assert text.endswith("\n"), "it is whole"
+    return {family.name: family for family in parser.text_string_to_metric_families(text)}
+
+
+def values(families: dict[str, Any], kind: str, *words: str) -> list[float]:
+    """Return the values of samples of a kind that have these words in names or labels."""
+    return [
+        sample.value
+        for family in families.values()
+        for sample in family.samples
+        if family.type == kind
+        and all(word in f"{sample.name} {list(sample.labels.values())}" for word in words)
+    ]
+
+
+def holds(file: pathlib.Path, text: str) -> bool:
+    """Say whether there is such a file and it has this text."""
+    return file.exists() and text in file.read_text()
+
+
+METRICS_TIME = 15 + 2 * SLACK  # seconds in which the file is replaced
+
+
+def exercise(running: RunningMilter) -> None:
+    """Give messages whose numbers can be found in the metrics."""
+    with running.session() as session:
+        for size in 70_001, 70_002:
+            assert session.message("john", size, f"SIZE={size}").startswith("452")
+        assert session.message("john", 80_005).startswith("452")
+        assert session.message("john paul", 20_000) == ""
+        assert session.message("mary", 30_000, "SIZE=30000") == ""
+        assert session.message("full full full full full", 1).startswith("452")
+        assert session.message("gone john@dead.org", 5) == ""
+        session.mail()
+        for number in range(30):
+            assert session.rcpt(f"<user{number}@example.com>") == ""
+
+
+def test_metrics_tell_prometheus_what_the_milter_does(
+    backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
+) -> None:
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    file = folder / "quota.prom"
+    backend.default = response(f"OK x 40000 {LIMIT}")
+    backend.answers.update({b"full": FULL, b"gone": b"UNKNOWN %s\n"})
+    secret = backend.url.replace("//", "//user:secret@")
+    dead = f"http://127.0.0.1:{free_port()}/"
+    backends = [f"--backend=example.com={secret}", f"--backend=dead.org={dead}"]
+    options = *backends, "--metrics", file, "--in-flight", "600"
+    running = milter(None, *options, preexec_fn=lambda: os.umask(0o077))
+    exercise(running)
+    seen: set[int] = set()
+
+    def complete() -> dict[str, Any]:
+        """Read the file: whenever that is, it is whole."""
+        if not file.exists():
+            return {}
+        seen.add(file.stat().st_ino)
+        assert file.stat().st_mode & 0o777 == 0o644
+        families = read_metrics(file)
+        return families if 80_005 in values(families, "counter") else {}
+
+    families = wait_for(complete, "the numbers", METRICS_TIME)
+    assert "secret" not in file.read_text()
+    assert {family.type for family in families.values()} == {"counter", "gauge", "histogram"}
+    assert all(family.documentation for family in families.values())
+    assert 140_003 in values(families, "counter"), "bytes refused at RCPT"
+    assert values(families, "counter", "full") == [] == values(families, "gauge", "john")
+    assert {"overquota", "unknown", "fault", "ok"} <= {
+        label
+        for family in families.values()
+        for sample in family.samples
+        for label in sample.labels.values()
+    }
+    assert 2 in values(families, "gauge", "flight"), "messages in flight"
+    assert any(50_000 <= value <= 80_000 for value in values(families, "gauge", "flight"))
+    assert values(families, "gauge", f":{backend.port}/").count(1) == 1, "up"
+    assert values(families, "gauge", dead) == [0], "down"
+    mailboxes = 35  # john, paul, mary, full, gone and thirty users
+    assert mailboxes in values(families, "gauge"), "remembered answers"
+    assert mailboxes in values(families, "counter", f":{backend.port}/"), "questions"
+    count = values(families, "histogram", "_count", f":{backend.port}/")
+    buckets = values(families, "histogram", "_bucket", f":{backend.port}/")
+    assert count == [mailboxes] == buckets[-1:] and buckets == sorted(buckets)
+    assert 0 < values(families, "histogram", "_sum", f":{backend.port}/")[0] < 60
+    assert os.listdir(folder) == ["quota.prom"]
+    before = seen.copy()
+    wait_for(lambda: complete() and seen - before, "the next file", METRICS_TIME)
+    assert running.process.stop() == 0
+    assert os.listdir(folder) in ([], ["quota.prom"])
+
+
+def test_metrics_that_cannot_be_written_harm_nothing(
+    backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
+) -> None:
+    need_root()
+    backend.answers[b"full"] = FULL
+    gone, disk, target = tmp_path / "gone", tmp_path / "disk", tmp_path / "target"
+    for folder in gone, disk, tmp_path / "linked":
+        folder.mkdir()
+    target.write_text("precious\n")
+    link = tmp_path / "linked/quota.prom"
+    link.symlink_to(target)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk])
+    if mounted.returncode:
+        missing("this machine mounts no tmpfs")
+    try:
+        files = gone / "quota.prom", disk / "quota.prom", link
+        milters = [milter(backend, "--metrics", file) for file in files]
+        for file in files:
+            wait_for(functools.partial(holds, file, "#"), "the file", METRICS_TIME)
+            assert read_metrics(file)
+        shutil.rmtree(gone)
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", 0) as filler:
+            while True:
+                filler.write(b"x" * 512)
+        for running, file in list(zip(milters, files))[:2]:
+            logged = functools.partial(holds, running.process.log, str(file))
+            wait_for(logged, "the log", METRICS_TIME)
+            assert running.rcpt("<full@example.com>").startswith("452")
+            assert running.rcpt("<john@example.com>") == ""
+        assert read_metrics(files[1]), "what was whole stays whole"
+        assert set(os.listdir(disk)) == {"filler", "quota.prom"}
+        (disk / "filler").unlink()
+        gone.mkdir()
+        old = files[1].stat().st_ino
+        wait_for(files[0].exists, "the file, again", METRICS_TIME)
+        wait_for(lambda: files[1].stat().st_ino != old, "the new file", METRICS_TIME)
+        assert read_metrics(files[0]) and read_metrics(files[1])
+        for running in milters:
+            assert running.process.stop() == 0
+            assert "Traceback" not in running.process.output()
+            assert running.process.output().count("quota.prom") <= 3, "logged, not poured"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# ---- reload ----
+
+RELOADED = [
+    # (a line of the option file, recipient, parameters; the reply without the line and with it)
+    ("--overquota-reply 552 5.2.2 Full", "full", "", "452 4.2.2 Quota", "552 5.2.2 Full"),
+    ("--toolarge-reply 452 4.2.2 Large", "john", "SIZE=101", "552 5.2.3", "452 4.2.2 Large"),
+    ("--unknown-reply 550 5.1.1 None", "gone", "", "", "550 5.1.1 None"),
+    ("--on-error tempfail", "ill", "", "", "451 4.3.0"),
+    ("--exempt full", "full", "", "452", ""),
+    ("--ignore-size", "john", "SIZE=50", "452", ""),
+    ("--recipient-delimiter -", "full-x", "", "", "452"),
+    ('--recipient-delimiter ""', "full+x", "", "452", ""),
+    ("--case-sensitive", "FULL", "", "452", ""),
+    ("--dry-run", "full", "", "452", ""),
+    ("--inactive-after 30", "dead", "", "452", "552 5.2.2"),
+    ("--inactive-after 30\n--inactive-reply 550 5.2.1 Dead", "dead", "", "452", "550 5.2.1 Dead"),
+    ("--aliases {folder}/aliases", "info", "", "", "452"),
+    ("--backend other.org={other}", "full@other.org", "", "452", ""),
+    ("@{folder}/inner", "full", "", "452", ""),
+]
+
+
+@pytest.fixture
+def reloading(
+    backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
+) -> tuple[RunningMilter, pathlib.Path, str]:
+    """Give a milter with an option file, that file, and what stands in it at first."""
+    backend.default = b"OK %s 90 100\n"
+    backend.answers.update({b"full": FULL, b"gone": b"UNKNOWN %s\n", b"ill": b"nonsense\n"})
+    backend.answers[b"full-x"] = backend.answers[b"full+x"] = b"OK %s 1 100\n"
+    backend.answers[b"FULL"] = b"OK %s 1 100\n"
+    backend.answers[b"dead"] = response(OVER, Last_Modified=days_ago(40))
+    (tmp_path / "aliases").write_text("info: full\n")
+    (tmp_path / "inner").write_text("--exempt full\n")
+    file = tmp_path / "options"
+    base = f"# the options\n--backend {backend.url}\n"
+    file.write_text(base)
+    return milter(None, f"@{file}"), file, base
+
+
+def test_hup_reads_the_option_file_again(
+    reloading: tuple[RunningMilter, pathlib.Path, str], tmp_path: pathlib.Path
+) -> None:
+    running, file, base = reloading
+    other = Backend()
+    with running.session() as session:
+
+        def reply(recipient: str, parameters: str) -> str:
+            session.mail("<sender@example.net>", *parameters.split())
+            got = session.rcpt(f"<{recipient}{'' if '@' in recipient else '@example.com'}>")
+            session.abort()
+            return got
+
+        for line, recipient, parameters, without, with_it in RELOADED:
+            for text, expected in ((line, with_it), ("", without)):
+                file.write_text(base + text.format(folder=tmp_path, other=other.url) + "\n")
+                reload(running)
+                got = reply(recipient, parameters)
+                assert got.startswith(expected) and bool(got) == bool(expected), (line, text)
+    assert running.process.stop() == 0
+    other.close()
+
+
+def test_hup_changes_backends_timeouts_and_files_but_neither_socket_nor_sessions(
+    reloading: tuple[RunningMilter, pathlib.Path, str], backend: Backend, tmp_path: pathlib.Path
+) -> None:
+    running, file, base = reloading
+    second, port = Backend(), free_port()
+    second.default = hang
+    lines = [f"--backend {second.url}", "--timeout 1", "--on-error tempfail", "--verbose"]
+    lines += [f"--listen inet:{port}@127.0.0.1", "--syslog", f"--metrics {tmp_path}/quota.prom"]
+    with running.session() as session:
+        assert session.message("john", 1) == ""
+        session.mail()
+        file.write_text("\n".join(lines) + "\n")
+        reload(running)
+        begin = time.monotonic()
+        assert session.rcpt("<john@example.com>").startswith("451")
+        assert time.monotonic() - begin < 1 + SLACK
+        assert second.users() == ["john"] and backend.users() == ["john"]
+        second.default = b"OK %s 1 100\n"
+        assert session.rcpt("<postmaster@example.com>") == ""
+        assert running.log("recipient=postmaster"), "verbose, and not to syslog"
+        assert not answers_at(port) and running.rcpt("<mary@example.com>") == ""
+    wait_for((tmp_path / "quota.prom").exists, "the metrics", METRICS_TIME)
+    assert running.process.stop() == 0
+    second.close()
+
+
+def test_what_is_in_flight_stays_over_a_reload(
+    reloading: tuple[RunningMilter, pathlib.Path, str],
+) -> None:
+    running, file, base = reloading
+    other = Backend()
+    other.default = response(f"OK x 0 {LIMIT}")
+    file.write_text(f"--backend {other.url}\n")
+    reload(running)
+    with running.session() as session:
+        assert session.message("john", 60_000) == ""
+        file.write_text(f"--backend example.com={other.url}\n--frontends 3\n")
+        reload(running)
+        assert session.message("john", 39_001).startswith("452")
+        assert session.message("mary", 40_000) == ""
+        assert session.message("mary", 0).startswith("452"), "three frontends"
+    other.close()
+
+
+BAD_FILES = [
+    # (what comes behind two good lines, the line that the log names, a word of the reason)
+    ("--timeout soon\n", 3, "--timeout"),
+    ("\n# x\n--timeout 0\n", 5, "--timeout"),
+    ("--nonsense 5\n", 3, "--nonsense"),
+    ("--timeout\n", 3, "--timeout"),
+    ("stray\n", 3, "stray"),
+    ("--overquota-reply 250 2.0.0 Fine\n", 3, "--overquota-reply"),
+    ("--backend nonsense\n", 3, "--backend"),
+    ("--aliases {folder}/nowhere\n", 3, "--aliases"),
+    ("--cafile {folder}/nowhere\n", 3, "--cafile"),
+    ("@{folder}/nowhere\n", 3, "nowhere"),
+]
+
+
+def test_an_error_in_an_option_file_names_file_and_line(
+    backend: Backend, tmp_path: pathlib.Path
+) -> None:
+    file, outer = tmp_path / "options", tmp_path / "outer"
+    outer.write_text(f"--verbose\n@{file}\n--timeout 3\n")
+    for text, line, word in BAD_FILES:
+        file.write_text(f"# x\n--backend {backend.url}\n" + text.format(folder=tmp_path))
+        for first in file, outer:
+            for check in (), ("--check",), ("--check", "john@example.com"):
+                status, output, errors = run_milter(f"@{first}", *check)
+                assert (status, output, len(errors.splitlines())) == (2, "", 1), text
+                assert re.search(rf"{file}\D{{1,10}}{line}\b", errors) and word in errors, errors
+    assert backend.asked == []
+
+
+def test_a_bad_option_file_changes_nothing_and_is_logged(
+    reloading: tuple[RunningMilter, pathlib.Path, str], tmp_path: pathlib.Path
+) -> None:
+    running, file, base = reloading
+    for text, line, word in [*BAD_FILES, (f"@{file}\n", 3, ""), ("\xff\n", 0, "")]:
+        changed = base.partition("\n")[2] + "--overquota-reply 552 5.2.2 Changed\n"
+        file.write_text(changed + text.format(folder=tmp_path), encoding="latin-1")
+        logged = reload(running)
+        assert word in logged and str(file) in logged, (text, logged)
+        assert not word or re.search(rf"{file}\D{{1,10}}{line}\b", logged), logged
+        assert running.rcpt("<full@example.com>").startswith("452 4.2.2 Quota"), text
+    file.unlink()
+    assert str(file) in reload(running)
+    assert running.rcpt("<full@example.com>").startswith("452 4.2.2 Quota")
+    file.write_text(base + "--overquota-reply 552 5.2.2 Changed\n")
+    reload(running)
+    assert running.rcpt("<full@example.com>") == "552 5.2.2 Changed"
+    assert running.process.stop() == 0 and "Traceback" not in running.process.output()
+
+
+def test_check_without_an_address_says_whether_the_options_are_good(
+    backend: Backend, tmp_path: pathlib.Path
+) -> None:
+    file = tmp_path / "options"
+    file.write_text(f"--backend {backend.url}\n--aliases {tmp_path}/aliases\n")
+    status, _, errors = run_milter(f"@{file}", "--check")
+    assert status == 2 and len(errors.splitlines()) == 1 and f"{tmp_path}/aliases" in errors
+    (tmp_path / "aliases").write_text("info: john\n")
+    for arguments in [f"@{file}", "--check"], ["--check", f"@{file}"]:
+        status, _, errors = run_milter(*arguments)
+        assert (status, errors) == (0, "")
+    assert backend.asked == []
+
+
+NOBODY_SERVES = [
+    # (addresses, exit status of --check where only example.com has a backend)
+    (["john@elsewhere.net"], 2),
+    (["john@example.com", "john@elsewhere.net"], 2),
+    (["full@example.com", "john@elsewhere.net"], 2),
+    (["john@elsewhere.net", "full@example.com"], 2),
+    (["postmaster@example.com", "john@example.com"], 0),
+    (["full@example.com"], 1),
+]
+
+
+def test_check_of_an_address_that_no_backend_serves_is_status_2(backend: Backend) -> None:
+    backend.answers[b"full"] = FULL
+    for addresses, expected in NOBODY_SERVES:
+        options = f"--backend=example.com={backend.url}", "--check"
+        status, output, errors = run_milter(*options, *addresses)
+        assert (status, errors) == (expected, ""), addresses
+        assert len(output.splitlines()) == len(addresses)
+        assert ("nobackend" in output) == ("elsewhere" in str(addresses))
 
 
 # ---- load ----
