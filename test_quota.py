@@ -2902,7 +2902,7 @@ def test_backends_do_not_hinder_each_other(
     silent.close()
 
 
-def limits_of(running: RunningMilter, what: str) -> int:
+def figure_of(running: RunningMilter, what: str) -> int:
     """Return a figure of the process, in kB where it is memory."""
     status = pathlib.Path(f"/proc/{running.process.popen.pid}/status").read_text()
     return int(re.findall(rf"{what}:\s+(\d+)", status)[0])
@@ -2929,7 +2929,7 @@ def test_five_hundred_sessions_stay_open_from_a_soft_limit_of_256(
                 session.mail()
                 assert session.rcpt(f"<user{number % 50}@example.com>") == ""
             assert sessions[-1].rcpt("<john@example.com>").startswith("452")
-        assert limits_of(running, "VmRSS") < 80 * 1024
+        assert figure_of(running, "VmRSS") < 80 * 1024
     assert running.process.stop() == 0
 
 
@@ -2942,10 +2942,10 @@ def test_long_recipients_take_no_memory(
         session.mail()
         for number in range(100):
             session.rcpt("<" + form.format(f"{number:05}") + ">")
-        before = limits_of(running, "VmRSS")
+        before = figure_of(running, "VmRSS")
         for number in range(11_000):
             session.rcpt("<" + form.format(f"{number:05}" + "x" * 1845) + ">")
-    assert limits_of(running, "VmRSS") - before < 20 * 1024
+    assert figure_of(running, "VmRSS") - before < 20 * 1024
 
 
 def test_where_no_thread_can_be_started_nobody_passes_unchecked(
@@ -2958,13 +2958,17 @@ def test_where_no_thread_can_be_started_nobody_passes_unchecked(
     options = ["--listen", f"inet:{port}@127.0.0.1", "--backend", backend.url, *TEMPFAIL]
     process = start(PYTHON, script, *options, port=port, user=60001, group=60001)
     running = RunningMilter(port, process)
+
+    def limit(threads: int) -> None:
+        command = [need("prlimit", "util-linux"), f"--nproc={threads}:10000"]
+        subprocess.run([*command, f"--pid={process.popen.pid}"], check=True, user=60001)
+
     with running.session() as session:
         session.mail()
-        threads = limits_of(running, "Threads")
-        resource.prlimit(process.popen.pid, resource.RLIMIT_NPROC, (threads, 10_000))
+        limit(figure_of(running, "Threads"))
         for user in "john", "mary", "paul":
             assert session.rcpt(f"<{user}@example.com>")[:3] in ("451", "452")
-        resource.prlimit(process.popen.pid, resource.RLIMIT_NPROC, (10_000, 10_000))
+        limit(10_000)
         for user in "john", "mary":
             assert session.rcpt(f"<{user}@example.com>").startswith("452")
     assert process.stop() == 0
