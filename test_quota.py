@@ -2961,7 +2961,9 @@ def test_where_no_thread_can_be_started_nobody_passes_unchecked(
 
     def limit(threads: int) -> None:
         command = [need("prlimit", "util-linux"), f"--nproc={threads}:10000"]
-        subprocess.run([*command, f"--pid={process.popen.pid}"], check=True, user=60001)
+        subprocess.run(
+            [*command, f"--pid={process.popen.pid}"], check=True, user=60001, group=60001
+        )
 
     with running.session() as session:
         session.mail()
