@@ -28,6 +28,7 @@ import shutil
 import signal
 import smtplib
 import socket
+import sqlite3
 import ssl
 import struct
 import subprocess
@@ -1235,6 +1236,413 @@ def test_an_alias_file_that_is_being_written_is_not_read_half(
             time.sleep(0.3)
             assert asked() == "john"
     wait_for(lambda: asked() == "mary", "the whole file")
+
+
+# ---- tables as aliases ----
+
+TABLE_DOMAINS = "example.com,example.org,all.org,moved.org,loop.org,pool.org"
+TABLE_ROWS = {
+    # Postfix's virtual(5): name, what it stands for
+    "sales@example.com": "john@example.com",
+    "sales+x@example.com": "mary@example.com",
+    "support@example.com": "sales@example.org",
+    "sales@example.org": "sales@example.com",
+    "bare@example.com": "john",
+    "local": "john@example.com",
+    "-": "john@example.com",
+    "a#x@example.com": "john@example.com",
+    "list@example.com": "john@example.com, mary@example.com",
+    "two@example.com": "john@example.com mary@example.com",
+    "far@example.com": "list@example.com",
+    "prog@example.com": "|/bin/true",
+    "file@example.com": "/var/mail/john",
+    "include@example.com": ":include:/etc/list",
+    "error@example.com": "error:nouser",
+    "out@example.com": "john@elsewhere.net",
+    "self@example.com": "self@example.com",
+    "loop1@example.com": "loop2@example.com",
+    "loop2@example.com": "loop1@example.com",
+    '"a b"@example.com': "john@example.com",
+    "info@virtual.net": "john@example.com",
+    "john@all.org": "john@all.org",
+    "@all.org": "mary@example.com",
+    "@moved.org": "@example.com",
+    "@loop.org": "@pool.org",
+    "@pool.org": "@loop.org",
+}
+TABLED = [
+    # (recipient, mailbox that is asked about, None: none)
+    ("sales@example.com", "john@example.com"),
+    ("SALES@Example.COM", "john@example.com"),
+    ("sales+x@example.com", "mary@example.com"),
+    ("sales+y@example.com", "john@example.com"),
+    ("support@example.com", "john@example.com"),
+    ("bare@example.com", "john@example.com"),
+    ("local@example.com", "john@example.com"),
+    ("local@example.org", "john@example.com"),
+    ("local+x@example.org", "john@example.com"),
+    ("local@virtual.net", None),
+    ("-@example.com", "john@example.com"),
+    ("a#x@example.com", "john@example.com"),
+    ("list@example.com", None),
+    ("two@example.com", None),
+    ("far@example.com", None),
+    ("prog@example.com", None),
+    ("file@example.com", None),
+    ("include@example.com", None),
+    ("error@example.com", None),
+    ("out@example.com", None),
+    ("self@example.com", "self@example.com"),
+    ("loop1@example.com", None),
+    ("loop2@example.com", None),
+    ('"a b"@example.com', "john@example.com"),
+    ("info@virtual.net", "john@example.com"),
+    ("john@all.org", "john@all.org"),
+    ("anybody@all.org", "mary@example.com"),
+    ("paul@moved.org", "paul@example.com"),
+    ("sales@moved.org", "john@example.com"),
+    ("x@loop.org", None),
+    ("nobody@example.com", "nobody@example.com"),
+    ("o'neill@example.com", "o'neill@example.com"),
+    ("postmaster@all.org", None),
+]
+SQL_ROWS = [
+    *TABLE_ROWS.items(),
+    ("rows@example.com", "john@example.com"),
+    ("rows@example.com", "mary@example.com"),
+    ("empty@example.com", ""),
+    ("forger@example.com", "mary@example.com\nvictim@example.com\tjohn@example.com"),
+    ("megabyte@example.com", "john@example.com," * 60_000),
+]
+SQL = "".join(
+    ["CREATE TABLE aliases (name varchar(200), target text);\n"]
+    + [f"INSERT INTO aliases VALUES ('{name}', '{target}');\n" for name, target in SQL_ROWS]
+)
+QUERY = "query = SELECT target FROM aliases WHERE name = '%s'\n"
+
+
+def indexed_table(kind: str, file: pathlib.Path, rows: Mapping[str, str]) -> str:
+    """Make a table as an administrator does, with postmap; return its TYPE:NAME."""
+    lines = (f"{name} {value}\n" for name, value in rows.items())
+    file.write_text("".join(lines))
+    subprocess.run([need("postmap", "postfix"), f"{kind}:{file}"], check=True)
+    return f"{kind}:{file}"
+
+
+def sqlite_table(folder: pathlib.Path) -> str:
+    """Make a database in a file."""
+    need("/usr/share/doc/postfix-sqlite", "postfix-sqlite")
+    database = folder / "aliases.db"
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.executescript(SQL)
+    file = folder / "my sqlite.cf"
+    file.write_text(f"dbpath = {database}\n{QUERY}")
+    return f"sqlite:{file}"
+
+
+@pytest.fixture(scope="module")
+def mariadb() -> Iterator[pathlib.Path]:
+    """Give the folder of a MariaDB of its own, with a socket and Postfix's file for it."""
+    need_root()
+    need("/usr/share/doc/postfix-mysql", "postfix-mysql")
+    server = need("mariadbd", "mariadb-server")
+    with open_folder() as folder:
+        shutil.chown(folder, "mysql", "mysql")
+        install = ["--no-defaults", "--user=mysql", "--skip-test-db", f"--datadir={folder}/data"]
+        install += ["--auth-root-authentication-method=normal"]
+        prepared = subprocess.run(["mariadb-install-db", *install], capture_output=True)
+        assert prepared.returncode == 0, prepared
+        options = [f"--datadir={folder}/data", f"--socket={folder}/socket", "--skip-networking"]
+        options += [f"--pid-file={folder}/pid", "--innodb-buffer-pool-size=8M"]
+        program = [*as_user("mysql"), server, "--no-defaults", *options]
+        process = Process([*program], folder / "log")
+        try:
+            process.wait_ready((folder / "socket").exists, "MariaDB")
+            client = ["mariadb", "--no-defaults", f"--socket={folder}/socket", "--user=root"]
+            grant = "CREATE DATABASE mail; USE mail; GRANT SELECT ON mail.* TO 'mta'@'localhost'"
+            sql = f"{grant} IDENTIFIED BY 'secret';\n" + SQL.replace("text)", "longtext)")
+            subprocess.run(client, input=sql.encode(), check=True)
+            login = f"hosts = unix:{folder}/socket\nuser = mta\npassword = secret\ndbname = mail\n"
+            (folder / "aliases.cf").write_text(login + QUERY)
+            yield folder
+        finally:
+            process.stop()
+
+
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[pathlib.Path]:
+    """Give the folder of a PostgreSQL of its own, with a socket and Postfix's file for it."""
+    need_root()
+    need("/usr/share/doc/postfix-pgsql", "postfix-pgsql")
+    found = sorted(pathlib.Path("/usr/lib/postgresql").glob("*/bin"))
+    programs = found[-1] if found else pathlib.Path("/usr/lib/postgresql/bin")
+    server = need(str(programs / "postgres"), "postgresql")
+    with open_folder() as folder:
+        shutil.chown(folder, "postgres", "postgres")
+        init: list[Path] = [programs / "initdb", "-D", folder / "data", "-A", "trust", "-E", "UTF8"]
+        init += ["--no-sync", "--no-locale"]
+        user: dict[str, Any] = {"cwd": folder, "check": True}
+        subprocess.run([*as_user("postgres"), *init], capture_output=True, **user)
+        options: list[Path] = ["-D", folder / "data", "-c", "listen_addresses=", "-c", "fsync=off"]
+        options += ["-c", f"unix_socket_directories={folder}"]
+        program = [*as_user("postgres"), server, *options]
+        process = Process([*program], folder / "log", cwd=folder)
+        try:
+            process.wait_ready(lambda: "is ready to accept" in process.output(), "PostgreSQL")
+            client: list[Path] = [programs / "psql", "-q", "-h", folder, "-U", "postgres"]
+            subprocess.run(client, input=SQL.encode(), **user)
+            login = f"hosts = unix:{folder}\nuser = postgres\ndbname = postgres\n"
+            (folder / "aliases.cf").write_text(login + QUERY)
+            yield folder
+        finally:
+            process.stop(signal.SIGINT)
+
+
+@pytest.fixture
+def table(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> str:
+    """Give a table of the type that is the parameter, with the rows above, as TYPE:NAME."""
+    kind = request.param
+    if kind in ("mysql", "pgsql"):
+        folder = request.getfixturevalue({"mysql": "mariadb", "pgsql": "postgresql"}[kind])
+        return f"{kind}:{folder}/aliases.cf"
+    if kind == "lmdb":
+        need("/usr/share/doc/postfix-lmdb", "postfix-lmdb")
+    return (
+        sqlite_table(tmp_path)
+        if kind == "sqlite"
+        else indexed_table(kind, tmp_path / "my table", TABLE_ROWS)
+    )
+
+
+class TableServer:
+    """A table that Postfix asks over TCP, as tcp_table(5) or socketmap_table(5)."""
+
+    def __init__(self) -> None:
+        self.answers: dict[bytes, Any] = {}  # a value, or what to do; others are not found
+        self.asked: list[str] = []
+        self.open = self.most = 0  # connections
+        self.lock = threading.Lock()
+        self.ended = threading.Event()
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=600)
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        """Serve each connection in a thread."""
+        with contextlib.suppress(OSError):
+            while True:
+                connection = self.listener.accept()[0]
+                threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+
+    def serve(self, connection: socket.socket) -> None:
+        """Answer the questions of a connection until its end."""
+        with self.lock:
+            self.open += 1
+            self.most = max(self.most, self.open)
+        with contextlib.suppress(OSError), connection, connection.makefile("rb") as questions:
+            while True:
+                start = questions.read(1)
+                if start == b"g":  # get KEY
+                    line = questions.readline().split(b" ", 1)[1]
+                    key = urllib.parse.unquote_to_bytes(line.rstrip(b"\n"))
+                    answer = self.answer(key)
+                    connection.sendall(b"500 no\n" if answer is None else b"200 %s\n" % answer)
+                elif start:  # LENGTH:NAME KEY,
+                    length = b""
+                    while start != b":":
+                        length, start = length + start, questions.read(1)
+                    key = questions.read(int(length) + 1)[:-1].split(b" ", 1)[1]
+                    answer = self.answer(key)
+                    text = b"NOTFOUND " if answer is None else b"OK " + answer
+                    connection.sendall(b"%d:%s," % (len(text), text))
+                else:
+                    break
+        with self.lock:
+            self.open -= 1
+
+    def answer(self, key: bytes) -> Optional[bytes]:
+        """Note a key and give its value."""
+        self.asked.append(key.decode())
+        value: Any = self.answers.get(key, self.answers.get(b"*"))
+        found: Optional[bytes] = value() if callable(value) else value
+        return found
+
+    def hang(self) -> bytes:
+        """Say nothing until the end of the test."""
+        self.ended.wait(600)
+        raise OSError("too late")
+
+
+@pytest.fixture
+def table_server() -> Iterator[TableServer]:
+    """Give a table that says what a test tells it to."""
+    need("postmap", "postfix")
+    server = TableServer()
+    yield server
+    server.ended.set()
+    server.listener.close()
+
+
+class AliasedMilter:
+    """A milter that is given tables, and a backend that calls every mailbox full."""
+
+    def __init__(self, backend: Backend, milter: Callable[..., RunningMilter]) -> None:
+        backend.default = FULL
+        self.backend, self.milter = backend, milter
+        self.running: RunningMilter
+
+    def start(self, *tables: Path, options: tuple[Path, ...] = (), **popen: Any) -> RunningMilter:
+        """Start the milter."""
+        arguments = ["--backend", f"{TABLE_DOMAINS}={self.backend.url}", *options]
+        for table in tables:
+            arguments += ["--aliases", table]
+        self.running = self.milter(None, *arguments, **popen)
+        return self.running
+
+    def mailbox(self, recipient: Union[str, bytes]) -> Optional[str]:
+        """Give a recipient; return the mailbox that was asked about, None where none was."""
+        before = len(self.backend.asked)
+        raw = recipient if isinstance(recipient, bytes) else recipient.encode()
+        reply = self.running.rcpt(b"<%s>" % raw)
+        asked = self.backend.asked[before:]
+        if not asked:
+            assert reply == "", (recipient, reply)
+            return None
+        assert len(asked) == 1, asked
+        if isinstance(recipient, str):
+            assert reply == quota_exceeded(recipient)
+        fields = urllib.parse.parse_qs(asked[0].split(b" ")[1].split(b"?")[1].decode())
+        return fields["u"][0] + "@" + fields["d"][0]
+
+    def children(self) -> list[int]:
+        """Return the processes that the milter has started and that are not gone."""
+        tasks = pathlib.Path(f"/proc/{self.running.process.popen.pid}/task")
+        found: list[int] = []
+        for task in tasks.iterdir():
+            with contextlib.suppress(OSError):
+                found += map(int, (task / "children").read_text().split())
+        return found
+
+
+@pytest.fixture
+def aliased(backend: Backend, milter: Callable[..., RunningMilter]) -> AliasedMilter:
+    """Give a milter that a test starts with its tables."""
+    return AliasedMilter(backend, milter)
+
+
+NO_CACHE: tuple[Path, ...] = ("--cache-ttl", "0", "--in-flight", "0", "--timeout", "20")
+TEMPFAIL = "451 4.3.0 "
+
+
+@pytest.mark.parametrize(
+    "table", ["hash", "btree", "lmdb", "texthash", "sqlite", "mysql", "pgsql"], indirect=True
+)
+def test_every_kind_of_table_leads_to_the_mailbox(table: str, aliased: AliasedMilter) -> None:
+    aliased.start(table, options=NO_CACHE)
+    found = [(recipient, aliased.mailbox(recipient)) for recipient, _ in TABLED]
+    assert found == TABLED
+
+
+@pytest.mark.parametrize("table", ["sqlite", "mysql", "pgsql"], indirect=True)
+def test_what_only_a_database_answers_leads_to_no_wrong_mailbox(
+    table: str, aliased: AliasedMilter
+) -> None:
+    running = aliased.start(table, options=(*NO_CACHE, "--on-error", "tempfail"))
+    assert aliased.mailbox("rows@example.com") is None
+    assert aliased.mailbox("empty@example.com") == "empty@example.com"
+    assert aliased.mailbox("victim@example.com") == "victim@example.com"
+    for recipient in "forger@example.com", "megabyte@example.com":
+        assert running.rcpt(f"<{recipient}>")[:10] in ("", TEMPFAIL), recipient
+    assert not set(aliased.backend.users()) & {"forger", "megabyte", "john"}
+    assert aliased.mailbox("sales@example.com") == "john@example.com"
+    big = pathlib.Path(f"/proc/{running.process.popen.pid}/status").read_text()
+    assert int(re.findall(r"VmHWM:\s+(\d+)", big)[0]) < 100_000
+
+
+PATTERNS = r"""
+/^(.*)@moved\.org$/  $1@example.com
+/^sales@example\.com$/  john@example.com
+/^sales$/  mary@example.com
+/^@all\.org$/  mary@example.com
+/^two@/  john@example.com, mary@example.com
+/^loop@/  loop@example.com
+/^plus\+x@example\.com$/  mary@example.com
+"""
+
+
+@pytest.mark.parametrize("kind", ["pcre", "regexp"])
+def test_a_table_of_patterns_is_asked_about_the_whole_address_alone(
+    aliased: AliasedMilter, tmp_path: pathlib.Path, kind: str
+) -> None:
+    need("/usr/share/doc/postfix-pcre", "postfix-pcre")
+    file = tmp_path / "my patterns"
+    file.write_text(PATTERNS)
+    aliased.start(f"{kind}:{file}", options=NO_CACHE)
+    for recipient, mailbox in (
+        ("paul@moved.org", "paul@example.com"),
+        ("sales@example.com", "john@example.com"),
+        ("Sales@example.com", "john@example.com"),
+        ("sales+x@example.com", "sales@example.com"),
+        ("sales@example.org", "sales@example.org"),
+        ("anybody@all.org", "anybody@all.org"),
+        ("two@example.org", None),
+        ("loop@example.com", "loop@example.com"),
+        ("plus+x@example.com", "mary@example.com"),
+        ("plus+y@example.com", "plus@example.com"),
+    ):
+        assert aliased.mailbox(recipient) == mailbox, recipient
+
+
+@pytest.mark.parametrize("kind", ["tcp:127.0.0.1:{}", "socketmap:inet:127.0.0.1:{}:aliases"])
+def test_a_table_on_the_network_is_asked_about_the_whole_address_alone(
+    aliased: AliasedMilter, table_server: TableServer, kind: str
+) -> None:
+    table_server.answers[b"sales+x@example.com"] = b"john@example.com"
+    table_server.answers[b"twice@example.com"] = b"sales+x@example.com"
+    aliased.start(kind.format(table_server.port), options=NO_CACHE)
+    assert aliased.mailbox("Sales+x@Example.com") == "john@example.com"
+    assert table_server.asked[0].lower() == "sales+x@example.com"
+    assert {key.lower() for key in table_server.asked} == {
+        "sales+x@example.com",
+        "john@example.com",
+    }
+    assert aliased.mailbox("twice@example.com") == "john@example.com"
+    assert aliased.mailbox("other+y@example.com") == "other@example.com"
+    assert set(table_server.asked[-2:]) <= {"other+y@example.com"}
+    before = len(table_server.asked)
+    assert aliased.mailbox("postmaster@example.com") is None
+    assert aliased.mailbox("") is None
+    assert table_server.asked[before:] == []
+
+
+def test_postfix_itself_leads_a_recipient_to_the_same_mailbox(folder: pathlib.Path) -> None:
+    need_root()
+    table = indexed_table("hash", folder / "table", TABLE_ROWS)
+    main_cf = f"""
+myorigin = example.com
+mydestination = {TABLE_DOMAINS}
+local_recipient_maps =
+local_transport = discard:
+recipient_delimiter = +
+relay_domains =
+virtual_alias_domains = virtual.net
+virtual_alias_maps = {table}
+smtpd_reject_unlisted_recipient = no
+allow_min_user = yes
+"""
+    with Postfix(folder, main_cf) as postfix:
+        for recipient, mailbox in TABLED:
+            if mailbox is None:
+                continue
+            before = len(postfix.log())
+            assert send(postfix.port, recipient) == [""]
+
+            def delivered(before: int = before) -> list[str]:
+                return re.findall(r"discard.* to=<(.*?)>,.*status=sent", postfix.log()[before:])
+
+            found = wait_for(delivered, f"the delivery of mail for {recipient}")
+            stem = re.sub(r"\+[^@]*", "", found[0])
+            assert (len(found), stem) == (1, mailbox), recipient
 
 
 # ---- the CGIs, as a web server runs them ----
