@@ -3042,7 +3042,15 @@ def test_a_connection_is_kept_where_the_server_says_so_and_nothing_is_left_in_it
 
 README = HERE / "README.md"
 ROOM = 200 << 20  # bytes: the limit in README's blocks
-FRONTEND = "192.0.2.25"  # in README's blocks the only one that may ask
+FRONTEND, STRANGER = "127.0.0.1", "127.0.0.2"  # who may ask here, and who may not
+LIBRARY = "/usr/local/lib/quota"  # README's folder of the scripts
+LISTEN = "unix:/var/spool/postfix/quota/milter.sock"  # README's socket
+PLAIN_URL = "http://192.0.2.10:8025/quota.cgi"  # README's backend
+PARTS = {  # which Debian package has a server's folder below /etc, or a program of its
+    "apache2": "apache2",
+    "lighttpd": "lighttpd",
+    "nginx": "nginx-light",
+}
 
 
 def readme_block(name: str, replacements: Optional[Mapping[str, Path]] = None) -> str:
@@ -3060,20 +3068,30 @@ def readme_block(name: str, replacements: Optional[Mapping[str, Path]] = None) -
     return block
 
 
-def run_block(name: str, replacements: Mapping[str, Path], **options: Any) -> str:
-    """Run the commands of a block as a shell does and return what they print."""
-    block = readme_block(name, replacements)
-    done = subprocess.run(
-        ["sh", "-euc", block], capture_output=True, text=True, timeout=60, **options
-    )
-    assert done.returncode == 0, (block, done)
+def run_commands(commands: str, **options: Any) -> str:
+    """Run commands as a shell does and return what they print; nothing is installed or booted."""
+    with tempfile.TemporaryDirectory() as stubs:
+        for name in "apt-get", "systemctl":
+            os.symlink("/bin/true", f"{stubs}/{name}")
+        environment = {**os.environ, **options.pop("env", {})}
+        environment["PATH"] = f"{stubs}:{environment['PATH']}:/usr/sbin"
+        done = subprocess.run(
+            ["sh", "-euc", commands],
+            **(dict(capture_output=True, text=True, timeout=60, env=environment) | options),
+        )
+    assert done.returncode == 0, (commands, done)
     return str(done.stdout)
 
 
+def run_block(name: str, replacements: Mapping[str, Path], **options: Any) -> str:
+    """Run the commands of a block and return what they print."""
+    return run_commands(readme_block(name, replacements), **options)
+
+
 @contextlib.contextmanager
-def open_folder() -> Iterator[pathlib.Path]:
+def open_folder(parent: Optional[str] = None) -> Iterator[pathlib.Path]:
     """Give a folder in which every user may search, which pytest's own may not be."""
-    name = tempfile.mkdtemp(prefix="quota-")
+    name = tempfile.mkdtemp(prefix="quota-", dir=parent)
     os.chmod(name, 0o755)
     try:
         yield pathlib.Path(name)
@@ -3089,22 +3107,19 @@ def folder() -> Iterator[pathlib.Path]:
 
 
 class Site:
-    """A backend of README: a folder of mbox files, the script beside it, one port."""
+    """A backend of README: mbox files, the scripts in a folder of their own, a port."""
 
     def __init__(self, folder: pathlib.Path, start: Callable[..., Process]) -> None:
         self.folder, self.start = folder, start
-        self.port = free_port()
+        self.port, self.other_port = free_port(), free_port()  # the second: for Debian's own site
         self.url = f"http://127.0.0.1:{self.port}/cgi-bin/quota.cgi"
-        self.frontend = "127.0.0.1"  # who may ask
+        self.edits: list[tuple[str, str]] = []  # what a test leaves out of the blocks
         self.syslog: Process
         self.spool = folder / "mail"
         self.spool.mkdir(mode=0o711)  # for others: to search, not to list
-        (folder / "cgi-bin").mkdir()
-        self.script = folder / "cgi-bin" / "quota.cgi"
-        run_block(
-            "Backend: copy",
-            {" quota.cgi": f" {MBOX_CGI}", "/usr/lib/cgi-bin/quota.cgi": self.script},
-        )
+        self.library = folder / "lib"
+        self.script = self.library / "quota.cgi"
+        run_block("Backend: copy", {LIBRARY: self.library}, cwd=HERE)
         text = self.script.read_text().replace("/var/mail/%n", f"{self.spool}/%n")
         self.script.write_text(text)
         self.fill("john", ROOM + 1)
@@ -3115,133 +3130,153 @@ class Site:
         (self.spool / user).touch(mode=0o600)
         os.truncate(self.spool / user, size)
 
-    def block(self, name: str, **replacements: Path) -> str:
-        """Return a block of README with this site's script and frontend."""
-        table: dict[str, Path] = {"/usr/lib/cgi-bin/quota.cgi": self.script}
-        if FRONTEND in readme_block(name):
-            table[FRONTEND] = self.frontend
-        return readme_block(name, {**table, **replacements})
+    def block(self, name: str, replacements: Optional[Mapping[str, Path]] = None) -> str:
+        """Return a block of README with this site's scripts and frontend."""
+        table: dict[str, Path] = {LIBRARY: self.library, "192.0.2.25": FRONTEND}
+        block = readme_block(name, {**table, **(replacements or {})})
+        for pattern, text in self.edits:
+            block = re.sub(pattern, text, block)
+        return block
 
     def ask(self, query: str, *options: str) -> str:
         """Ask with curl; return the status and the line."""
+        return self.fetch(f"{self.url}?{query}", *options)
+
+    def fetch(self, url: str, *options: str) -> str:
+        """Fetch a URL with curl; return the status and the body."""
         curl = [need("curl", "curl"), "-s", "-m", "10", "-w", r"\n%{http_code}", *options]
-        done = subprocess.run([*curl, f"{self.url}?{query}"], capture_output=True)
+        done = subprocess.run([*curl, "--path-as-is", url], capture_output=True)
         body, _, status = done.stdout.decode("utf-8", "surrogateescape").rpartition("\n")
         return f"{status} {body.rstrip()}"
 
 
-APACHE = """
-ServerRoot "{folder}"
-ServerName mail1.example.com
-Listen 127.0.0.1:{port}
-PidFile {folder}/apache.pid
-ErrorLog {folder}/error.log
-DefaultRuntimeDir {folder}
-User www-data
-Group www-data
-"""
-APACHE_MODULES = "mpm_event authn_core authz_core authz_host authz_user alias env"
+def stock(site: Site, name: str, edits: Mapping[str, Path]) -> pathlib.Path:
+    """Copy Debian's own configuration of a server, with other ports and folders put in."""
+    need(f"/etc/{name}", PARTS[name])
+    copy = site.folder / name
+    shutil.copytree(f"/etc/{name}", copy, symlinks=True)
+    found = set()
+    for path in copy.rglob("*"):
+        if path.is_symlink():
+            target = os.readlink(path).replace(f"/etc/{name}", str(copy))
+            path.unlink()
+            path.symlink_to(target)
+        elif path.is_file():
+            text = path.read_text(errors="surrogateescape")
+            for old, new in {f"/etc/{name}/": f"{copy}/", **edits}.items():
+                found |= {old} if old in text else set()
+                text = text.replace(old, str(new))
+            path.write_text(text, errors="surrogateescape")
+    assert found >= set(edits), f"not in /etc/{name}: {set(edits) - found}"
+    return copy
 
 
-def start_apache(site: Site, block: str, modules: str, *lines: str) -> None:
-    """Start Apache with a block of README."""
-    program = need("apache2", "apache2")
-    conf = [APACHE.format(folder=site.folder, port=site.port), *lines]
-    for module in (modules + " " + APACHE_MODULES).split():
-        file = f"/usr/lib/apache2/modules/mod_{module}.so"
-        need(file, "libapache2-mod-wsgi-py3" if module == "wsgi" else "apache2")
-        conf.insert(1, f"LoadModule {module}_module {file}")
-    path = site.folder / "apache2.conf"
-    path.write_text("\n".join([*conf, block]))
-    site.start(program, "-DFOREGROUND", "-f", path, port=site.port)
+def command_of(block: str) -> str:
+    """Return the command that a block of README gives in its second line."""
+    return block.splitlines()[1].lstrip("# ")
 
 
-# What Debian's own configuration says, as serve-cgi-bin.conf and 10-cgi.conf.
-APACHE_CGI_BIN = """
-ScriptAlias /cgi-bin/ {folder}/cgi-bin/
-<Directory "{folder}/cgi-bin">
-    AllowOverride None
-    Options +ExecCGI -MultiViews +SymLinksIfOwnerMatch
-    Require all granted
-</Directory>
-"""
-LIGHTTPD_CGI_BIN = """
-server.modules += ( "mod_cgi" )
-$HTTP["url"] =~ "^/cgi-bin/" {{
-    cgi.assign = ( "" => "" )
-    alias.url += ( "/cgi-bin/" => "{folder}/cgi-bin/" )
-}}
-"""
+def stock_apache(site: Site, http: int, https: int) -> dict[str, str]:
+    """Copy Debian's Apache; return the environment of its commands."""
+    ports: dict[str, Path] = {"Listen 80\n": f"Listen 127.0.0.1:{http}\n", "*:80>": f"*:{http}>"}
+    ports["Listen 443\n"] = f"Listen 127.0.0.1:{https}\n"
+    copy = stock(site, "apache2", ports)
+    (site.folder / "socks").mkdir()  # as apache2ctl does
+    shutil.chown(site.folder / "socks", "www-data")
+    kind = "PID_FILE={0}/apache.pid RUN_DIR={0} LOCK_DIR={0} LOG_DIR={0}".format(site.folder)
+    with open(copy / "envvars", "a") as file:
+        file.writelines(f"export APACHE_{one}\n" for one in kind.split())
+    return {"APACHE_CONFDIR": str(copy), "APACHE_STATE_DIRECTORY": str(site.folder / "state")}
+
+
+def run_apache(site: Site) -> None:
+    """Start Apache with the copy of Debian's configuration."""
+    copy = site.folder / "apache2"
+    command = '. "$0/envvars"; exec apache2 -d "$0" -f apache2.conf -DFOREGROUND'
+    environment = {**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin"}
+    site.start("sh", "-c", command, copy, port=site.port, env=environment)
+
+
+def start_apache(
+    site: Site, name: str, replacements: Optional[Mapping[str, Path]] = None
+) -> None:
+    """Put a block of README into Debian's Apache, run its command and start it."""
+    environment = stock_apache(site, site.port, site.other_port)
+    block = site.block(f"/etc/apache2/conf-available/{name}.conf", replacements)
+    (site.folder / "apache2/conf-available" / f"{name}.conf").write_text(block)
+    run_commands(command_of(block), env=environment)
+    run_apache(site)
 
 
 def apache(site: Site) -> None:
-    """Start Apache with mod_cgid, which runs all of cgi-bin, as with Debian's configuration."""
-    block = site.block("/etc/apache2/conf-available/quota.conf")
-    block += APACHE_CGI_BIN.format(folder=site.folder)
-    start_apache(site, block, "cgid", f"ScriptSock {site.folder}/cgid.sock")
+    """Start Apache with mod_cgid."""
+    start_apache(site, "quota")
 
 
 def apache_wsgi(site: Site) -> None:
     """Start Apache with mod_wsgi."""
-    block = site.block("/etc/apache2/conf-available/quota-wsgi.conf")
-    start_apache(site, block, "wsgi", f"WSGISocketPrefix {site.folder}/wsgi")
+    need("/usr/lib/apache2/modules/mod_wsgi.so", "libapache2-mod-wsgi-py3")
+    start_apache(site, "quota-wsgi")
 
 
 def lighttpd(site: Site) -> None:
-    """Start lighttpd with mod_cgi, which runs all of cgi-bin, as with Debian's configuration."""
+    """Start lighttpd with mod_cgi, beside Debian's 10-cgi.conf."""
     program = need("lighttpd", "lighttpd")
-    path = site.folder / "lighttpd.conf"
-    path.write_text(
-        'server.modules = ( "mod_indexfile", "mod_access", "mod_alias", "mod_redirect" )\n'
-        f'server.document-root = "{site.folder}"\n'
-        'server.username = "www-data"\nserver.groupname = "www-data"\n'
-        f'server.bind = "127.0.0.1"\nserver.port = {site.port}\n'
-        + LIGHTTPD_CGI_BIN.format(folder=site.folder)
-        + site.block("/etc/lighttpd/conf-available/50-quota.conf")
+    edits: dict[str, Path] = {
+        'include_shell "/usr/share/lighttpd/use-ipv6.pl " + server.port': "",
+        "= 80\n": f'= {site.port}\nserver.bind = "127.0.0.1"\n',
+        "/var/log/lighttpd": site.folder,
+        "/run/lighttpd.pid": site.folder / "lighttpd.pid",
+    }
+    copy = stock(site, "lighttpd", edits)
+    enable = site.folder / "lighty-enable-mod"  # which knows no other folder than /etc/lighttpd
+    enable.write_text(
+        pathlib.Path("/usr/sbin/lighty-enable-mod")
+        .read_text()
+        .replace("/etc/lighttpd/", f"{copy}/")
     )
-    site.start(program, "-D", "-f", path, port=site.port)
-
-
-NGINX = """
-daemon off;
-user www-data;
-pid {folder}/nginx.pid;
-error_log {folder}/error.log;
-events {{ }}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body;
-    fastcgi_temp_path {folder}/fastcgi;
-    proxy_temp_path {folder}/proxy;
-    scgi_temp_path {folder}/scgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    {block}
-}}
-"""
+    enable.chmod(0o755)
+    block = site.block("/etc/lighttpd/conf-available/50-quota.conf")
+    (copy / "conf-available/50-quota.conf").write_text(block)
+    for command in "lighty-enable-mod cgi", command_of(block):
+        run_commands(command.replace("lighty-enable-mod", str(enable)))
+    site.start(program, "-D", "-f", copy / "lighttpd.conf", port=site.port)
 
 
 def nginx(site: Site) -> None:
     """Start nginx, and fcgiwrap behind it."""
     program, wrapper = need("nginx", "nginx-light"), need("fcgiwrap", "fcgiwrap")
     run = site.folder / "run"
-    run.mkdir()
+    run.mkdir(exist_ok=True)
     shutil.chown(run, "www-data", "www-data")
     wrapped = site.start(*as_user("www-data"), wrapper, "-fc8", "-s", f"unix:{run}/fcgiwrap.socket")
     wrapped.wait_ready((run / "fcgiwrap.socket").exists, "fcgiwrap")
-    replacements = {"8025": f"127.0.0.1:{site.port}", "/run/fcgiwrap": f"{run}/fcgiwrap"}
-    block = site.block("/etc/nginx/sites-available/quota", **replacements)
-    path = site.folder / "nginx.conf"
-    path.write_text(NGINX.format(folder=site.folder, block=block))
-    site.start(program, "-c", path, "-p", site.folder, "-e", "stderr", port=site.port)
+    edits: dict[str, Path] = {
+        "listen 80 ": f"listen 127.0.0.1:{site.other_port} ",
+        "listen [::]:80 default_server;": "",
+        "/run/nginx.pid": site.folder / "nginx.pid",
+        "/var/log/nginx": site.folder,
+    }
+    copy = stock(site, "nginx", edits)
+    own = {
+        "listen 8025": f"listen 127.0.0.1:{site.port}",
+        "/run/fcgiwrap": f"{run}/fcgiwrap",
+        "/etc/nginx/": f"{copy}/",
+    }
+    block = site.block("/etc/nginx/sites-available/quota", own)
+    (copy / "sites-available/quota").write_text(block)
+    run_commands(command_of(block))
+    arguments = ["-c", copy / "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
+    site.start(program, *arguments, port=site.port)
 
 
 def uwsgi(site: Site) -> None:
     """Start uWSGI."""
     program = need("uwsgi", "uwsgi-core")
     need("/usr/lib/uwsgi/plugins/python3_plugin.so", "uwsgi-plugin-python3")
-    own = {"192.0.2.10:8025": f"127.0.0.1:{site.port}"}
+    own = {"192.0.2.10:8025": f"127.0.0.1:{site.port}", "/var/mail/": f"{site.spool}/"}
     path = site.folder / "quota.ini"
-    path.write_text(site.block("/etc/uwsgi/apps-available/quota.ini", **own))
+    path.write_text(site.block("/etc/uwsgi/apps-available/quota.ini", own))
     site.start(program, "--ini", path, port=site.port)
 
 
@@ -3250,19 +3285,38 @@ def gunicorn(site: Site) -> None:
     need("gunicorn", "gunicorn")
     own: dict[str, Path] = {
         " quota.cgi": f" {site.script}",
-        "/usr/local/lib": site.folder,
         "192.0.2.10:8025": f"127.0.0.1:{site.port}",
     }
-    block = readme_block("gunicorn loads only what is called .py", own)
+    block = site.block("gunicorn loads only what is called .py", own)
     site.start("sh", "-euc", block, port=site.port)
+
+
+def unit_settings(name: str, replacements: Mapping[str, Path]) -> tuple[str, dict[str, str]]:
+    """Read command and environment in a block of a unit, as systemd does: %% is one %."""
+    lines = readme_block(name, replacements).replace("%%", "%").splitlines()
+    command = next(line for line in lines if line.startswith("ExecStart="))
+    settings = [line.partition("=")[2] for line in lines if line.startswith("Environment=")]
+    return command.partition("=")[2], dict(setting.split("=", 1) for setting in settings)
+
+
+MBOX_UNIT = "/etc/systemd/system/quota-backend.service.d/mailboxes.conf, for mbox files"
+VMAIL_UNIT = "/etc/systemd/system/quota-backend.service.d/mailboxes.conf, for Maildirs of vmail"
+HOMES_UNIT = "/etc/systemd/system/quota-backend.service.d/mailboxes.conf, for Maildirs in homes"
+
+
+def start_unit(
+    site: Site, name: str, replacements: Mapping[str, Path], *wrapper: str
+) -> None:
+    """Start what a unit of README starts, as another user, without systemd."""
+    own: dict[str, Path] = {LIBRARY: site.library, "192.0.2.10:8025": f"127.0.0.1:{site.port}"}
+    own["QUOTA_ALLOW=192.0.2.25"] = f"QUOTA_ALLOW={FRONTEND}"
+    command, settings = unit_settings(name, {**own, **replacements})
+    site.start(*wrapper, *command.split(), port=site.port, env={**os.environ, **settings})
 
 
 def no_web_server(site: Site) -> None:
-    """Start the script with --serve, as an ordinary user."""
-    need("setpriv", "util-linux")
-    own = {"192.0.2.10:8025": f"127.0.0.1:{site.port}"}
-    block = site.block("Backend: without a web server", **own)
-    site.start("sh", "-euc", block, port=site.port)
+    """Start the script with --serve, as the unit for mbox files does."""
+    start_unit(site, MBOX_UNIT, {"/var/mail": site.spool}, *as_user("www-data"))
 
 
 def as_user(user: Union[str, int], group: Union[None, str, int] = None) -> list[str]:
@@ -3322,38 +3376,167 @@ def test_the_milter_gets_its_answers_from_every_web_server(
     assert running.rcpt("<mary@example.com>", "SIZE=1001") == quota_exceeded("mary@example.com")
 
 
-@pytest.mark.parametrize("server", RULED)
-def test_who_is_not_the_frontend_gets_no_answer_and_the_mail_is_accepted(
-    site: Site, server: Callable[[Site], None], milter: Callable[..., RunningMilter]
+# ---- what must get no answer ----
+
+SIBLINGS = [
+    "/cgi-bin/maildir_quota.cgi",
+    "/cgi-bin/quota.cgi/../maildir_quota.cgi",
+    "/cgi-bin/quota.cgi/%2e%2e/maildir_quota.cgi",
+    "/cgi-bin/quota.cgi%2F..%2Fmaildir_quota.cgi",
+    "/lib/quota.cgi",
+]
+SPELLINGS = [
+    "/cgi-bin/quota.cgi",
+    "//cgi-bin/quota.cgi",
+    "/cgi-bin//quota.cgi",
+    "/cgi-bin/./quota.cgi",
+    "/cgi-bin/%2e/quota.cgi",
+    "/cgi-bin/x/../quota.cgi",
+    "/cgi-bin/x/%2E%2e/quota.cgi",
+    "/cgi-bin%2Fquota.cgi",
+    "/cgi-bin/quota.cgi/",
+    "/cgi-bin/quota.cgi/x",
+    "/cgi-bin/quota.cgi//x",
+    "/cgi-bin/quota.cgi%2Fx",
+    "/cgi-bin/quota.cgi;x",
+    "/cgi-bin/quota.cgix",
+    "/cgi-bin/quota%2Ecgi",
+    "/cgi-bin/%71uota.cgi",
+    "/CGI-BIN/QUOTA.CGI",
+    "/cgi-bin/quota.cgi%00",
+    "/cgi-bin/",
+    "/",
+    *SIBLINGS,
+]
+FORGERIES = [  # header fields by which an address may be claimed
+    f"X-Forwarded-For: {FRONTEND}",
+    f"X-Real-IP: {FRONTEND}",
+    f"Forwarded: for={FRONTEND}",
+    f"Remote-Addr: {FRONTEND}",
+    "QUOTA-ALLOW: 0.0.0.0/0",
+    "Host: localhost",
+]
+# What a block is without one of its two rules: the other one must do.
+RULES = {
+    "both": [],
+    "web server": [
+        (r"\n *(SetEnv|fastcgi_param) QUOTA_ALLOW.*", ""),
+        (r', "QUOTA_ALLOW" => "[^"]*"', ""),
+    ],
+    "QUOTA_ALLOW": [
+        (r"Require ip .*", "Require all granted"),
+        (r"\n *url\.access-deny.*", ""),
+        (r"\n *deny all;", ""),
+    ],
+}
+GUARDED = [(server, rule) for server in RULED for rule in RULES]
+GUARDED += [(server, "both") for server in SERVERS if server not in RULED]
+
+
+def gets_nothing(answer: str) -> bool:
+    """Say whether an answer tells nothing of a mailbox."""
+    return answer[:1] in "45" and str(ROOM) not in answer and "john" not in answer
+
+
+@pytest.mark.parametrize(("server", "rule"), GUARDED)
+def test_a_stranger_gets_no_answer_at_any_url(
+    site: Site, server: Callable[[Site], None], rule: str
 ) -> None:
-    site.frontend = FRONTEND
+    site.edits = RULES[rule]
     server(site)
-    running = milter(None, "--backend", site.url)
+    if site.edits:  # the other rule is there no more
+        copies = [p for p in site.folder.glob("*/*-available/*quota*") if p.is_file()]
+        assert all(("QUOTA_ALLOW" in p.read_text()) == (rule == "QUOTA_ALLOW") for p in copies)
+    assert site.ask("u=john").startswith("200 OVERQUOTA")  # it is there to be had
+    stranger = ["--interface", STRANGER]
+    top = f"http://127.0.0.1:{site.port}"
+    for path in SPELLINGS:
+        for query in "u=john", "u=root", "":
+            got = site.fetch(f"{top}{path}?{query}", *stranger)
+            assert gets_nothing(got) or not query or path == "/", (path, query, got)
+            assert str(ROOM) not in got, (path, query, got)
+    for header in FORGERIES:
+        assert gets_nothing(site.ask("u=john", *stranger, "-H", header)), header
+    for method in "HEAD", "POST", "OPTIONS":
+        got = site.ask("u=john", *stranger, "-X", method, "-m", "2")
+        assert str(ROOM) not in got, method
+
+
+@pytest.mark.parametrize("server", RULED)
+def test_the_script_beside_it_answers_nobody(site: Site, server: Callable[[Site], None]) -> None:
+    server(site)
+    for path in SIBLINGS:
+        got = site.fetch(f"http://127.0.0.1:{site.port}{path}?u=root")
+        assert str(ROOM) not in got, (path, got)
+    for path in SPELLINGS:  # Debian's own site, on another port, has none of them
+        got = site.fetch(f"http://127.0.0.1:{site.other_port}{path}?u=john", "-m", "2")
+        assert str(ROOM) not in got, (path, got)
+
+
+def test_who_is_not_the_frontend_gets_no_answer_and_the_mail_is_accepted(
+    site: Site, milter: Callable[..., RunningMilter]
+) -> None:
+    no_web_server(site)
+    proxy = site.start(PYTHON, "-c", RELAY, str(site.port), port=None)
+    port = int(wait_for(lambda: proxy.output().strip(), "the relay's port"))
+    running = milter(None, "--backend", site.url.replace(str(site.port), str(port)))
     assert running.rcpt("<john@example.com>") == ""
     assert "status 403" in running.log("verdict=fault")
 
 
-@pytest.mark.parametrize("server", RULED)
-def test_no_way_to_write_the_url_gets_around_the_rule(
+# Hands each connection on, from another address of loopback.
+RELAY = f"""
+import socket, sys, threading
+def copy(a, b):
+    while data := a.recv(65536):
+        b.sendall(data)
+    b.shutdown(socket.SHUT_WR)
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+while True:
+    client = listener.accept()[0]
+    server = socket.create_connection(("127.0.0.1", int(sys.argv[1])), 10, ("{STRANGER}", 0))
+    for pair in (client, server), (server, client):
+        threading.Thread(target=copy, args=pair, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize("server", [apache, apache_wsgi])
+def test_the_rule_of_apache_holds_on_every_site_that_reaches_the_folder(
     site: Site, server: Callable[[Site], None]
 ) -> None:
-    site.frontend = FRONTEND
+    other = "\n<VirtualHost *:{0}>\nScriptAlias /s/ {1}/\nAlias /files/ {1}/\n</VirtualHost>\n"
+    site.edits = [(r"\Z", other.format(site.port, site.library).replace("\\", r"\\"))]
     server(site)
-    top = site.url.partition("/cgi-bin")[0]
-    for path in (
-        "//cgi-bin/quota.cgi",
-        "/cgi-bin//quota.cgi",
-        "/cgi-bin/./quota.cgi",
-        "/cgi-bin/x/../quota.cgi",
-        "/cgi-bin/quota.cgi/",
-        "/cgi-bin/quota.cgi/x",
-        "/cgi-bin/quota.cgi%2Fx",
-        "/cgi-bin/quota%2Ecgi",
-        "/cgi-bin/%71uota.cgi",
-        "/cgi-bin/quota.cgi%00",
-    ):
-        site.url = top + path
-        assert site.ask("u=john", "--path-as-is")[:3] in ("400", "403", "404"), path
+    for path in "/s/quota.cgi", "/s/maildir_quota.cgi", "/files/quota.cgi", "/files/", "/s/":
+        for url in f"http://127.0.0.1:{site.port}{path}", f"http://x.org:{site.port}{path}":
+            got = site.fetch(url + "?u=john", "--interface", STRANGER, "--resolve",
+                             f"x.org:{site.port}:127.0.0.1")
+            assert got[:3] in ("403", "404"), (url, got)
+
+
+def groups_of(pid: int) -> set[str]:
+    """Return the ids of all groups of a process."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return {x for line in re.findall(r"^(?:Gid|Groups):(.*)$", status, re.M) for x in line.split()}
+
+
+@pytest.mark.parametrize("server", [uwsgi, gunicorn, apache_wsgi])
+def test_the_workers_have_nothing_of_roots_groups(
+    site: Site, server: Callable[[Site], None]
+) -> None:
+    server(site)
+    assert site.ask("u=mary").startswith("200 ")
+    names = [f"/proc/{pid}" for pid in os.listdir("/proc") if pid.isdigit()]
+    workers = []
+    for name in names:
+        with contextlib.suppress(OSError):
+            if str(site.folder).encode() in pathlib.Path(name, "cmdline").read_bytes():
+                workers.append(int(name[6:]))
+    mine = [pid for pid in workers if pathlib.Path(f"/proc/{pid}").stat().st_uid != 0]
+    assert mine
+    for pid in mine:
+        assert "0" not in groups_of(pid), pid
 
 
 def quota_exceeded(address: str) -> str:
