@@ -3541,6 +3541,81 @@ def test_the_workers_have_nothing_of_roots_groups(
         assert "0" not in groups_of(pid), pid
 
 
+# ---- usual mistakes ----
+
+
+class Mistake(NamedTuple):
+    """A line of README's unit for mbox files, what somebody makes of it, what he is told."""
+
+    line: str
+    instead: str
+    told: str
+
+
+ALLOWED = f"QUOTA_ALLOW={FRONTEND}"
+PATH = "QUOTA_MAILBOX={spool}/%%n"
+MISTAKES = {
+    "a path that is not there": Mistake(PATH, "QUOTA_MAILBOX=/var/mial/%n", "500 ERROR .*exist"),
+    "one % in a unit, which systemd takes": Mistake(
+        PATH, "QUOTA_MAILBOX={spool}/quota-backend.service", "500 ERROR .*QUOTA_MAILBOX.*user"
+    ),
+    "one % for the domain, too": Mistake(
+        PATH,
+        "QUOTA_MAILBOX=/run/credentials/quota-backend.service/quota-backend.service",
+        "500 ERROR .*QUOTA_MAILBOX",
+    ),
+    "a placeholder that there is not": Mistake(
+        PATH, "QUOTA_MAILBOX={spool}/%l", "500 ERROR .*QUOTA_MAILBOX.*%n.*%d.*%u.*%h"
+    ),
+    "a path that is not absolute": Mistake(PATH, "QUOTA_MAILBOX=mail/%n", "500 ERROR .*begin with"),
+    "a limit with a unit of its own": Mistake(
+        "QUOTA_LIMIT=200M", "QUOTA_LIMIT=200MB", "500 ERROR .*QUOTA_LIMIT.*200M"
+    ),
+    "a file of limits with colons": Mistake(
+        ALLOWED, ALLOWED + "\nEnvironment=QUOTA_USERS={folder}/users", "500 ERROR .*line 2"
+    ),
+    "a file of limits that is not there": Mistake(
+        ALLOWED, ALLOWED + "\nEnvironment=QUOTA_USERS={folder}/nothing", "500 ERROR .*QUOTA_USERS"
+    ),
+    "another frontend": Mistake(ALLOWED, "QUOTA_ALLOW=192.0.2.25", "403 ERROR "),
+    "a network that is none": Mistake(ALLOWED, "QUOTA_ALLOW=192.0.2.0/33", "500 ERROR .*QUOTA_ALLOW"),
+}
+
+
+def told_by_check(site: Site) -> str:
+    """Return what --check prints about a mailbox of this site: its status must be 2."""
+    check = ["--backend", f"example.com={site.url}", "--check", "mary@example.com"]
+    status, output, errors = run_milter(*check)
+    assert status == 2, (output, errors)
+    return output + errors
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_usual_mistake_of_a_backend_is_told_by_check(site: Site, name: str) -> None:
+    mistake = MISTAKES[name]
+    (site.folder / "users").write_text("paul 100M\njohn:100M\n")
+    line, instead = (x.format(spool=site.spool, folder=site.folder) for x in mistake[:2])
+    start_unit(site, MBOX_UNIT, {"/var/mail": site.spool, line: instead}, *as_user("www-data"))
+    told = told_by_check(site)
+    assert re.search(f'reason="?status {mistake.told}', told), told
+    assert str(site.spool) not in told
+
+
+def test_a_usual_mistake_with_a_web_server_is_told_by_check(site: Site) -> None:
+    apache(site)
+    right, site.url = site.url, site.url.replace("quota.cgi", "qouta.cgi")
+    assert "status 404" in told_by_check(site)
+    site.url = right
+    site.spool.chmod(0o700)
+    assert "status 500 ERROR cannot read the mailbox: Permission denied" in told_by_check(site)
+    site.script.chmod(0o644)
+    assert "status 500" in told_by_check(site)
+    site.url = right.replace("http:", "https:")
+    assert "no connection: [SSL" in told_by_check(site)
+    site.url = right.replace(str(site.port), str(free_port()))
+    assert "Connection refused" in told_by_check(site)
+
+
 def quota_exceeded(address: str) -> str:
     """Return the reply for a full mailbox."""
     return f"452 4.2.2 Quota exceeded for {address}, try again later"
@@ -4526,38 +4601,44 @@ def test_readmes_second_command_installs_what_the_tests_need() -> None:
     assert packages <= set(command.split())
 
 
+OPTION_DEFAULTS = {  # the other options have none
+    "listen": "inet:8894@127.0.0.1",
+    "backend": "http://127.0.0.1:8025/cgi-bin/quota.cgi",
+    "timeout": "5",
+    "retry-after": "10",
+    "max-queries": "16",
+    "cache-ttl": "60",
+    "on-error": "accept",
+    "overquota-reply": "452 4.2.2 Quota exceeded for {address}, try again later",
+    "toolarge-reply": "552 5.2.3 Message is larger than the quota of {address}",
+    "in-flight": "60",
+    "frontends": "1",
+    "inactive-after": "0",
+    "inactive-reply": "552 5.2.2 Mailbox of {address} is full and not in use",
+    "recipient-delimiter": "+",
+}
+NO_DEFAULTS = {"", "off", "off: standard error", "none: let through", "the system's"}
+
+
 def test_readme_and_the_help_give_every_option_its_default() -> None:
-    rows = dict(re.findall(r"^\| `--([a-z-]+).*?\| (.*?) \|", README.read_text(), re.MULTILINE))
-    assert set(rows) == set(OPTIONS)
-    text = re.sub(r"\s+", " ", run_milter("--help")[1])
-    defaults = {name: default for name, default, *_ in load(MILTER).VALUES}
-    assert defaults == {
-        "listen": "inet:8894@127.0.0.1",
-        "timeout": 5,
-        "retry-after": 10,
-        "max-queries": 16,
-        "cache-ttl": 60,
-        "overquota-reply": "452 4.2.2 Quota exceeded for {address}, try again later",
-        "toolarge-reply": "552 5.2.3 Message is larger than the quota of {address}",
-        "unknown-reply": None,
-        "recipient-delimiter": "+",
-        "cafile": None,
-    }
-    for name, default in defaults.items():
+    rows = re.findall(r"^\| `--([a-z-]+).*?\| (.*?) \|", README.read_text(), re.MULTILINE)
+    printed = run_milter("--help")[1].partition("\noptions:")[2]
+    helps = dict(re.findall(r"^  --([a-z-]+)(.*?)(?=^  -|\Z)", printed, re.MULTILINE | re.DOTALL))
+    assert [name for name, _ in rows] == list(helps)  # in the same order
+    for name, given in rows:
+        default = OPTION_DEFAULTS.get(name)
+        assert given.strip("`") == default or default is None and given in NO_DEFAULTS, name
         if default is not None:
-            assert rows[name].strip("`") == str(default) and f"({default})" in text, name
-    assert "`http://127.0.0.1:8025/cgi-bin/quota.cgi`" in rows["backend"]
-    assert "`accept`" in rows["on-error"] and "(accept)" in text
+            assert f"({default})" in re.sub(r"\s+", " ", helps[name]), name
 
 
 @pytest.mark.parametrize("script", [MBOX_CGI, MAILDIR_CGI])
 def test_readme_gives_every_setting_its_default(script: pathlib.Path) -> None:
+    row = re.compile(r"^\| `(QUOTA_\w+)`(?: \((.*?)\))? \| (.*?) \|", re.MULTILINE)
+    rows = [(a, c.strip("`")) for a, b, c in row.findall(README.read_text()) if b in ("", script.name)]
     module = load(script)
-    settings = [name for name in vars(module) if name.startswith("QUOTA_")]
-    assert len(settings) == {MBOX_CGI: 4, MAILDIR_CGI: 5}[script]
-    for name in settings:
-        row = re.search(rf"^\| `{name}`.*?\| (.*?) \|", README.read_text(), re.MULTILINE)
-        assert row and row[1].strip("`") == (getattr(module, name) or "none"), name
+    settings = {name: value or "none" for name, value in vars(module).items() if name[:6] == "QUOTA_"}
+    assert dict(rows) == settings
 
 
 def test_the_top_level_holds_the_six_files_and_nothing_else() -> None:
