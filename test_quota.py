@@ -2075,9 +2075,10 @@ def public_folder() -> Iterator[pathlib.Path]:
         yield pathlib.Path(folder)
 
 
-# Dovecot 2.4 wants other names for the same settings.
+# Dovecot 2.4 has other names for the same settings, and no limit without a rule. An empty `grace`
+# leaves it at what it is by default.
 DOVECOT_23 = """
-    mail_location = maildir:~/Maildir
+    mail_location = maildir:~/Maildir{control}
     mail_plugins = quota
     passdb {{
       driver = static
@@ -2088,9 +2089,11 @@ DOVECOT_23 = """
       args = uid={uid} gid={uid} home={base}/%u
     }}
     plugin {{
-      quota = maildir:User quota
+      quota = {driver}:User quota
+      quota_vsizes = {vsizes}
       {rule}
-      quota_grace = 0%%
+      {grace}
+      {trash}
       quota_status_success = DUNNO
       quota_status_overquota = OVER
       quota_status_toolarge = OVER
@@ -2102,10 +2105,26 @@ DOVECOT_23 = """
         port = {port}
       }}
     }}
+    service lmtp {{
+      inet_listener lmtp {{
+        address = 127.0.0.1
+        port = {lmtp_port}
+      }}
+    }}
+    service imap-login {{
+      inet_listener imap {{
+        address = 127.0.0.1
+        port = {imap_port}
+      }}
+      inet_listener imaps {{
+        port = 0
+      }}
+    }}
 """
 DOVECOT_24 = """
     mail_driver = maildir
     mail_path = ~/Maildir
+    {control}
     mail_plugins {{
       quota = yes
     }}
@@ -2122,10 +2141,11 @@ DOVECOT_24 = """
       }}
     }}
     quota "User quota" {{
-      driver = maildir
+      driver = {driver}
       {rule}
-      quota_storage_grace = 0
+      {grace}
     }}
+    {trash}
     quota_status_success = DUNNO
     quota_status_overquota = OVER
     quota_status_toolarge = OVER
@@ -2136,39 +2156,89 @@ DOVECOT_24 = """
         port = {port}
       }}
     }}
+    service lmtp {{
+      inet_listener lmtp {{
+        listen = 127.0.0.1
+        port = {lmtp_port}
+      }}
+    }}
+    service imap-login {{
+      inet_listener imap {{
+        listen = 127.0.0.1
+        port = {imap_port}
+      }}
+      inet_listener imaps {{
+        port = 0
+      }}
+    }}
 """
 DOVECOT_EVERY = """
     base_dir = {base}/run
     state_dir = {base}/state
     log_path = {base}/log
-    protocols =
+    protocols = {protocols}
     ssl = no
     first_valid_uid = 1
     postmaster_address = postmaster@example.com
     hostname = mx.example.com
 """
+TRASH_IGNORED_24 = """namespace inbox {
+      inbox = yes
+      mailbox Trash {
+        quota_ignore = yes
+      }
+    }"""
+
+
+def dovecot_is_old() -> bool:
+    """Say whether it is Dovecot 2.3, whose settings have other names."""
+    program = need("dovecot", "dovecot-core")
+    return subprocess.run([program, "--version"], capture_output=True).stdout.startswith(b"2.3")
 
 
 class Dovecot:
     """A Dovecot of its own, whose users' Maildirs are BASE/USER/Maildir, and a question to it."""
 
-    def __init__(self, start: Callable[..., Process], base: pathlib.Path, limit: int = 0) -> None:
+    def __init__(
+        self,
+        start: Callable[..., Process],
+        base: pathlib.Path,
+        limit: int = 0,
+        driver: str = "maildir",
+        grace: str = "0",
+        control: bool = False,
+        trash: bool = True,
+        protocols: str = "",
+    ) -> None:
         need_root()
         program = need("dovecot", "dovecot-core")
-        version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
         self.base, self.config, self.port = base, base / "dovecot.conf", free_port()
-        old = version.startswith("2.3")
-        if not old and not limit:  # tried; the driver is there, and judges by its own limit
-            pytest.skip("Dovecot 2.4 takes no limit from maildirsize")
+        self.lmtp_port, self.imap_port = free_port(), free_port()
+        old = dovecot_is_old()
+        names = {
+            "rule": ("quota_rule = *:bytes={}", "quota_storage_size = {}B"),
+            "grace": ("quota_grace = {}", "quota_storage_grace = {}"),
+            "control": (":CONTROL={}/control/%u", "mail_control_path = {}/control/%{{user}}"),
+            "trash": ("quota_rule2 = Trash:ignore{}", TRASH_IGNORED_24),
+        }
+        given = {"rule": limit or "", "grace": grace, "control": control and base, "trash": ""}
+        wanted = {"trash": not trash, "control": control}
+        settings = {
+            name: (forms[0] if old else forms[1]).replace("{}", str(given[name]))
+            if wanted.get(name, given[name] != "")
+            else ""
+            for name, forms in names.items()
+        }
         if old:
             text = DOVECOT_EVERY + DOVECOT_23
-            rule = f"quota_rule = *:bytes={limit}" if limit else ""
         else:
             first = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n"
             text = first + DOVECOT_EVERY + DOVECOT_24
-            rule = f"quota_storage_size = {limit}B" if limit else ""
-        self.config.write_text(text.format(base=base, uid=MAIL_UID, port=self.port, rule=rule))
-        start(program, "-F", "-c", self.config, port=self.port)
+        places = {"base": base, "uid": MAIL_UID, "driver": driver, "protocols": protocols}
+        ports = {"port": self.port, "lmtp_port": self.lmtp_port, "imap_port": self.imap_port}
+        vsizes = "yes" if driver == "count" else "no"
+        self.config.write_text(text.format(**places, **ports, **settings, vsizes=vsizes))
+        self.process = start(program, "-F", "-c", self.config, port=self.port)
         self.connection = socket.create_connection(("127.0.0.1", self.port), 20)
         self.stream = self.connection.makefile("rwb")
 
@@ -2176,15 +2246,33 @@ class Dovecot:
         """Return where this user's Maildir is."""
         return self.base / user / "Maildir"
 
-    def refuses(self, user: str) -> bool:
-        """Ask, as Postfix would, whether one more byte is too much for this user."""
-        self.stream.write(f"recipient={user}\nsize=1\n\n".encode())
+    def refuses(self, user: str, size: int = 1) -> bool:
+        """Ask, as Postfix would, whether so many more bytes are too much for this user."""
+        self.stream.write(f"recipient={user}\nsize={size}\n\n".encode())
         self.stream.flush()
         action = self.stream.readline().strip()
         assert self.stream.readline() == b"\n"
         log = (self.base / "log").read_text(errors="replace")[-2000:]
         assert action in (b"action=DUNNO", b"action=OVER"), f"{user}: {action!r}\n{log}"
         return action == b"action=OVER"
+
+    def room(self, user: str, most: int) -> int:
+        """Return the size of the largest message that would be taken, by bisection."""
+        fits, refused = 0, most + 1
+        while refused - fits > 1:
+            middle = (fits + refused) // 2
+            if self.refuses(user, middle):
+                refused = middle
+            else:
+                fits = middle
+        return fits
+
+    def deliver(self, user: str, message: bytes) -> int:
+        """Hand a message over by LMTP; return the code of the reply to it, or to its recipient."""
+        with smtplib.LMTP("127.0.0.1", self.lmtp_port, timeout=30) as client:
+            client.mail("sender@example.net")
+            code = client.rcpt(user)[0]
+            return code if code != 250 else client.data(message)[0]
 
 
 @pytest.fixture
@@ -2194,11 +2282,11 @@ def dovecot(
     """Give a function that starts a Dovecot, which closes its connections in the end."""
     started: list[Dovecot] = []
 
-    def start_dovecot(limit: int = 0) -> Dovecot:
+    def start_dovecot(*arguments: Any, **options: Any) -> Dovecot:
         base = public_folder / f"dovecot{len(started)}"
         base.mkdir()
         os.chown(base, MAIL_UID, MAIL_UID)
-        started.append(Dovecot(start, base, limit))
+        started.append(Dovecot(start, base, *arguments, **options))
         return started[-1]
 
     yield start_dovecot
