@@ -9,6 +9,7 @@ package; with CI set in the environment it fails. Postfix and the others want ro
 """
 
 import base64
+import concurrent.futures
 import contextlib
 import errno
 import http.client as http_client
@@ -32,8 +33,8 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Optional, Union
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Optional, Union, cast
 
 import pytest
 
@@ -3546,6 +3547,8 @@ error     unix  -       -       n       -       -       error
 retry     unix  -       -       n       -       -       error
 discard   unix  -       -       n       -       -       discard
 anvil     unix  -       -       n       -       1       anvil
+relay     unix  -       -       n       -       -       smtp
+lmtp      unix  -       -       n       -       -       lmtp
 postlog   unix-dgram n  -       n       -       1       postlogd
 """
 
@@ -3861,6 +3864,149 @@ def test_sendmail_defers_mail_for_a_full_mailbox_and_accepts_it_without_the_milt
     ]
     assert running.process.stop() == 0
     assert send(port, *recipients) == ["", "", ""]
+
+
+# ---- two rows of servers: a burst ----
+#
+# The frontend's Postfix hands mail on to the backend's, which gives it to Dovecot's LMTP server. That
+# one keeps the quota, but what it refuses the backend has already taken and must return to the
+# sender: a bounce. A burst brings each mailbox many times what it can hold, over several connections.
+
+BURST_MESSAGE = b"Subject: burst\r\n\r\n" + 199 * (98 * b"x" + b"\r\n")  # 20 kB
+BURST_FITS = 4  # such messages in a mailbox, each with the headers that the way adds
+BURST_QUOTA = 90_000  # bytes
+BURST_CF = """
+in_flow_delay = 0
+queue_run_delay = 1s
+minimal_backoff_time = 1s
+maximal_backoff_time = 2s
+smtpd_error_sleep_time = 0
+smtpd_soft_error_limit = 1000000
+smtpd_hard_error_limit = 1000000
+smtpd_junk_command_limit = 1000000
+smtpd_client_connection_count_limit = 0
+smtpd_restriction_classes = OVER
+OVER = defer
+"""
+BURST_FRONTEND_CF = "relay_transport = relay:[127.0.0.1]:{port}\n"
+BURST_BACKEND_CF = """
+relay_domains =
+virtual_mailbox_domains = example.com
+virtual_mailbox_maps = static:ok
+virtual_transport = lmtp:inet:127.0.0.1:{port}
+lmtp_destination_recipient_limit = 1
+"""
+
+
+def smtpd_services(checks: Mapping[str, str]) -> tuple[str, dict[str, int]]:
+    """Return a master.cf with an smtpd for each check, its options, and their ports."""
+    ports = {name: free_port() for name in checks}
+    lines = [f"127.0.0.1:{ports[name]} inet n - n - - smtpd {checks[name]}" for name in checks]
+    return "\n".join([MASTER_CF, *lines]), ports
+
+
+class Burst(NamedTuple):
+    """What became of the recipients of a burst: those that were accepted came or bounced."""
+
+    accepted: int
+    refused: int
+    delivered: int
+    bounced: int
+
+
+class TwoRows:
+    """A backend (Postfix, Dovecot, our CGI), and frontends that hand their mail on to it."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        start: Callable[..., Process],
+        stack: contextlib.ExitStack,
+        script: pathlib.Path = MAILDIR_CGI,
+    ) -> None:
+        self.folder, self.stack = folder, stack
+        self.homes, port = folder / "homes", free_port()
+        self.homes.mkdir()
+        os.chown(self.homes, MAIL_UID, MAIL_UID)
+        self.dovecot = Dovecot(start, self.homes, BURST_QUOTA, protocols="lmtp")
+        self.backend = self.postfix("backend", BURST_BACKEND_CF, self.dovecot.lmtp_port)
+        settings = {"QUOTA_LIMIT": BURST_QUOTA, "QUOTA_GRACE": 0}
+        settings["QUOTA_MAILDIR"] = f"{self.homes}/%u/Maildir"
+        own = {name: str(value) for name, value in settings.items()}
+        start(script, "--serve", port, port=port, env={**os.environ, **own})
+        self.url = f"http://127.0.0.1:{port}/"
+
+    def postfix(self, name: str, main_cf: str, port: int, master_cf: str = MASTER_CF) -> Postfix:
+        """Start a Postfix that hands its mail on to this port."""
+        (self.folder / name).mkdir()
+        main_cf = BURST_CF + main_cf.format(port=port)
+        return self.stack.enter_context(Postfix(self.folder / name, main_cf, master_cf))
+
+    def frontend(self, name: str, checks: Mapping[str, str]) -> dict[str, int]:
+        """Start a frontend and return the port that has each check, which is options of smtpd."""
+        master_cf, ports = smtpd_services(checks)
+        self.postfix(name, BURST_FRONTEND_CF, self.backend.port, master_cf)
+        return ports
+
+    def burst(
+        self, ports: Sequence[int], mailboxes: int, messages: int, sized: bool, recipients: int = 1
+    ) -> Burst:
+        """Fill empty mailboxes over ten connections; wait until all that was taken is settled."""
+        for path in self.homes.glob("user*"):
+            shutil.rmtree(path)
+        users = [f"user{number % mailboxes}@example.com" for number in range(messages * recipients)]
+        random.Random(messages).shuffle(users)
+        mail = [users[first : first + recipients] for first in range(0, len(users), recipients)]
+        logged = len(self.backend.log())
+        with concurrent.futures.ThreadPoolExecutor(10) as connections:
+            taken = connections.map(
+                lambda number: send_all(ports[number % len(ports)], mail[number::10], sized),
+                range(10),
+            )
+            accepted = sum(taken)
+
+        def settled() -> Any:
+            time.sleep(0.2)
+            bounced = self.backend.log()[logged:].count("status=bounced")
+            delivered = len(list(self.homes.glob("user*/Maildir/new/*")))
+            done = delivered + bounced == accepted
+            return done and Burst(accepted, len(users) - accepted, delivered, bounced)
+
+        return cast(Burst, wait_for(settled, "the end of the burst", 120))
+
+
+def send_all(port: int, mail: list[list[str]], sized: bool) -> int:
+    """Send a message to each list of recipients; return how many recipients it was taken for."""
+    taken, size = 0, [f"SIZE={len(BURST_MESSAGE)}"] if sized else []
+    with smtplib.SMTP("127.0.0.1", port, timeout=60) as client:
+        client.ehlo("client.example.net")
+        for recipients in mail:
+            client.mail("sender@example.net", size)
+            accepted = sum(client.rcpt(recipient)[0] == 250 for recipient in recipients)
+            if accepted and client.data(BURST_MESSAGE)[0] == 250:
+                taken += accepted
+            client.rset()
+    return taken
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_burst_makes_no_bounce_and_fills_the_mailboxes(
+    folder: pathlib.Path, start: Callable[..., Process], sized: bool
+) -> None:
+    """The short form of `.ci/bench burst`: where nothing is checked, most of it bounces."""
+    mailboxes, messages = 8, 100
+    fit = mailboxes * BURST_FITS
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        rows = TwoRows(folder, start, stack)
+        milter = f"-o smtpd_milters=inet:127.0.0.1:{port}"
+        unchecked, checked = rows.frontend("frontend", {"none": "", "milter": milter}).values()
+        listen = "--listen", f"inet:{port}@127.0.0.1"
+        start(PYTHON, MILTER, *listen, "--backend", rows.url, port=port)
+        burst = rows.burst([checked], mailboxes, messages, sized)
+        assert (burst.bounced, burst.delivered, burst.refused) == (0, fit, messages - fit)
+        burst = rows.burst([unchecked], mailboxes, messages, sized)
+        assert burst.refused == 0 and burst.bounced > messages // 2, burst
 
 
 # ---- miltertest: a client of the milter protocol that others wrote ----
