@@ -3868,9 +3868,9 @@ def test_sendmail_defers_mail_for_a_full_mailbox_and_accepts_it_without_the_milt
 
 # ---- two rows of servers: a burst ----
 #
-# The frontend's Postfix hands mail on to the backend's, which gives it to Dovecot's LMTP server. That
-# one keeps the quota, but what it refuses the backend has already taken and must return to the
-# sender: a bounce. A burst brings each mailbox many times what it can hold, over several connections.
+# The frontend's Postfix hands mail on to the backend's, which gives it to Dovecot's LMTP server.
+# That one keeps the quota, but what it refuses the backend has already taken and must return to the
+# sender: a bounce. A burst brings each mailbox many times what it can hold, over ten connections.
 
 BURST_MESSAGE = b"Subject: burst\r\n\r\n" + 199 * (98 * b"x" + b"\r\n")  # 20 kB
 BURST_FITS = 4  # such messages in a mailbox, each with the headers that the way adds
@@ -3930,10 +3930,9 @@ class TwoRows:
         os.chown(self.homes, MAIL_UID, MAIL_UID)
         self.dovecot = Dovecot(start, self.homes, BURST_QUOTA, protocols="lmtp")
         self.backend = self.postfix("backend", BURST_BACKEND_CF, self.dovecot.lmtp_port)
-        settings = {"QUOTA_LIMIT": BURST_QUOTA, "QUOTA_GRACE": 0}
+        settings = {"QUOTA_LIMIT": str(BURST_QUOTA), "QUOTA_GRACE": "0"}  # as Dovecot has them
         settings["QUOTA_MAILDIR"] = f"{self.homes}/%u/Maildir"
-        own = {name: str(value) for name, value in settings.items()}
-        start(script, "--serve", port, port=port, env={**os.environ, **own})
+        start(script, "--serve", str(port), port=port, env={**os.environ, **settings})
         self.url = f"http://127.0.0.1:{port}/"
 
     def postfix(self, name: str, main_cf: str, port: int, master_cf: str = MASTER_CF) -> Postfix:
@@ -3954,9 +3953,8 @@ class TwoRows:
         """Fill empty mailboxes over ten connections; wait until all that was taken is settled."""
         for path in self.homes.glob("user*"):
             shutil.rmtree(path)
-        users = [f"user{number % mailboxes}@example.com" for number in range(messages * recipients)]
-        random.Random(messages).shuffle(users)
-        mail = [users[first : first + recipients] for first in range(0, len(users), recipients)]
+        users, chance = [f"user{n}@example.com" for n in range(mailboxes)], random.Random(messages)
+        mail = [chance.sample(users, recipients) for _ in range(messages)]
         logged = len(self.backend.log())
         with concurrent.futures.ThreadPoolExecutor(10) as connections:
             taken = connections.map(
@@ -3970,7 +3968,8 @@ class TwoRows:
             bounced = self.backend.log()[logged:].count("status=bounced")
             delivered = len(list(self.homes.glob("user*/Maildir/new/*")))
             done = delivered + bounced == accepted
-            return done and Burst(accepted, len(users) - accepted, delivered, bounced)
+            refused = messages * recipients - accepted
+            return done and Burst(accepted, refused, delivered, bounced)
 
         return cast(Burst, wait_for(settled, "the end of the burst", 120))
 
