@@ -3139,7 +3139,15 @@ def test_a_connection_is_kept_where_the_server_says_so_and_nothing_is_left_in_it
 
 README = HERE / "README.md"
 ROOM = 200 << 20  # bytes: the limit in README's blocks
-FRONTEND = "192.0.2.25"  # in README's blocks the only one that may ask
+FRONTEND, STRANGER = "127.0.0.1", "127.0.0.2"  # who may ask here, and who may not
+LIBRARY = "/usr/local/lib/quota"  # README's folder of the scripts
+LISTEN = "unix:/var/spool/postfix/quota/milter.sock"  # README's socket
+PLAIN_URL = "http://192.0.2.10:8025/quota.cgi"  # README's backend
+PARTS = {  # which Debian package has a server's folder below /etc, or a program of its
+    "apache2": "apache2",
+    "lighttpd": "lighttpd",
+    "nginx": "nginx-light",
+}
 
 
 def readme_block(name: str, replacements: Optional[Mapping[str, Path]] = None) -> str:
@@ -3157,20 +3165,30 @@ def readme_block(name: str, replacements: Optional[Mapping[str, Path]] = None) -
     return block
 
 
-def run_block(name: str, replacements: Mapping[str, Path], **options: Any) -> str:
-    """Run the commands of a block as a shell does and return what they print."""
-    block = readme_block(name, replacements)
-    done = subprocess.run(
-        ["sh", "-euc", block], capture_output=True, text=True, timeout=60, **options
-    )
-    assert done.returncode == 0, (block, done)
+def run_commands(commands: str, **options: Any) -> str:
+    """Run commands as a shell does and return what they print; nothing is installed or booted."""
+    with tempfile.TemporaryDirectory() as stubs:
+        for name in "apt-get", "systemctl":
+            os.symlink("/bin/true", f"{stubs}/{name}")
+        environment = {**os.environ, **options.pop("env", {})}
+        environment["PATH"] = f"{stubs}:{environment['PATH']}:/usr/sbin"
+        done = subprocess.run(
+            ["sh", "-euc", commands],
+            **(dict(capture_output=True, text=True, timeout=60, env=environment) | options),
+        )
+    assert done.returncode == 0, (commands, done)
     return str(done.stdout)
 
 
+def run_block(name: str, replacements: Mapping[str, Path], **options: Any) -> str:
+    """Run the commands of a block and return what they print."""
+    return run_commands(readme_block(name, replacements), **options)
+
+
 @contextlib.contextmanager
-def open_folder() -> Iterator[pathlib.Path]:
+def open_folder(parent: Optional[str] = None) -> Iterator[pathlib.Path]:
     """Give a folder in which every user may search, which pytest's own may not be."""
-    name = tempfile.mkdtemp(prefix="quota-")
+    name = tempfile.mkdtemp(prefix="quota-", dir=parent)
     os.chmod(name, 0o755)
     try:
         yield pathlib.Path(name)
@@ -3186,22 +3204,19 @@ def folder() -> Iterator[pathlib.Path]:
 
 
 class Site:
-    """A backend of README: a folder of mbox files, the script beside it, one port."""
+    """A backend of README: mbox files, the scripts in a folder of their own, a port."""
 
     def __init__(self, folder: pathlib.Path, start: Callable[..., Process]) -> None:
         self.folder, self.start = folder, start
-        self.port = free_port()
+        self.port, self.other_port = free_port(), free_port()  # the second: for Debian's own site
         self.url = f"http://127.0.0.1:{self.port}/cgi-bin/quota.cgi"
-        self.frontend = "127.0.0.1"  # who may ask
+        self.edits: list[tuple[str, str]] = []  # what a test leaves out of the blocks
         self.syslog: Process
         self.spool = folder / "mail"
         self.spool.mkdir(mode=0o711)  # for others: to search, not to list
-        (folder / "cgi-bin").mkdir()
-        self.script = folder / "cgi-bin" / "quota.cgi"
-        run_block(
-            "Backend: copy",
-            {" quota.cgi": f" {MBOX_CGI}", "/usr/lib/cgi-bin/quota.cgi": self.script},
-        )
+        self.library = folder / "lib"
+        self.script = self.library / "quota.cgi"
+        run_block("Backend: copy", {LIBRARY: self.library}, cwd=HERE)
         text = self.script.read_text().replace("/var/mail/%n", f"{self.spool}/%n")
         self.script.write_text(text)
         self.fill("john", ROOM + 1)
@@ -3212,133 +3227,155 @@ class Site:
         (self.spool / user).touch(mode=0o600)
         os.truncate(self.spool / user, size)
 
-    def block(self, name: str, **replacements: Path) -> str:
-        """Return a block of README with this site's script and frontend."""
-        table: dict[str, Path] = {"/usr/lib/cgi-bin/quota.cgi": self.script}
-        if FRONTEND in readme_block(name):
-            table[FRONTEND] = self.frontend
-        return readme_block(name, {**table, **replacements})
+    def block(self, name: str, replacements: Optional[Mapping[str, Path]] = None) -> str:
+        """Return a block of README with this site's scripts and frontend."""
+        table: dict[str, Path] = {LIBRARY: self.library, "192.0.2.25": FRONTEND}
+        block = readme_block(name, {**table, **(replacements or {})})
+        for pattern, text in self.edits:
+            block = re.sub(pattern, text, block)
+        return block
 
     def ask(self, query: str, *options: str) -> str:
         """Ask with curl; return the status and the line."""
+        return self.fetch(f"{self.url}?{query}", *options)
+
+    def fetch(self, url: str, *options: str) -> str:
+        """Fetch a URL with curl; return the status and the body."""
         curl = [need("curl", "curl"), "-s", "-m", "10", "-w", r"\n%{http_code}", *options]
-        done = subprocess.run([*curl, f"{self.url}?{query}"], capture_output=True)
+        done = subprocess.run([*curl, "--path-as-is", url], capture_output=True)
         body, _, status = done.stdout.decode("utf-8", "surrogateescape").rpartition("\n")
         return f"{status} {body.rstrip()}"
 
 
-APACHE = """
-ServerRoot "{folder}"
-ServerName mail1.example.com
-Listen 127.0.0.1:{port}
-PidFile {folder}/apache.pid
-ErrorLog {folder}/error.log
-DefaultRuntimeDir {folder}
-User www-data
-Group www-data
-"""
-APACHE_MODULES = "mpm_event authn_core authz_core authz_host authz_user alias env"
+def stock(site: Site, name: str, edits: Mapping[str, Path]) -> pathlib.Path:
+    """Copy Debian's own configuration of a server, with other ports and folders put in."""
+    need(f"/etc/{name}", PARTS[name])
+    copy = site.folder / name
+    shutil.copytree(f"/etc/{name}", copy, symlinks=True)
+    found = set()
+    for path in copy.rglob("*"):
+        if path.is_symlink():
+            target = os.readlink(path).replace(f"/etc/{name}", str(copy))
+            path.unlink()
+            path.symlink_to(target)
+        elif path.is_file():
+            text = path.read_text(errors="surrogateescape")
+            for old, new in {f"/etc/{name}/": f"{copy}/", **edits}.items():
+                found |= {old} if old in text else set()
+                text = text.replace(old, str(new))
+            path.write_text(text, errors="surrogateescape")
+    assert found >= set(edits), f"not in /etc/{name}: {set(edits) - found}"
+    return copy
 
 
-def start_apache(site: Site, block: str, modules: str, *lines: str) -> None:
-    """Start Apache with a block of README."""
-    program = need("apache2", "apache2")
-    conf = [APACHE.format(folder=site.folder, port=site.port), *lines]
-    for module in (modules + " " + APACHE_MODULES).split():
-        file = f"/usr/lib/apache2/modules/mod_{module}.so"
-        need(file, "libapache2-mod-wsgi-py3" if module == "wsgi" else "apache2")
-        conf.insert(1, f"LoadModule {module}_module {file}")
-    path = site.folder / "apache2.conf"
-    path.write_text("\n".join([*conf, block]))
-    site.start(program, "-DFOREGROUND", "-f", path, port=site.port)
+def command_of(block: str) -> str:
+    """Return the command that a block of README gives in its second line."""
+    return block.splitlines()[1].lstrip("# ")
 
 
-# What Debian's own configuration says, as serve-cgi-bin.conf and 10-cgi.conf.
-APACHE_CGI_BIN = """
-ScriptAlias /cgi-bin/ {folder}/cgi-bin/
-<Directory "{folder}/cgi-bin">
-    AllowOverride None
-    Options +ExecCGI -MultiViews +SymLinksIfOwnerMatch
-    Require all granted
-</Directory>
-"""
-LIGHTTPD_CGI_BIN = """
-server.modules += ( "mod_cgi" )
-$HTTP["url"] =~ "^/cgi-bin/" {{
-    cgi.assign = ( "" => "" )
-    alias.url += ( "/cgi-bin/" => "{folder}/cgi-bin/" )
-}}
-"""
+def stock_apache(site: Site, http: int, https: int) -> dict[str, str]:
+    """Copy Debian's Apache; return the environment of its commands."""
+    ports: dict[str, Path] = {"Listen 80\n": f"Listen 127.0.0.1:{http}\n", "*:80>": f"*:{http}>"}
+    ports["Listen 443\n"] = f"Listen 127.0.0.1:{https}\n"
+    copy = stock(site, "apache2", ports)
+    (site.folder / "socks").mkdir()  # as apache2ctl does
+    shutil.chown(site.folder / "socks", "www-data")
+    kind = "PID_FILE={0}/apache.pid RUN_DIR={0} LOCK_DIR={0} LOG_DIR={0}".format(site.folder)
+    with open(copy / "envvars", "a") as file:
+        file.writelines(f"export APACHE_{one}\n" for one in kind.split())
+    return {"APACHE_CONFDIR": str(copy), "APACHE_STATE_DIRECTORY": str(site.folder / "state")}
+
+
+def run_apache(site: Site) -> None:
+    """Start Apache with the copy of Debian's configuration."""
+    copy = site.folder / "apache2"
+    command = '. "$0/envvars"; exec apache2 -d "$0" -f apache2.conf -DFOREGROUND'
+    environment = {**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin"}
+    site.start("sh", "-c", command, copy, port=site.port, env=environment)
+
+
+def start_apache(
+    site: Site, name: str, replacements: Optional[Mapping[str, Path]] = None
+) -> None:
+    """Put a block of README into Debian's Apache, run its command and start it."""
+    environment = stock_apache(site, site.port, site.other_port)
+    block = site.block(f"/etc/apache2/conf-available/{name}.conf", replacements)
+    (site.folder / "apache2/conf-available" / f"{name}.conf").write_text(block)
+    run_commands(command_of(block), env=environment)
+    run_apache(site)
 
 
 def apache(site: Site) -> None:
-    """Start Apache with mod_cgid, which runs all of cgi-bin, as with Debian's configuration."""
-    block = site.block("/etc/apache2/conf-available/quota.conf")
-    block += APACHE_CGI_BIN.format(folder=site.folder)
-    start_apache(site, block, "cgid", f"ScriptSock {site.folder}/cgid.sock")
+    """Start Apache with mod_cgid."""
+    start_apache(site, "quota")
 
 
 def apache_wsgi(site: Site) -> None:
     """Start Apache with mod_wsgi."""
-    block = site.block("/etc/apache2/conf-available/quota-wsgi.conf")
-    start_apache(site, block, "wsgi", f"WSGISocketPrefix {site.folder}/wsgi")
+    need("/usr/lib/apache2/modules/mod_wsgi.so", "libapache2-mod-wsgi-py3")
+    start_apache(site, "quota-wsgi")
 
 
 def lighttpd(site: Site) -> None:
-    """Start lighttpd with mod_cgi, which runs all of cgi-bin, as with Debian's configuration."""
+    """Start lighttpd with mod_cgi, beside Debian's 10-cgi.conf."""
     program = need("lighttpd", "lighttpd")
-    path = site.folder / "lighttpd.conf"
-    path.write_text(
-        'server.modules = ( "mod_indexfile", "mod_access", "mod_alias", "mod_redirect" )\n'
-        f'server.document-root = "{site.folder}"\n'
-        'server.username = "www-data"\nserver.groupname = "www-data"\n'
-        f'server.bind = "127.0.0.1"\nserver.port = {site.port}\n'
-        + LIGHTTPD_CGI_BIN.format(folder=site.folder)
-        + site.block("/etc/lighttpd/conf-available/50-quota.conf")
+    edits: dict[str, Path] = {
+        'include_shell "/usr/share/lighttpd/use-ipv6.pl " + server.port': "",
+        "= 80\n": f'= {site.port}\nserver.bind = "127.0.0.1"\n',
+        "/var/log/lighttpd": site.folder / "log",
+        "/run/lighttpd.pid": site.folder / "lighttpd.pid",
+    }
+    copy = stock(site, "lighttpd", edits)
+    (site.folder / "log").mkdir()
+    shutil.chown(site.folder / "log", "www-data")
+    enable = site.folder / "lighty-enable-mod"  # which knows no other folder than /etc/lighttpd
+    enable.write_text(
+        pathlib.Path("/usr/sbin/lighty-enable-mod")
+        .read_text()
+        .replace("/etc/lighttpd/", f"{copy}/")
     )
-    site.start(program, "-D", "-f", path, port=site.port)
-
-
-NGINX = """
-daemon off;
-user www-data;
-pid {folder}/nginx.pid;
-error_log {folder}/error.log;
-events {{ }}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body;
-    fastcgi_temp_path {folder}/fastcgi;
-    proxy_temp_path {folder}/proxy;
-    scgi_temp_path {folder}/scgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    {block}
-}}
-"""
+    enable.chmod(0o755)
+    block = site.block("/etc/lighttpd/conf-available/50-quota.conf")
+    (copy / "conf-available/50-quota.conf").write_text(block)
+    for command in "lighty-enable-mod cgi", command_of(block):
+        run_commands(command.replace("lighty-enable-mod", str(enable)))
+    site.start(program, "-D", "-f", copy / "lighttpd.conf", port=site.port)
 
 
 def nginx(site: Site) -> None:
     """Start nginx, and fcgiwrap behind it."""
     program, wrapper = need("nginx", "nginx-light"), need("fcgiwrap", "fcgiwrap")
     run = site.folder / "run"
-    run.mkdir()
+    run.mkdir(exist_ok=True)
     shutil.chown(run, "www-data", "www-data")
     wrapped = site.start(*as_user("www-data"), wrapper, "-fc8", "-s", f"unix:{run}/fcgiwrap.socket")
     wrapped.wait_ready((run / "fcgiwrap.socket").exists, "fcgiwrap")
-    replacements = {"8025": f"127.0.0.1:{site.port}", "/run/fcgiwrap": f"{run}/fcgiwrap"}
-    block = site.block("/etc/nginx/sites-available/quota", **replacements)
-    path = site.folder / "nginx.conf"
-    path.write_text(NGINX.format(folder=site.folder, block=block))
-    site.start(program, "-c", path, "-p", site.folder, "-e", "stderr", port=site.port)
+    edits: dict[str, Path] = {
+        "listen 80 ": f"listen 127.0.0.1:{site.other_port} ",
+        "listen [::]:80 default_server;": "",
+        "/run/nginx.pid": site.folder / "nginx.pid",
+        "/var/log/nginx": site.folder,
+    }
+    copy = stock(site, "nginx", edits)
+    own = {
+        "listen 8025": f"listen 127.0.0.1:{site.port}",
+        "/run/fcgiwrap": f"{run}/fcgiwrap",
+        "/etc/nginx/": f"{copy}/",
+    }
+    block = site.block("/etc/nginx/sites-available/quota", own)
+    (copy / "sites-available/quota").write_text(block)
+    run_commands(command_of(block))
+    arguments = ["-c", copy / "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
+    site.start(program, *arguments, port=site.port)
 
 
 def uwsgi(site: Site) -> None:
     """Start uWSGI."""
     program = need("uwsgi", "uwsgi-core")
     need("/usr/lib/uwsgi/plugins/python3_plugin.so", "uwsgi-plugin-python3")
-    own = {"192.0.2.10:8025": f"127.0.0.1:{site.port}"}
+    own = {"192.0.2.10:8025": f"127.0.0.1:{site.port}", "/var/mail/": f"{site.spool}/"}
     path = site.folder / "quota.ini"
-    path.write_text(site.block("/etc/uwsgi/apps-available/quota.ini", **own))
+    path.write_text(site.block("/etc/uwsgi/apps-available/quota.ini", own))
     site.start(program, "--ini", path, port=site.port)
 
 
@@ -3347,19 +3384,38 @@ def gunicorn(site: Site) -> None:
     need("gunicorn", "gunicorn")
     own: dict[str, Path] = {
         " quota.cgi": f" {site.script}",
-        "/usr/local/lib": site.folder,
         "192.0.2.10:8025": f"127.0.0.1:{site.port}",
     }
-    block = readme_block("gunicorn loads only what is called .py", own)
+    block = site.block("gunicorn loads only what is called .py", own)
     site.start("sh", "-euc", block, port=site.port)
+
+
+def unit_settings(name: str, replacements: Mapping[str, Path]) -> tuple[str, dict[str, str]]:
+    """Read command and environment in a block of a unit, as systemd does: %% is one %."""
+    lines = readme_block(name, replacements).replace("%%", "%").splitlines()
+    command = next(line for line in lines if line.startswith("ExecStart="))
+    settings = [line.partition("=")[2] for line in lines if line.startswith("Environment=")]
+    return command.partition("=")[2], dict(setting.split("=", 1) for setting in settings)
+
+
+MBOX_UNIT = "/etc/systemd/system/quota-backend.service.d/mailboxes.conf, for mbox files"
+VMAIL_UNIT = "/etc/systemd/system/quota-backend.service.d/mailboxes.conf, for Maildirs of vmail"
+HOMES_UNIT = "/etc/systemd/system/quota-backend.service.d/mailboxes.conf, for Maildirs in homes"
+
+
+def start_unit(
+    site: Site, name: str, replacements: Mapping[str, Path], *wrapper: str
+) -> None:
+    """Start what a unit of README starts, as another user, without systemd."""
+    own: dict[str, Path] = {LIBRARY: site.library, "192.0.2.10:8025": f"127.0.0.1:{site.port}"}
+    own["QUOTA_ALLOW=192.0.2.25"] = f"QUOTA_ALLOW={FRONTEND}"
+    command, settings = unit_settings(name, {**own, **replacements})
+    site.start(*wrapper, *command.split(), port=site.port, env={**os.environ, **settings})
 
 
 def no_web_server(site: Site) -> None:
-    """Start the script with --serve, as an ordinary user."""
-    need("setpriv", "util-linux")
-    own = {"192.0.2.10:8025": f"127.0.0.1:{site.port}"}
-    block = site.block("Backend: without a web server", **own)
-    site.start("sh", "-euc", block, port=site.port)
+    """Start the script with --serve, as the unit for mbox files does."""
+    start_unit(site, MBOX_UNIT, {"/var/mail": site.spool}, *as_user("www-data"))
 
 
 def as_user(user: Union[str, int], group: Union[None, str, int] = None) -> list[str]:
@@ -3419,38 +3475,242 @@ def test_the_milter_gets_its_answers_from_every_web_server(
     assert running.rcpt("<mary@example.com>", "SIZE=1001") == quota_exceeded("mary@example.com")
 
 
-@pytest.mark.parametrize("server", RULED)
-def test_who_is_not_the_frontend_gets_no_answer_and_the_mail_is_accepted(
-    site: Site, server: Callable[[Site], None], milter: Callable[..., RunningMilter]
+# ---- what must get no answer ----
+
+SIBLINGS = [
+    "/cgi-bin/maildir_quota.cgi",
+    "/cgi-bin/quota.cgi/../maildir_quota.cgi",
+    "/cgi-bin/quota.cgi/%2e%2e/maildir_quota.cgi",
+    "/cgi-bin/quota.cgi%2F..%2Fmaildir_quota.cgi",
+    "/lib/quota.cgi",
+]
+SPELLINGS = [
+    "/cgi-bin/quota.cgi",
+    "//cgi-bin/quota.cgi",
+    "/cgi-bin//quota.cgi",
+    "/cgi-bin/./quota.cgi",
+    "/cgi-bin/%2e/quota.cgi",
+    "/cgi-bin/x/../quota.cgi",
+    "/cgi-bin/x/%2E%2e/quota.cgi",
+    "/cgi-bin%2Fquota.cgi",
+    "/cgi-bin/quota.cgi/",
+    "/cgi-bin/quota.cgi/x",
+    "/cgi-bin/quota.cgi//x",
+    "/cgi-bin/quota.cgi%2Fx",
+    "/cgi-bin/quota.cgi;x",
+    "/cgi-bin/quota.cgix",
+    "/cgi-bin/quota%2Ecgi",
+    "/cgi-bin/%71uota.cgi",
+    "/CGI-BIN/QUOTA.CGI",
+    "/cgi-bin/quota.cgi%00",
+    "/cgi-bin/",
+    "/",
+    *SIBLINGS,
+]
+FORGERIES = [  # header fields by which an address may be claimed
+    f"X-Forwarded-For: {FRONTEND}",
+    f"X-Real-IP: {FRONTEND}",
+    f"Forwarded: for={FRONTEND}",
+    f"Remote-Addr: {FRONTEND}",
+    "QUOTA-ALLOW: 0.0.0.0/0",
+    "Host: localhost",
+]
+# What a block is without one of its two rules: the other one must do.
+RULES = {
+    "both": [],
+    "web server": [
+        (r"\n *(SetEnv|fastcgi_param) QUOTA_ALLOW.*", ""),
+        (r', "QUOTA_ALLOW" => "[^"]*"', ""),
+    ],
+    "QUOTA_ALLOW": [
+        (r"Require ip .*", "Require all granted"),
+        (r"\n *url\.access-deny.*", ""),
+        (r"\n *deny all;", ""),
+    ],
+}
+GUARDED = [(server, rule) for server in RULED for rule in RULES]
+GUARDED += [(server, "both") for server in SERVERS if server not in RULED]
+
+
+def gets_nothing(answer: str) -> bool:
+    """Say whether an answer tells nothing of a mailbox."""
+    return answer[:1] in "45" and str(ROOM) not in answer and "john" not in answer
+
+
+@pytest.mark.parametrize(("server", "rule"), GUARDED)
+def test_a_stranger_gets_no_answer_at_any_url(
+    site: Site, server: Callable[[Site], None], rule: str
 ) -> None:
-    site.frontend = FRONTEND
+    site.edits = RULES[rule]
     server(site)
-    running = milter(None, "--backend", site.url)
+    if site.edits:  # the other rule is there no more
+        copies = [p for p in site.folder.glob("*/*-available/*quota*") if p.is_file()]
+        assert all(("QUOTA_ALLOW" in p.read_text()) == (rule == "QUOTA_ALLOW") for p in copies)
+    assert site.ask("u=john").startswith("200 OVERQUOTA")  # it is there to be had
+    stranger = ["--interface", STRANGER]
+    top = f"http://127.0.0.1:{site.port}"
+    for path in SPELLINGS:
+        for query in "u=john", "u=root", "":
+            got = site.fetch(f"{top}{path}?{query}", *stranger)
+            assert gets_nothing(got) or not query or path == "/", (path, query, got)
+            assert str(ROOM) not in got, (path, query, got)
+    for header in FORGERIES:
+        assert gets_nothing(site.ask("u=john", *stranger, "-H", header)), header
+    for method in "HEAD", "POST", "OPTIONS":
+        got = site.ask("u=john", *stranger, "-X", method, "-m", "2")
+        assert str(ROOM) not in got, method
+
+
+@pytest.mark.parametrize("server", RULED)
+def test_the_script_beside_it_answers_nobody(site: Site, server: Callable[[Site], None]) -> None:
+    server(site)
+    for path in SIBLINGS:
+        got = site.fetch(f"http://127.0.0.1:{site.port}{path}?u=root")
+        assert str(ROOM) not in got, (path, got)
+    for path in SPELLINGS:  # Debian's own site, on another port, has none of them
+        got = site.fetch(f"http://127.0.0.1:{site.other_port}{path}?u=john", "-m", "2")
+        assert str(ROOM) not in got, (path, got)
+
+
+def test_who_is_not_the_frontend_gets_no_answer_and_the_mail_is_accepted(
+    site: Site, milter: Callable[..., RunningMilter]
+) -> None:
+    no_web_server(site)
+    proxy = site.start(PYTHON, "-c", RELAY, str(site.port), port=None)
+    port = int(wait_for(lambda: proxy.output().strip(), "the relay's port"))
+    running = milter(None, "--backend", site.url.replace(str(site.port), str(port)))
     assert running.rcpt("<john@example.com>") == ""
     assert "status 403" in running.log("verdict=fault")
 
 
-@pytest.mark.parametrize("server", RULED)
-def test_no_way_to_write_the_url_gets_around_the_rule(
+# Hands each connection on, from another address of loopback.
+RELAY = f"""
+import socket, sys, threading
+def copy(a, b):
+    while data := a.recv(65536):
+        b.sendall(data)
+    b.shutdown(socket.SHUT_WR)
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+while True:
+    client = listener.accept()[0]
+    server = socket.create_connection(("127.0.0.1", int(sys.argv[1])), 10, ("{STRANGER}", 0))
+    for pair in (client, server), (server, client):
+        threading.Thread(target=copy, args=pair, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize("server", [apache, apache_wsgi])
+def test_the_rule_of_apache_holds_on_every_site_that_reaches_the_folder(
     site: Site, server: Callable[[Site], None]
 ) -> None:
-    site.frontend = FRONTEND
+    other = "\n<VirtualHost *:{0}>\nScriptAlias /s/ {1}/\nAlias /files/ {1}/\n</VirtualHost>\n"
+    site.edits = [(r"\Z", other.format(site.port, site.library).replace("\\", r"\\"))]
     server(site)
-    top = site.url.partition("/cgi-bin")[0]
-    for path in (
-        "//cgi-bin/quota.cgi",
-        "/cgi-bin//quota.cgi",
-        "/cgi-bin/./quota.cgi",
-        "/cgi-bin/x/../quota.cgi",
-        "/cgi-bin/quota.cgi/",
-        "/cgi-bin/quota.cgi/x",
-        "/cgi-bin/quota.cgi%2Fx",
-        "/cgi-bin/quota%2Ecgi",
-        "/cgi-bin/%71uota.cgi",
-        "/cgi-bin/quota.cgi%00",
-    ):
-        site.url = top + path
-        assert site.ask("u=john", "--path-as-is")[:3] in ("400", "403", "404"), path
+    for path in "/s/quota.cgi", "/s/maildir_quota.cgi", "/files/quota.cgi", "/files/", "/s/":
+        for url in f"http://127.0.0.1:{site.port}{path}", f"http://x.org:{site.port}{path}":
+            got = site.fetch(url + "?u=john", "--interface", STRANGER, "--resolve",
+                             f"x.org:{site.port}:127.0.0.1")
+            assert got[:3] in ("403", "404"), (url, got)
+
+
+def groups_of(pid: int) -> set[str]:
+    """Return the ids of all groups of a process."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return {x for line in re.findall(r"^(?:Gid|Groups):(.*)$", status, re.M) for x in line.split()}
+
+
+@pytest.mark.parametrize("server", [uwsgi, gunicorn, apache_wsgi])
+def test_the_workers_have_nothing_of_roots_groups(
+    site: Site, server: Callable[[Site], None]
+) -> None:
+    server(site)
+    assert site.ask("u=mary").startswith("200 ")
+    names = [f"/proc/{pid}" for pid in os.listdir("/proc") if pid.isdigit()]
+    workers = []
+    for name in names:
+        with contextlib.suppress(OSError):
+            if str(site.folder).encode() in pathlib.Path(name, "cmdline").read_bytes():
+                workers.append(int(name[6:]))
+    mine = [pid for pid in workers if pathlib.Path(f"/proc/{pid}").stat().st_uid != 0]
+    assert mine
+    for pid in mine:
+        assert "0" not in groups_of(pid), pid
+
+
+# ---- usual mistakes ----
+
+
+class Mistake(NamedTuple):
+    """A line of README's unit for mbox files, what somebody makes of it, what he is told."""
+
+    line: str
+    instead: str
+    told: str
+
+
+ALLOWED = f"QUOTA_ALLOW={FRONTEND}"
+PATH = "QUOTA_MAILBOX={spool}/%%n"
+MISTAKES = {
+    "a path that is not there": Mistake(PATH, "QUOTA_MAILBOX=/var/mial/%n", "500 ERROR .*exist"),
+    "one % in a unit, which systemd takes": Mistake(
+        PATH, "QUOTA_MAILBOX={spool}/quota-backend.service", "500 ERROR .*QUOTA_MAILBOX.*user"
+    ),
+    "one % for the domain, too": Mistake(
+        PATH,
+        "QUOTA_MAILBOX=/run/credentials/quota-backend.service/quota-backend.service",
+        "500 ERROR .*QUOTA_MAILBOX",
+    ),
+    "a placeholder that there is not": Mistake(
+        PATH, "QUOTA_MAILBOX={spool}/%l", "500 ERROR .*QUOTA_MAILBOX.*%n.*%d.*%u.*%h"
+    ),
+    "a path that is not absolute": Mistake(PATH, "QUOTA_MAILBOX=mail/%n", "500 ERROR .*begin with"),
+    "a limit with a unit of its own": Mistake(
+        "QUOTA_LIMIT=200M", "QUOTA_LIMIT=200MB", "500 ERROR .*QUOTA_LIMIT.*200M"
+    ),
+    "a file of limits with colons": Mistake(
+        ALLOWED, ALLOWED + "\nEnvironment=QUOTA_USERS={folder}/users", "500 ERROR .*line 2"
+    ),
+    "a file of limits that is not there": Mistake(
+        ALLOWED, ALLOWED + "\nEnvironment=QUOTA_USERS={folder}/nothing", "500 ERROR .*QUOTA_USERS"
+    ),
+    "another frontend": Mistake(ALLOWED, "QUOTA_ALLOW=192.0.2.25", "403 ERROR "),
+    "a network that is none": Mistake(ALLOWED, "QUOTA_ALLOW=192.0.2.0/33", "500 ERROR .*QUOTA_ALLOW"),
+}
+
+
+def told_by_check(site: Site) -> str:
+    """Return what --check prints about a mailbox of this site: its status must be 2."""
+    check = ["--backend", f"example.com={site.url}", "--check", "mary@example.com"]
+    status, output, errors = run_milter(*check)
+    assert status == 2, (output, errors)
+    return output + errors
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_usual_mistake_of_a_backend_is_told_by_check(site: Site, name: str) -> None:
+    mistake = MISTAKES[name]
+    (site.folder / "users").write_text("paul 100M\njohn:100M\n")
+    line, instead = (x.format(spool=site.spool, folder=site.folder) for x in mistake[:2])
+    start_unit(site, MBOX_UNIT, {"/var/mail": site.spool, line: instead}, *as_user("www-data"))
+    told = told_by_check(site)
+    assert re.search(f'reason="?status {mistake.told}', told), told
+    assert str(site.spool) not in told
+
+
+def test_a_usual_mistake_with_a_web_server_is_told_by_check(site: Site) -> None:
+    apache(site)
+    right, site.url = site.url, site.url.replace("quota.cgi", "qouta.cgi")
+    assert "status 404" in told_by_check(site)
+    site.url = right
+    site.spool.chmod(0o700)
+    assert "status 500 ERROR cannot read the mailbox: Permission denied" in told_by_check(site)
+    site.script.chmod(0o644)
+    assert "status 500" in told_by_check(site)
+    site.url = right.replace("http:", "https:")
+    assert "no connection: [SSL" in told_by_check(site)
+    site.url = right.replace(str(site.port), str(free_port()))
+    assert "Connection refused" in told_by_check(site)
 
 
 def quota_exceeded(address: str) -> str:
@@ -3615,7 +3875,8 @@ def frontend() -> Iterator[Frontend]:
     need_root()
     with open_folder() as path:
         port = free_port()
-        block = readme_block("/etc/postfix/main.cf", {"8894": str(port)})
+        own = {"192.0.2.26:8894": f"127.0.0.1:{port}"}
+        block = readme_block("/etc/postfix/main.cf, over the network", own)
         with Postfix(path, block) as postfix:
             yield Frontend(postfix, port)
 
@@ -3623,8 +3884,8 @@ def frontend() -> Iterator[Frontend]:
 def start_milter_for(port: int, site: Site, *options: Path) -> RunningMilter:
     """Start the milter where the MTA looks for it, with README's file of options."""
     own: dict[str, Path] = {
-        "8894": str(port),
-        "http://mail1.example.com/cgi-bin/quota.cgi": site.url,
+        LISTEN: f"inet:{port}@127.0.0.1",
+        PLAIN_URL: site.url,
         "--syslog\n": "",
     }
     file = site.folder / "quota_milter.conf"
@@ -3732,7 +3993,7 @@ def test_names_that_are_quoted_or_not_ascii_reach_the_backend(
 def test_only_the_port_that_is_named_in_master_cf_asks_the_milter(site: Site) -> None:
     lighttpd(site)
     milter_port = free_port()
-    block = readme_block("/etc/postfix/master.cf", {"8894": str(milter_port)})
+    block = readme_block("/etc/postfix/master.cf", {"unix:quota/milter.sock": f"inet:127.0.0.1:{milter_port}"})
     with Postfix(site.folder, "", block) as postfix:
         start_milter_for(milter_port, site)
         assert send(postfix.port, "john@example.com") == [quota_exceeded("john@example.com")]
@@ -3742,7 +4003,8 @@ def test_only_the_port_that_is_named_in_master_cf_asks_the_milter(site: Site) ->
 def test_postfix_accepts_mail_when_a_milter_of_master_cf_hangs_or_is_stopped(site: Site) -> None:
     lighttpd(site)
     port = free_port()
-    quicker = {"8894": str(port), "command_timeout=10s": "command_timeout=1s"}
+    quicker = {"unix:quota/milter.sock": f"inet:127.0.0.1:{port}"}
+    quicker["default_action=accept"] = "default_action=accept, command_timeout=1s"
     with Postfix(site.folder, "", readme_block("/etc/postfix/master.cf", quicker)) as postfix:
         assert send(postfix.port, "john@example.com") == [""]
         running = start_milter_for(port, site)
@@ -3756,13 +4018,11 @@ def test_postfix_accepts_mail_when_a_milter_of_master_cf_hangs_or_is_stopped(sit
 def test_postfix_asks_through_a_unix_socket_inside_its_chroot(site: Site) -> None:
     lighttpd(site)
     spool = {"/var/spool/postfix": site.folder / "spool"}
-    with Postfix(site.folder, readme_block("/etc/postfix/main.cf, with a unix socket")) as postfix:
+    with Postfix(site.folder, readme_block("/etc/postfix/main.cf")) as postfix:
         run_block("Frontend: a folder for the unix socket", {**spool, "quota-milter": "daemon"})
         file = site.folder / "quota_milter.conf"
-        url = {"http://mail1.example.com/cgi-bin/quota.cgi": site.url}
-        file.write_text(
-            readme_block("/etc/quota_milter.conf, with a unix socket", {**spool, **url})
-        )
+        url = {PLAIN_URL: site.url, "--syslog\n": ""}
+        file.write_text(readme_block("/etc/quota_milter.conf", {**spool, **url}))
         copy = shutil.copy(MILTER, site.folder / "quota_milter.py")
         umask = ["sh", "-c", 'umask 007; exec "$@"', "sh"]
         running = site.start(*umask, *as_user("daemon"), PYTHON, copy, f"@{file}")
@@ -3800,6 +4060,16 @@ MAILER(`smtp')dnl
 """
 
 
+SENDMAIL_SOCKET = "/run/quota-milter/milter.sock"  # README's, in the unit's RuntimeDirectory
+
+
+@pytest.fixture
+def run_folder() -> Iterator[pathlib.Path]:
+    """Give a folder below /run: Sendmail wants none above the socket that all may write to."""
+    with open_folder("/run") as path:
+        yield path
+
+
 @pytest.fixture(scope="session")
 def sendmail_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Give Sendmail's packages unpacked: to install them would remove Postfix."""
@@ -3820,12 +4090,12 @@ def sendmail_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return pathlib.Path(files)
 
 
-def start_sendmail(site: Site, files: pathlib.Path, milter_port: int) -> int:
+def start_sendmail(site: Site, files: pathlib.Path, socket_path: pathlib.Path) -> int:
     """Start Sendmail with README's line in its mc file; return its port."""
     port = free_port()
     (site.folder / "queue").mkdir(mode=0o700)
     (site.folder / "aliases").touch()
-    block = readme_block("/etc/mail/sendmail.mc", {"8894": str(milter_port)})
+    block = readme_block("/etc/mail/sendmail.mc", {SENDMAIL_SOCKET: socket_path})
     mc = site.folder / "sendmail.mc"
     mc.write_text(SENDMAIL_MC.format(folder=site.folder, port=port, block=block))
     rules = files / "usr/share/sendmail/cf"
@@ -3840,19 +4110,18 @@ def start_sendmail(site: Site, files: pathlib.Path, milter_port: int) -> int:
 
 
 def test_sendmail_defers_mail_for_a_full_mailbox_and_accepts_it_without_the_milter(
-    site: Site, sendmail_files: pathlib.Path
+    site: Site, sendmail_files: pathlib.Path, run_folder: pathlib.Path
 ) -> None:
     lighttpd(site)
-    milter_port = free_port()
-    port = start_sendmail(site, sendmail_files, milter_port)
+    path = run_folder / "milter.sock"
+    port = start_sendmail(site, sendmail_files, path)
     assert send(port, "john@example.com") == [""]  # there is no milter yet
-    running = RunningMilter(
-        milter_port,
-        site.start(
-            *(PYTHON, MILTER, "--backend", site.url, "--listen", f"inet:{milter_port}@127.0.0.1"),
-            port=milter_port,
-        ),
-    )
+    shutil.chown(run_folder, "daemon", "daemon")
+    copy = shutil.copy(MILTER, site.folder / "quota_milter.py")
+    options = ["--backend", site.url, "--listen", f"unix:{path}"]
+    umask = ["sh", "-c", 'umask 007; exec "$@"', "sh"]
+    process = site.start(*umask, *as_user("daemon"), PYTHON, copy, *options)
+    process.wait_ready(path.exists, "the milter")
     recipients = [f"{user}@example.com" for user in ("john", "mary", "nobody")]
     assert send(port, *recipients) == [quota_exceeded("john@example.com"), "", ""]
     full = [quota_exceeded(address) for address in recipients[:2]]
@@ -3862,7 +4131,7 @@ def test_sendmail_defers_mail_for_a_full_mailbox_and_accepts_it_without_the_milt
     assert send(port, "john+lists@example.com", size=1) == [
         quota_exceeded("john+lists@example.com")
     ]
-    assert running.process.stop() == 0
+    assert process.stop() == 0
     assert send(port, *recipients) == ["", "", ""]
 
 
@@ -4059,29 +4328,32 @@ def test_miltertest_gets_the_replies_and_need_send_nothing_but_the_envelope(
 
 # ---- password and TLS ----
 
-TLS_SITE = "/etc/apache2/sites-available/quota.conf"
-
 
 @pytest.fixture
 def tls_site(site: Site) -> Site:
-    """Give an Apache that wants https, the frontend's address and a password."""
+    """Give Debian's Apache with README's site: https, the frontend's address and a password."""
     need("openssl", "openssl")
+    need("htpasswd", "apache2-utils")
     ssl_folder = site.folder / "ssl"
     own: dict[str, Path] = {"/etc/ssl/quota": ssl_folder, "DNS:mail1.example.com": "IP:127.0.0.1"}
     run_block("Backend: a private authority and a certificate", own)
     strict = ["openssl", "verify", "-x509_strict", "-CAfile", "authority.pem", "mail1.pem"]
     assert subprocess.run(strict, cwd=ssl_folder).returncode == 0  # as Python 3.13 does
     assert all(key.stat().st_mode & 0o077 == 0 for key in ssl_folder.glob("*.key"))
-    passwords = site.folder / "quota.htpasswd"
-    need("htpasswd", "apache2-utils")
-    own = {" -c ": " -i -c ", "/etc/apache2/quota.htpasswd": passwords}
-    run_block("Backend: a password", own, input="s:cret\n")
-    own = {"*:443": f"127.0.0.1:{site.port}", "/etc/ssl/quota": ssl_folder}
-    block = site.block(TLS_SITE, **own, **{"/etc/apache2/quota.htpasswd": passwords})
-    modules = "cgid ssl socache_shmcb auth_basic authn_file"
-    start_apache(site, block, modules, f"ScriptSock {site.folder}/cgid.sock")
+    environment = stock_apache(site, site.other_port, site.port)
+    copy = site.folder / "apache2"
+    own = {"*:443": f"*:{site.port}", "/etc/ssl/quota": ssl_folder, "/etc/apache2": copy}
+    block = site.block("/etc/apache2/sites-available/quota.conf", own)
+    (copy / "sites-available/quota.conf").write_text(block)
+    own = {" -c ": " -i -c ", "/etc/apache2": copy}
+    run_block("Backend: a password, and start", own, input="s:cret#%\n", env=environment)
+    run_apache(site)
     site.url = site.url.replace("http:", "https:")
     return site
+
+
+PASSWORD = ["-u", "frontend:s:cret#%"]
+ENCODED = "s%3Acret%23%25"
 
 
 def options_for(site: Site, password: str, cafile: Path) -> pathlib.Path:
@@ -4101,7 +4373,7 @@ def test_a_password_over_https_with_a_private_authority(
     tls_site: Site, milter: Callable[..., RunningMilter]
 ) -> None:
     authority = tls_site.folder / "ssl/authority.pem"
-    running = milter(None, f"@{options_for(tls_site, 's%3Acret', authority)}", "--verbose")
+    running = milter(None, f"@{options_for(tls_site, ENCODED, authority)}", "--verbose")
     assert running.rcpt("<john@example.com>") == quota_exceeded("john@example.com")
     assert running.rcpt("<mary@example.com>") == ""
     assert "used=209714200" in running.log("mary")
@@ -4125,41 +4397,76 @@ def test_a_certificate_of_an_unknown_authority_or_name_refuses_nothing(
     assert running.rcpt("<john@example.com>") == ""
     assert "certificate verify failed" in running.log("state=down")
     tls_site.url = tls_site.url.replace("127.0.0.1", "localhost")
-    file = options_for(tls_site, "s%3Acret", tls_site.folder / "ssl/authority.pem")
+    file = options_for(tls_site, ENCODED, tls_site.folder / "ssl/authority.pem")
     running = milter(None, f"@{file}")
     assert running.rcpt("<john@example.com>") == ""
     assert "certificate verify failed" in running.log("state=down")
 
 
-def test_the_right_password_from_another_address_refuses_nothing(
-    site: Site, request: pytest.FixtureRequest, milter: Callable[..., RunningMilter]
+# Each lacks one thing of https, address and password, or comes by another way.
+WITHOUT = {
+    "the password": ("https", []),
+    "the right password": ("https", ["-u", "frontend:secret"]),
+    "the right user": ("https", ["-u", "root:s:cret#%"]),
+    "the right address": ("https", [*PASSWORD, "--interface", STRANGER]),
+    "https": ("http", PASSWORD),
+    "https, and another name": ("http", [*PASSWORD, "-H", "Host: mail1.example.com"]),
+}
+
+
+def test_who_lacks_https_or_the_address_or_the_password_gets_no_answer_at_any_url(
+    tls_site: Site,
 ) -> None:
-    site.frontend = FRONTEND
+    site, trust = tls_site, ["--cacert", str(tls_site.folder / "ssl/authority.pem")]
+    assert site.ask("u=john", *trust, *PASSWORD) == f"200 OVERQUOTA john {ROOM + 1} {ROOM}"
+    ports = {"https": site.port, "http": site.other_port}
+    for lack, (scheme, options) in WITHOUT.items():
+        for path in SPELLINGS:
+            url = f"{scheme}://127.0.0.1:{ports[scheme]}{path}?u=john"
+            got = site.fetch(url, *trust, *options)
+            assert gets_nothing(got) or path == "/" and str(ROOM) not in got, (lack, path, got)
+    for path in SIBLINGS:  # whoever may ask the one script
+        got = site.fetch(f"https://127.0.0.1:{site.port}{path}?u=root", *trust, *PASSWORD)
+        assert str(ROOM) not in got, (path, got)
+    plain = site.fetch(f"http://127.0.0.1:{site.port}/cgi-bin/quota.cgi?u=john", *PASSWORD)
+    assert plain.startswith("400 "), plain
+
+
+def test_the_rule_of_the_https_site_holds_on_every_other_site(
+    site: Site, request: pytest.FixtureRequest
+) -> None:
+    other = "\n<VirtualHost *:{0}>\nScriptAlias /s/ {1}/\nAlias /files/ {1}/\n</VirtualHost>\n"
+    site.edits = [(r"\Z", other.format(site.other_port, site.library))]
     request.getfixturevalue("tls_site")
-    file = options_for(site, "s%3Acret", site.folder / "ssl/authority.pem")
-    running = milter(None, f"@{file}")
-    assert running.rcpt("<john@example.com>") == ""
-    assert "status 403" in running.log("verdict=fault")
+    for path in "/s/quota.cgi", "/s/maildir_quota.cgi", "/files/quota.cgi", "/s/quota.cgi/x":
+        for name in "127.0.0.1", "other.example.com":
+            url = f"http://127.0.0.1:{site.other_port}{path}?u=john"
+            got = site.fetch(url, *PASSWORD, "-H", f"Host: {name}")
+            assert got[:3] in ("403", "404"), (path, name, got)
 
 
 # ---- README ----
 
 
 def test_the_commands_of_the_readme_do_what_they_say(site: Site) -> None:
-    lighttpd(site)
-    line = run_block("Backend: ask", {"mail1.example.com": f"127.0.0.1:{site.port}"})
+    no_web_server(site)
+    line = run_block("Backend: ask", {"192.0.2.10:8025": f"127.0.0.1:{site.port}"})
     assert line == f"OVERQUOTA john {ROOM + 1} {ROOM}\n"
     root = site.folder / "root"
     (root / "etc").mkdir(parents=True)
     replacements: dict[str, Path] = {
-        "apt-get install": ": apt-get install",  # has been done where this test runs
-        " quota_milter.py": f" {MILTER}",
         "/usr/local/sbin": site.folder,
         "useradd": f"{need('useradd', 'passwd')} --prefix {root}",
     }
-    run_block("Frontend: copy", replacements)
+    run_block("Frontend: copy", replacements, cwd=HERE)
     assert os.access(site.folder / "quota_milter.py", os.X_OK)
     assert "quota-milter" in (root / "etc/passwd").read_text()
+
+
+BOOTED = {  # systemd runs these: .ci/fresh --boot tries them
+    "Backend: start": "systemctl enable --now quota-backend",
+    "Frontend: start": "systemctl enable --now quota-milter",
+}
 
 
 def test_every_block_of_the_readme_that_has_a_name_is_used_by_a_test() -> None:
@@ -4167,7 +4474,71 @@ def test_every_block_of_the_readme_that_has_a_name_is_used_by_a_test() -> None:
     text = pathlib.Path(__file__).read_text()
     assert len(names) > 20
     for name in names:
-        assert f'"{name}"' in text or name.endswith(".service"), name
+        web_server = re.fullmatch(r"/etc/apache2/conf-available/(quota.*)\.conf", name)
+        literal = web_server[1] if web_server else name
+        assert f'"{literal}"' in text or name.endswith(".service"), name
+
+
+def test_every_backend_in_the_readme_names_its_domains_and_every_script_who_may_ask() -> None:
+    text = README.read_text()
+    blocks = re.findall(r"^```\w+\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    backends = [x for block in blocks for x in re.findall(r"^--backend (.*)$", block, re.M)]
+    assert len(backends) >= 2
+    assert all(re.match(r"[a-z.,]+=https?://", backend) for backend in backends)
+    assert all(re.match(r"[a-z.,]+=http", x) for x in re.findall(r"`--backend (.*?)`", text) if "[" not in x)
+    served = [block for block in blocks if "QUOTA_LIMIT" in block and "192.0.2." in block]
+    assert len(served) >= 10
+    assert all("QUOTA_ALLOW" in block for block in served)
+
+
+def test_the_figures_and_queries_of_the_readme_are_there(
+    backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
+) -> None:
+    file = tmp_path / "quota.prom"
+    link = {"/run/quota-milter/quota.prom": file, "/var/lib/prometheus/node-exporter": tmp_path}
+    link["/var/lib/prometheus/node-exporter/quota.prom"] = tmp_path / "seen.prom"
+    run_commands(
+        readme_block("Frontend: figures for Prometheus")
+        .replace("/var/lib/prometheus/node-exporter/quota.prom", str(tmp_path / "seen.prom"))
+        .replace("/run/quota-milter/quota.prom", str(file))
+    )
+    running = milter(backend, "--metrics", file)
+    assert running.rcpt("<john@example.com>") == ""
+    running.process.stop()
+    text = (tmp_path / "seen.prom").read_text()
+    for query in readme_block("alarms").splitlines()[1:]:
+        for name in re.findall(r"quota_milter_\w+", query):
+            assert re.search(rf"(?m)^{name}\b", text), name
+        for label in re.findall(r'verdict="\w+"', query):
+            assert label in text, label
+
+
+def test_shell_lines_of_the_readme_read_the_log(
+    backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
+) -> None:
+    users = {"john": (101, 100), "mary": (95, 100), "paul": (90, 100), "free": (5, 0)}
+    for user, (used, quota) in users.items():
+        status = "OVERQUOTA" if used > quota > 0 else "OK"
+        backend.answers[user.encode()] = f"{status} {user} {used} {quota}\n".encode()
+    running = milter(backend, "--verbose", "--cache-ttl", "0")
+    hostile = '<"x verdict=overquota recipient=mary@example.com"@example.com>'
+    for recipient in (*(f"<{user}@example.com>" for user in ("john", "john", *users)), hostile):
+        running.rcpt(recipient)
+    running.process.stop()
+    lines = re.sub(r"(?m)^.*? quota_milter: ", "", running.process.output())
+    journal = tmp_path / "journalctl"
+    (tmp_path / "log").write_text(lines)
+    journal.write_text(f'#!/bin/sh\ncase "$*" in "-t quota_milter --since -7d -o cat") cat {tmp_path}/log; esac\n')
+    journal.chmod(0o755)
+
+    def run(name: str) -> list[str]:
+        block = readme_block(name, {"journalctl": journal})
+        return run_commands(block).splitlines()
+
+    assert [line.split() for line in run("the log: who was refused how often")] == [
+        ["3", "john@example.com"]
+    ]
+    assert run("the log: mailboxes over 90 %") == ["101 % john@example.com", "95 % mary@example.com"]
 
 
 # ---- whose rights ----
@@ -4194,7 +4565,8 @@ def test_mbox_files_of_other_users_need_no_right_but_to_search_their_folder(
 def maildirs(site: Site) -> Site:
     """Give a backend with Maildirs of two users, which nobody else may read: one has no room."""
     text = MAILDIR_CGI.read_text().replace("%h/Maildir", f"{site.folder}/home/%n/Maildir")
-    site.script.write_text(text)
+    for script in site.script, site.library / "maildir_quota.cgi":
+        script.write_text(text)
     (site.folder / "home").mkdir()
     for user, uid, size in ("john", OTHERS[0], ROOM), ("mary", OTHERS[1], ROOM - 1):
         maildir = site.folder / "home" / user / "Maildir"
@@ -4212,25 +4584,35 @@ def own(top: pathlib.Path, uid: int, gid: int, mode: int) -> None:
         path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
 
 
-CAPABLE = "Backend: all mailboxes readable, without systemd"
-
-
-def serve_maildirs(site: Site, block: str) -> None:
-    """Run a block of README that starts the script."""
-    site.start("sh", "-euc", block, port=site.port)
+CAPABLE = [  # what the unit for homes gives its process
+    *("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--no-new-privs"),
+    *(f"--{which}=-all,+dac_read_search" for which in ("inh-caps", "ambient-caps", "bounding-set")),
+]
 
 
 def test_a_capability_lets_an_ordinary_user_read_the_maildirs_of_all(maildirs: Site) -> None:
-    own_names: dict[str, Path] = {
-        "/usr/lib/cgi-bin/maildir_quota.cgi": maildirs.script,
-        "192.0.2.10:8025": f"127.0.0.1:{maildirs.port}",
-    }
-    serve_maildirs(maildirs, readme_block(CAPABLE, own_names))
+    home = {"%%h/Maildir": f"{maildirs.folder}/home/%%n/Maildir"}
+    start_unit(maildirs, HOMES_UNIT, home, *CAPABLE)
     assert maildirs.ask("u=john") == f"200 OVERQUOTA john {ROOM} {ROOM}"
     assert maildirs.ask("u=mary") == f"200 OK mary {ROOM - 1} {ROOM}"
     status = pathlib.Path(f"/proc/{listener(maildirs.port)}/status").read_text()
     assert re.search(r"^CapEff:\s0*4$", status, re.MULTILINE), status  # CAP_DAC_READ_SEARCH alone
     assert "\nUid:\t0" not in status
+
+
+def test_the_owner_of_all_maildirs_reads_them_by_domain_and_user(maildirs: Site) -> None:
+    daemon = pwd.getpwnam("daemon")
+    top = maildirs.folder / "vmail"
+    top.mkdir()
+    for domain, size in ("example.com", ROOM), ("example.org", ROOM - 1):
+        shutil.copytree(maildirs.folder / "home/john/Maildir", top / domain / "john")
+        cur = top / domain / "john/cur"
+        next(cur.iterdir()).rename(cur / f"1.M1P1.mx,S={size}:2,S")
+    own(top, daemon.pw_uid, daemon.pw_gid, 0o600)
+    start_unit(maildirs, VMAIL_UNIT, {"/var/vmail": top}, *as_user("daemon"))
+    assert maildirs.ask("u=john&d=example.com") == f"200 OVERQUOTA john {ROOM} {ROOM}"
+    assert maildirs.ask("u=john&d=example.org") == f"200 OK john {ROOM - 1} {ROOM}"
+    assert maildirs.ask("u=john") == "400 ERROR no domain (d=) given"
 
 
 def listener(port: int) -> int:
@@ -4268,55 +4650,37 @@ def test_a_group_that_may_read_is_enough(maildirs: Site) -> None:
 def test_mod_wsgi_runs_as_the_user_who_has_the_mailboxes(maildirs: Site) -> None:
     daemon = int(subprocess.check_output(["id", "-u", "daemon"]))
     own(maildirs.folder / "home", daemon, daemon, 0o600)
+    need("/usr/lib/apache2/modules/mod_wsgi.so", "libapache2-mod-wsgi-py3")
     users = {"user=www-data group=www-data": "user=daemon group=daemon"}
-    block = maildirs.block("/etc/apache2/conf-available/quota-wsgi.conf", **users)
-    start_apache(maildirs, block, "wsgi", f"WSGISocketPrefix {maildirs.folder}/wsgi")
+    start_apache(maildirs, "quota-wsgi", users)
     assert maildirs.ask("u=john") == f"200 OVERQUOTA john {ROOM} {ROOM}"
     assert maildirs.ask("u=mary") == f"200 OK mary {ROOM - 1} {ROOM}"
 
 
 # ---- how it is started ----
 
+DROP_INS = {"quota-milter": [""], "quota-backend": [MBOX_UNIT, VMAIL_UNIT, HOMES_UNIT]}
+
 
 def test_the_systemd_units_are_valid(folder: pathlib.Path) -> None:
     analyze = need("systemd-analyze", "systemd")
-    programs = {
-        "quota-milter": ("/usr/local/sbin/quota_milter.py", MILTER),
-        "quota-backend": ("/usr/lib/cgi-bin/maildir_quota.cgi", MAILDIR_CGI),
-    }
-    for unit, (program, script) in programs.items():
+    for unit, drop_ins in DROP_INS.items():
         path = folder / f"{unit}.service"
-        copy = shutil.copy(script, folder)
-        path.write_text(readme_block(f"/etc/systemd/system/{unit}.service", {program: copy}))
-        done = subprocess.run([analyze, "verify", "--man=no", path], capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, ""), unit
-
-
-def test_the_milter_runs_without_systemd_as_a_user_of_its_own(site: Site) -> None:
-    lighttpd(site)
-    need("start-stop-daemon", "dpkg")
-    port = free_port()
-    start_milter_for(port, site).process.stop()  # writes the file of options
-    pid: dict[str, Path] = {"/run/quota-milter.pid": site.folder / "quota-milter.pid"}
-    own_names: dict[str, Path] = {
-        **pid,
-        "quota-milter:quota-milter": "daemon:daemon",
-        "/usr/local/sbin/quota_milter.py": shutil.copy(MILTER, site.folder),
-        "/etc/quota_milter.conf": site.folder / "quota_milter.conf",
-    }
-    command = readme_block("Frontend: without systemd", own_names)
-    try:
-        assert subprocess.run(["sh", "-euc", command]).returncode == 0
-        wait_for(lambda: answers_at(port), "the milter")
-        assert subprocess.run(["sh", "-euc", command], stdout=subprocess.DEVNULL).returncode == 1
-        with MilterSession(port) as session:
-            session.mail()
-            assert session.rcpt("<john@example.com>") == quota_exceeded("john@example.com")
-        number = int((site.folder / "quota-milter.pid").read_text())
-        assert pathlib.Path(f"/proc/{number}").owner() == "daemon"
-    finally:
-        run_block("Frontend: end it", pid)
-    assert not answers_at(port)
+        text = readme_block(f"/etc/systemd/system/{unit}.service").replace(
+            "/usr/local/sbin", str(folder)
+        )
+        path.write_text(text)
+        for name in drop_ins:
+            if name:
+                extra = folder / f"{unit}.service.d/mailboxes.conf"
+                extra.parent.mkdir(exist_ok=True)
+                block = readme_block(name, {LIBRARY: folder}).replace("vmail\n", "daemon\n")
+                extra.write_text(block)
+            for script in MILTER, MBOX_CGI, MAILDIR_CGI:
+                shutil.copy(script, folder)
+            command = [analyze, "verify", "--man=no", path]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert (done.returncode, done.stderr) == (0, ""), (unit, name)
 
 
 # ---- what the administrator sees ----
@@ -4400,12 +4764,14 @@ def test_a_dry_run_refuses_nothing_and_logs_what_it_would(site: Site, frontend: 
 def test_check_is_a_probe_for_the_monitoring(site: Site) -> None:
     lighttpd(site)
     file = site.folder / "quota_milter.conf"
-    url = "http://mail1.example.com/cgi-bin/quota.cgi"
-    file.write_text(readme_block("/etc/quota_milter.conf", {url: site.url, "--syslog\n": ""}))
+    file.write_text(
+        readme_block("/etc/quota_milter.conf", {PLAIN_URL: site.url, "--syslog\n": ""})
+    )
 
     def probe(*addresses: str) -> tuple[int, list[str]]:
         own_names: dict[str, Path] = {
-            "quota_milter.py": MILTER,
+            "quota_milter.py @": f"{MILTER} @",
+            "chown root:quota-milter": "chown root:root",
             "/etc/quota_milter.conf": file,
             "john@example.com": " ".join(addresses),
         }
@@ -4437,7 +4803,7 @@ def test_both_cgis_share_one_block_to_the_letter() -> None:
     assert blocks[0] == blocks[1] != ""
 
 
-def test_readmes_first_command_runs_the_main_job(
+def test_readmes_first_commands_show_a_full_mailbox(
     tmp_path: pathlib.Path, start: Callable[..., Process]
 ) -> None:
     if answers_at(8025) or answers_at(8894):
@@ -4445,25 +4811,25 @@ def test_readmes_first_command_runs_the_main_job(
     commands = tmp_path / "run-it"
     install = "apt-get update && apt-get install -y python3-milter\n"
     commands.write_text(readme_block("run it", {install: ""}))
-    process = start("bash", commands, cwd=HERE)
+    process = start("bash", commands, cwd=HERE, env={**os.environ, "TMPDIR": str(tmp_path)})
     for port in 8025, 8894:  # the defaults, which fit together
         process.wait_ready(lambda port=port: answers_at(port), f"port {port}")  # type: ignore[misc]
-    status, output, _ = run_milter("--check", "nobody-of-that-name@example.com")
-    assert (status, output.split()[2]) == (0, "verdict=ok")
+    asked = subprocess.run(
+        ["sh", "-c", readme_block("ask it")], cwd=HERE, capture_output=True, text=True
+    )
+    assert asked.returncode == 1
+    shown = README.read_text().partition("# ask it")[2].partition("```\n")[2].partition("\n## ")[0]
+    by_hand, printed = (re.sub(r"ms=\d+", "ms=0", x).split() for x in (shown, asked.stdout))
+    assert by_hand == printed
     with MilterSession(8894) as session:
         session.mail()
-        assert session.rcpt("<nobody-of-that-name@example.com>") == ""
+        assert session.rcpt("<john@example.com>") == quota_exceeded("john@example.com")
+        assert session.rcpt("<mary@example.com>") == ""
     children = pathlib.Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children")
     for child in children.read_text().split():
         os.kill(int(child), signal.SIGINT)
     assert process.popen.wait(20) == 0
     wait_for(lambda: not answers_at(8025), "the end of the backend")
-
-
-def test_readme_shows_a_mailbox_over_its_quota_in_a_shell() -> None:
-    assert run_block("a mailbox over its quota", {}, cwd=HERE).startswith("OVERQUOTA john ")
-    own: dict[str, Path] = {"/usr/lib/cgi-bin/quota.cgi": MBOX_CGI, "john": "no-such-user"}
-    assert run_block("Backend: ask in a shell", own) == "UNKNOWN no-such-user 0 209715200\n"
 
 
 def test_readmes_second_command_installs_what_the_tests_need() -> None:
@@ -4472,43 +4838,48 @@ def test_readmes_second_command_installs_what_the_tests_need() -> None:
     text = pathlib.Path(__file__).read_text()
     packages = set(re.findall(r'need\("[^"]+", "([a-z0-9-]+)"\)', text))
     packages -= {"apt", "dpkg", "util-linux"}  # every Debian has these
-    packages -= {"apache2-utils"}  # and apache2 brings this
     assert len(packages) > 8
     assert packages <= set(command.split())
 
 
+OPTION_DEFAULTS = {  # the other options have none
+    "listen": "inet:8894@127.0.0.1",
+    "backend": "http://127.0.0.1:8025/cgi-bin/quota.cgi",
+    "timeout": "5",
+    "retry-after": "10",
+    "max-queries": "16",
+    "cache-ttl": "60",
+    "on-error": "accept",
+    "overquota-reply": "452 4.2.2 Quota exceeded for {address}, try again later",
+    "toolarge-reply": "552 5.2.3 Message is larger than the quota of {address}",
+    "in-flight": "60",
+    "frontends": "1",
+    "inactive-after": "0",
+    "inactive-reply": "552 5.2.2 Mailbox of {address} is full and not in use",
+    "recipient-delimiter": "+",
+}
+NO_DEFAULTS = {"", "off", "off: standard error", "none: let through", "the system's"}
+
+
 def test_readme_and_the_help_give_every_option_its_default() -> None:
-    rows = dict(re.findall(r"^\| `--([a-z-]+).*?\| (.*?) \|", README.read_text(), re.MULTILINE))
-    assert set(rows) == set(OPTIONS)
-    text = re.sub(r"\s+", " ", run_milter("--help")[1])
-    defaults = {name: default for name, default, *_ in load(MILTER).VALUES}
-    assert defaults == {
-        "listen": "inet:8894@127.0.0.1",
-        "timeout": 5,
-        "retry-after": 10,
-        "max-queries": 16,
-        "cache-ttl": 60,
-        "overquota-reply": "452 4.2.2 Quota exceeded for {address}, try again later",
-        "toolarge-reply": "552 5.2.3 Message is larger than the quota of {address}",
-        "unknown-reply": None,
-        "recipient-delimiter": "+",
-        "cafile": None,
-    }
-    for name, default in defaults.items():
+    rows = re.findall(r"^\| `--([a-z-]+).*?\| (.*?) \|", README.read_text(), re.MULTILINE)
+    printed = run_milter("--help")[1].partition("\noptions:")[2]
+    helps = dict(re.findall(r"^  --([a-z-]+)(.*?)(?=^  -|\Z)", printed, re.MULTILINE | re.DOTALL))
+    assert [name for name, _ in rows] == list(helps)  # in the same order
+    for name, given in rows:
+        default = OPTION_DEFAULTS.get(name)
+        assert given.strip("`") == default or default is None and given in NO_DEFAULTS, name
         if default is not None:
-            assert rows[name].strip("`") == str(default) and f"({default})" in text, name
-    assert "`http://127.0.0.1:8025/cgi-bin/quota.cgi`" in rows["backend"]
-    assert "`accept`" in rows["on-error"] and "(accept)" in text
+            assert f"({default})" in re.sub(r"\s+", " ", helps[name]), name
 
 
 @pytest.mark.parametrize("script", [MBOX_CGI, MAILDIR_CGI])
 def test_readme_gives_every_setting_its_default(script: pathlib.Path) -> None:
+    row = re.compile(r"^\| `(QUOTA_\w+)`(?: \((.*?)\))? \| (.*?) \|", re.MULTILINE)
+    rows = [(a, c.strip("`")) for a, b, c in row.findall(README.read_text()) if b in ("", script.name)]
     module = load(script)
-    settings = [name for name in vars(module) if name.startswith("QUOTA_")]
-    assert len(settings) == {MBOX_CGI: 4, MAILDIR_CGI: 5}[script]
-    for name in settings:
-        row = re.search(rf"^\| `{name}`.*?\| (.*?) \|", README.read_text(), re.MULTILINE)
-        assert row and row[1].strip("`") == (getattr(module, name) or "none"), name
+    settings = {name: value or "none" for name, value in vars(module).items() if name[:6] == "QUOTA_"}
+    assert dict(rows) == settings
 
 
 def test_the_top_level_holds_the_six_files_and_nothing_else() -> None:
