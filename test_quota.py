@@ -1563,6 +1563,7 @@ DOVECOT_23 = """
     }}
     service quota-status {{
       executable = quota-status -p postfix
+      client_limit = 1
       inet_listener {{
         address = 127.0.0.1
         port = {port}
@@ -1614,6 +1615,7 @@ DOVECOT_24 = """
     quota_status_toolarge = OVER
     service quota-status {{
       executable = quota-status -p postfix
+      client_limit = 1
       inet_listener policy {{
         listen = 127.0.0.1
         port = {port}
@@ -4070,9 +4072,8 @@ def run_folder() -> Iterator[pathlib.Path]:
         yield path
 
 
-@pytest.fixture(scope="session")
-def sendmail_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Give Sendmail's packages unpacked: to install them would remove Postfix."""
+def unpack_sendmail(files: pathlib.Path) -> pathlib.Path:
+    """Unpack Sendmail's packages into a folder: to install them would remove Postfix."""
     need_root()
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = pathlib.Path(home) / "quota_milter"
@@ -4083,29 +4084,35 @@ def sendmail_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         done = subprocess.run(download, cwd=cache, capture_output=True, text=True)
         if done.returncode:
             missing(f"Sendmail cannot be had: apt-get update; {done.stderr.strip()[:200]}")
-    files = tmp_path_factory.mktemp("sendmail")
     for name in names:
         newest = max(cache.glob(f"{name}_*.deb"), key=lambda file: file.stat().st_mtime)
         subprocess.run([need("dpkg", "dpkg"), "-x", newest, files], check=True)
-    return pathlib.Path(files)
+    return files
 
 
-def start_sendmail(site: Site, files: pathlib.Path, socket_path: pathlib.Path) -> int:
-    """Start Sendmail with README's line in its mc file; return its port."""
+@pytest.fixture(scope="session")
+def sendmail_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Give Sendmail's packages, unpacked."""
+    return unpack_sendmail(tmp_path_factory.mktemp("sendmail"))
+
+
+def start_sendmail(
+    folder: pathlib.Path, start: Callable[..., Process], files: pathlib.Path, block: str
+) -> int:
+    """Start Sendmail with these lines in its mc file; return its port."""
     port = free_port()
-    (site.folder / "queue").mkdir(mode=0o700)
-    (site.folder / "aliases").touch()
-    block = readme_block("/etc/mail/sendmail.mc", {SENDMAIL_SOCKET: socket_path})
-    mc = site.folder / "sendmail.mc"
-    mc.write_text(SENDMAIL_MC.format(folder=site.folder, port=port, block=block))
+    (folder / "queue").mkdir(mode=0o700)
+    (folder / "aliases").touch()
+    mc = folder / "sendmail.mc"
+    mc.write_text(SENDMAIL_MC.format(folder=folder, port=port, block=block))
     rules = files / "usr/share/sendmail/cf"
     m4: list[Path] = [need("m4", "m4"), f"-D_CF_DIR_={rules}/", rules / "m4/cf.m4", mc]
-    cf = site.folder / "sendmail.cf"
+    cf = folder / "sendmail.cf"
     cf.write_bytes(subprocess.run(m4, capture_output=True, check=True).stdout)
     program = next(file for file in files.glob("usr/lib*/**/sendmail") if file.is_file())
     named = 'hostname mx.example.com; exec "$@"'  # it waits a minute where the name has no dot
     unshare = [need("unshare", "util-linux"), "--uts", "sh", "-c", named, "sh"]
-    site.start(*unshare, program, "-C", cf, "-bD", port=port)
+    start(*unshare, program, "-C", cf, "-bD", port=port)
     return port
 
 
@@ -4114,7 +4121,8 @@ def test_sendmail_defers_mail_for_a_full_mailbox_and_accepts_it_without_the_milt
 ) -> None:
     lighttpd(site)
     path = run_folder / "milter.sock"
-    port = start_sendmail(site, sendmail_files, path)
+    block = readme_block("/etc/mail/sendmail.mc", {SENDMAIL_SOCKET: path})
+    port = start_sendmail(site.folder, site.start, sendmail_files, block)
     assert send(port, "john@example.com") == [""]  # there is no milter yet
     shutil.chown(run_folder, "daemon", "daemon")
     copy = shutil.copy(MILTER, site.folder / "quota_milter.py")
