@@ -3676,7 +3676,18 @@ STORIES: dict[str, dict[str, list[str]]] = {
             "wait 1.3",
             "mail 40_000 -> taken",
             "mail 40_000 -> over quota at the end",
-        ]
+        ],
+        "growth is the work of what has ended by itself before it is that of later mail": [
+            "john has 0",
+            "mail 40_000 -> taken",
+            "wait 2",
+            "mail 40_000 -> taken",
+            "wait 1.3",
+            "john has 40_000",
+            "hup",
+            "mail 19_001 -> over quota at the end",
+            "mail 18_000 -> taken",
+        ],
     },
     "--in-flight 0": {
         "nothing is in flight, and the real size counts": [
