@@ -52,13 +52,18 @@ if TYPE_CHECKING:
 QUOTA_LIMIT = "200M"  # bytes, or with K, M, G, T (powers of 1024); 0: no limit
 QUOTA_MAILBOX = "/var/mail/%n"  # %n user, %d domain, %u user@domain, %h the user's home, %% percent
 QUOTA_USERS = ""  # a file of lines `user limit` or `user@domain limit`, which beat QUOTA_LIMIT
+QUOTA_GRACE = "auto"  # what the message that fills the mailbox may take beyond its quota: 1M, 10%
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
 PATH_SETTING = "QUOTA_MAILBOX"
 
 
-def measure(path: bytes, limit: int, given: "Optional[int]", env: "Env") -> "tuple[bool, int, int]":
-    """Measure the mbox at `path`: over its quota?, bytes used, quota in bytes (0: none).
+def measure(
+    path: bytes, limit: int, given: "Optional[int]", env: "Env"
+) -> "tuple[bool, int, int, int, float]":
+    """Measure the mbox at `path`: over its quota?, bytes used, quota, grace, its last change.
+
+    Quota (0: none) and grace in bytes, the last change in seconds since the epoch (0: not known).
 
     `limit` is QUOTA_LIMIT, `given` what QUOTA_USERS has for this user. Raises OSError, Problem.
     """
@@ -66,13 +71,16 @@ def measure(path: bytes, limit: int, given: "Optional[int]", env: "Env") -> "tup
     status = posix.stat(path)
     if status.st_mode & S_IFMT != S_IFREG:
         raise Problem(500, "the mailbox is not a file", path)
-    return 0 < quota < status.st_size, status.st_size, quota
+    grace = parse_grace(setting("QUOTA_GRACE", env), quota)
+    return 0 < quota < status.st_size, status.st_size, quota, grace, status.st_mtime
 
 
 # ---- From here to the end the text is the same in quota.cgi and maildir_quota.cgi. ----
 
 NAME_LENGTH = 255  # bytes in a user or a domain, as in a file's name
 S_IFMT, S_IFREG = 0o170000, 0o100000  # from stat.h: a regular file
+WEEKDAYS, MONTHS = "MonTueWedThuFriSatSun", "JanFebMarAprMayJunJulAugSepOctNovDec"
+END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
 HEX = b"0123456789abcdefABCDEF"
 REASONS = {
     200: "OK",
@@ -104,6 +112,16 @@ def parse_limit(name: str, text: bytes) -> int:
     if not digits.isdigit() or len(digits) > 20:
         raise Problem(500, f"{name} has a limit that is not like 200M", text)
     return int(digits) << 10 * power
+
+
+def parse_grace(text: bytes, quota: int) -> int:
+    """Read a grace in bytes: written like a limit, or `10%` of the quota. Raises Problem."""
+    if text.strip() == b"auto":
+        return 0
+    percent = text.strip()[:-1]
+    if text.strip()[-1:] == b"%" and percent.isdigit() and len(percent) < 6:
+        return quota * int(percent) // 100
+    return parse_limit("QUOTA_GRACE", text)
 
 
 def user_limit(user: bytes, domain: "Optional[bytes]", env: "Env") -> "Optional[int]":
@@ -204,8 +222,10 @@ def home_of(user: bytes) -> "Optional[bytes]":
     return home.encode(encoding, "surrogateescape")
 
 
-def verdict(user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env") -> bytes:
-    """Answer for a mailbox: `STATUS user used quota`, interface section 1. Raises Problem."""
+def verdict(
+    user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env"
+) -> "tuple[bytes, list[tuple[str, str]]]":
+    """Answer for a mailbox: `STATUS user used quota`, and header fields. Raises Problem."""
     if user is None:
         raise Problem(400, "no user (u=) given")
     check_name("user", user)
@@ -218,38 +238,55 @@ def verdict(user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env") -> b
     given = user_limit(user, domain, env)
     path = expand(setting(PATH_SETTING, env), user, domain)
     status = b"UNKNOWN" if unknown == b"1" or path is None else b"OK"
-    used, quota = 0, limit if given is None else given
+    used, quota, changed = 0, limit if given is None else given, 0.0
+    grace = parse_grace(setting("QUOTA_GRACE", env), quota)
     try:
         if path is not None:
-            over, used, quota = measure(path, limit, given, env)
+            over, used, quota, grace, changed = measure(path, limit, given, env)
             status = b"OVERQUOTA" if over else b"OK"
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
             raise Problem(500, f"cannot read the mailbox: {error.strerror}", error) from None
-    return b"%s %s %d %d\n" % (status, user, used, quota)
+    headers = [("Quota-Grace", str(grace))] * (grace > 0)
+    if 0 < changed < END_OF_9999:
+        headers.append(("Last-Modified", http_date(changed)))
+    return b"%s %s %d %d\n" % (status, user, used, quota), headers
 
 
-def answer(user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env") -> "tuple[int, bytes]":
-    """Answer with an HTTP status and a line; details go to standard error."""
+def http_date(seconds: float) -> str:
+    """Write a time as HTTP does (RFC 9110, 5.6.7), in whatever language the server runs."""
+    import time
+
+    year, month, day, hour, minute, second, weekday, *_ = time.gmtime(seconds)
+    date = f"{day:02} {MONTHS[month * 3 - 3 : month * 3]} {year:04}"
+    weekday_name = WEEKDAYS[weekday * 3 : weekday * 3 + 3]
+    return f"{weekday_name}, {date} {hour:02}:{minute:02}:{second:02} GMT"
+
+
+def answer(
+    user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env"
+) -> "tuple[int, bytes, list[tuple[str, str]]]":
+    """Answer with an HTTP status, a line and header fields; details go to standard error."""
     try:
-        return 200, verdict(user, domain, env)
+        return 200, *verdict(user, domain, env)
     except Problem as problem:
         if problem.detail is not None and sys.stderr:  # None where a server has closed it
             try:
                 print(f"quota: {problem.why}: {str(problem.detail)!a}", file=sys.stderr)
             except OSError:
                 pass  # the disk that has the log is full; the client gets its answer
-        return problem.status, b"ERROR %s\n" % problem.why.encode()
+        return problem.status, b"ERROR %s\n" % problem.why.encode(), []
 
 
 def respond(method: bytes, query: bytes, env: "Env") -> "tuple[int, list[tuple[str, str]], bytes]":
     """Answer a request with an HTTP status, header fields and a body. No proxy may keep it."""
     status, line = 405, b"ERROR only GET and HEAD are answered\n"
+    more: list[tuple[str, str]] = []
     if method in (b"GET", b"HEAD"):
         fields = parse_query(query)
-        status, line = answer(fields.get(b"u"), fields.get(b"d"), env)
+        status, line, more = answer(fields.get(b"u"), fields.get(b"d"), env)
     headers = [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))]
-    headers += [("Cache-Control", "no-store")] + [("Allow", "GET, HEAD")] * (status == 405)
+    headers += [("Cache-Control", "no-store")] + [("Allow", "GET, HEAD")] * (status == 405) + more
     return status, headers, b"" if method == b"HEAD" else line
 
 
@@ -360,7 +397,7 @@ def main() -> int:
         except KeyboardInterrupt:
             return 0
     local, at, domain = os.fsencode(options.mailbox).rpartition(b"@")
-    status, line = answer(local if at else domain, domain if at else None, dict(posix.environ))
+    status, line, _ = answer(local if at else domain, domain if at else None, dict(posix.environ))
     stream = sys.stdout if status == 200 else sys.stderr
     stream.buffer.write(line)
     return int(status != 200)
