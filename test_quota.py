@@ -1535,6 +1535,7 @@ def aliased(backend: Backend, milter: Callable[..., RunningMilter]) -> AliasedMi
 
 
 NO_CACHE: tuple[Path, ...] = ("--cache-ttl", "0", "--in-flight", "0", "--timeout", "20")
+CANNOT_CHECK = "451 4.3.0 "
 
 
 @pytest.mark.parametrize(
