@@ -1326,7 +1326,9 @@ def indexed_table(kind: str, file: pathlib.Path, rows: Mapping[str, str]) -> str
     """Make a table as an administrator does, with postmap; return its TYPE:NAME."""
     lines = (f"{name} {value}\n" for name, value in rows.items())
     file.write_text("".join(lines))
-    subprocess.run([need("postmap", "postfix"), f"{kind}:{file}"], check=True)
+    os.utime(file, (0, 0))  # postmap waits where a file has changed in the last second
+    if kind != "texthash":
+        subprocess.run([need("postmap", "postfix"), f"{kind}:{file}"], check=True)
     return f"{kind}:{file}"
 
 
@@ -1338,6 +1340,7 @@ def sqlite_table(folder: pathlib.Path) -> str:
         connection.executescript(SQL)
     file = folder / "my sqlite.cf"
     file.write_text(f"dbpath = {database}\n{QUERY}")
+    os.utime(file, (0, 0))
     return f"sqlite:{file}"
 
 
@@ -1532,6 +1535,7 @@ def aliased(backend: Backend, milter: Callable[..., RunningMilter]) -> AliasedMi
 
 
 NO_CACHE: tuple[Path, ...] = ("--cache-ttl", "0", "--in-flight", "0", "--timeout", "20")
+CANNOT_CHECK = "451 4.3.0 "
 
 
 @pytest.mark.parametrize(
@@ -1607,12 +1611,285 @@ def test_a_table_on_the_network_is_asked_about_the_whole_address_alone(
         "john@example.com",
     }
     assert aliased.mailbox("twice@example.com") == "john@example.com"
+    before = len(table_server.asked)
     assert aliased.mailbox("other+y@example.com") == "other@example.com"
-    assert set(table_server.asked[-2:]) <= {"other+y@example.com"}
+    assert table_server.asked[before:] == ["other+y@example.com"]
     before = len(table_server.asked)
     assert aliased.mailbox("postmaster@example.com") is None
     assert aliased.mailbox("") is None
     assert table_server.asked[before:] == []
+
+
+def test_files_and_tables_stand_beside_each_other_in_their_order(
+    aliased: AliasedMilter, tmp_path: pathlib.Path
+) -> None:
+    file, options = tmp_path / "aliases", tmp_path / "options"
+    file.write_text("support@example.com mary\nfirst: sales\nlast: john\n")
+    table = indexed_table("hash", tmp_path / "my table", {**TABLE_ROWS, "last@example.com": "paul"})
+    options.write_text(f"--aliases {file}\n--aliases {table}  # the name has a space\n")
+    aliased.start(options=(f"@{options}", *NO_CACHE))
+    assert aliased.mailbox("support@example.com") == "mary@example.com"
+    assert aliased.mailbox("first@example.com") == "john@example.com"
+    assert aliased.mailbox("last@example.com") == "paul@example.com", "it is more specific"
+
+
+@pytest.mark.parametrize("table", ["hash", "sqlite"], indirect=True)
+def test_hostile_recipients_reach_no_other_name_in_a_table(
+    table: str, aliased: AliasedMilter
+) -> None:
+    running = aliased.start(table, options=(*NO_CACHE, "--on-error", "tempfail"))
+    for raw, user in (
+        (b"x\nsales@example.com", b"x%0Asales"),
+        (b"sales@example.com\nx@example.com", b"sales%40example.com%0Ax"),
+        (b"sales@example.com\tx@example.com", b"sales%40example.com%09x"),
+        (b" sales@example.com", b"(?:%20|%2B)sales"),
+        (b"sales\r@example.com", b"sales%0D"),
+        (b"\xff\xfe@example.com", b"%FF%FE"),
+        (b"a" * 1800 + b"@example.com", b"a{1800}"),
+        (b"%s@example.com", b"%25s"),
+        (b"x' OR '1'='1@example.com", b"x.*"),
+        (b"\xff@all.org", b"mary"),
+    ):
+        before = len(aliased.backend.asked)
+        assert running.rcpt(b"<%s>" % raw)[:10] == "452 4.2.2 ", raw
+        (line,) = aliased.backend.asked[before:]
+        assert re.search(rb"[?&]u=%s[& ]" % user, line), (raw, line)
+
+
+FAULTY_TABLES = {
+    "missing": "hash:{folder}/nonexistent",
+    "of no type": "nosuchtype:{folder}/nonexistent",
+    "failing": "fail:whatever",
+    "sqlite away": "sqlite:{folder}/sqlite.cf",
+    "mysql away": "mysql:{folder}/mysql.cf",
+    "pgsql away": "pgsql:{folder}/pgsql.cf",
+    "refusing": "tcp:127.0.0.1:{free_port}",
+    "hanging": "tcp:127.0.0.1:{port}",
+    "another one that hangs": "socketmap:inet:127.0.0.1:{port}:aliases",
+}
+
+
+@pytest.mark.parametrize("kind", FAULTY_TABLES)
+def test_a_table_that_cannot_be_asked_is_a_fault_of_the_recipient(
+    aliased: AliasedMilter, table_server: TableServer, tmp_path: pathlib.Path, kind: str
+) -> None:
+    (tmp_path / "sqlite.cf").write_text(f"dbpath = {tmp_path}/nonexistent\n{QUERY}")
+    for name in "mysql", "pgsql":
+        (tmp_path / f"{name}.cf").write_text(f"hosts = unix:{tmp_path}/nonexistent\n{QUERY}")
+    table_server.answers[b"*"] = table_server.hang
+    table = FAULTY_TABLES[kind].format(
+        folder=tmp_path, port=table_server.port, free_port=free_port()
+    )
+    running = aliased.start(table, options=("--timeout", "2", "--on-error", "tempfail"))
+    assert running.rcpt("<john@example.com>")[:10] == CANNOT_CHECK
+    line = running.log("recipient=john@example.com")
+    assert "verdict=fault" in line and re.search(r' reason="[^"]+"', line)
+    assert running.rcpt("<postmaster@example.com>") == ""
+    assert aliased.backend.asked == []
+    wait_for(lambda: not aliased.children(), "the end of postmap")
+    assert running.process.stop() == 0
+    url = ["--backend", aliased.backend.url, "--timeout", "2", "--aliases", table]
+    assert run_milter(*url, "--check")[0] == 0
+    status, output, _ = run_milter(*url, "--check", "john@example.com")
+    assert (status, "verdict=fault" in output) == (2, True)
+
+
+@pytest.mark.parametrize("table", ["mysql", "pgsql"], indirect=True)
+def test_a_database_that_hangs_costs_the_timeout_once(
+    table: str, aliased: AliasedMilter, folder: pathlib.Path
+) -> None:
+    sleep = "pg_sleep" if table.startswith("pgsql") else "SLEEP"
+    text = pathlib.Path(table.partition(":")[2]).read_text().replace("target", f"{sleep}(600)")
+    file = folder / "hanging.cf"
+    file.write_text(text.replace(" WHERE name = '%s'", ""))
+    table = f"{table.partition(':')[0]}:{file}"
+    running = aliased.start(table, options=("--timeout", "2"))
+    start = time.monotonic()
+    assert running.rcpt("<sales@example.com>") == ""
+    assert 1 < time.monotonic() - start < 10
+    assert "verdict=fault" in running.log("recipient=sales@")
+    wait_for(lambda: not aliased.children(), "the end of postmap")
+
+
+def test_without_postmap_the_milter_starts_and_says_what_is_missing(
+    backend: Backend, start: Callable[..., Process], tmp_path: pathlib.Path
+) -> None:
+    need_root()
+    port = free_port()
+    hidden = 'mount -t tmpfs none /usr/sbin && exec "$@"'
+    unshare = [need("unshare", "util-linux"), "--mount", "sh", "-c", hidden, "sh"]
+    table = indexed_table("hash", tmp_path / "table", {"sales@example.com": "john"})
+    options = ["--listen", f"inet:{port}@127.0.0.1", "--backend", backend.url, "--aliases", table]
+    running = RunningMilter(port, start(*unshare, PYTHON, MILTER, *options, port=port))
+    assert running.rcpt("<sales@example.com>") == ""
+    assert re.search('verdict=fault.* reason=".*postmap', running.log("recipient=sales@"))
+    assert backend.asked == []
+
+
+def test_a_table_of_another_user_is_a_fault_and_its_group_may_read_it(
+    backend: Backend, start: Callable[..., Process], folder: pathlib.Path
+) -> None:
+    need_root()
+    backend.default = FULL
+    copy = shutil.copy(MILTER, folder / "quota_milter.py")
+    table = indexed_table("hash", folder / "table", {"sales@example.com": "john@example.com"})
+    os.chmod(folder / "table.db", 0o640)
+    for group, reply in ("nogroup", CANNOT_CHECK), ("daemon", "452 4.2.2 "):
+        shutil.chown(folder / "table.db", "root", "daemon")
+        port = free_port()
+        options: list[Path] = ["--listen", f"inet:{port}@127.0.0.1", "--on-error", "tempfail"]
+        options += ["--backend", backend.url, "--aliases", table]
+        program: list[Path] = [*as_user("nobody", group), PYTHON, copy, *options]
+        running = RunningMilter(port, start(*program, port=port))
+        assert running.rcpt("<sales@example.com>")[:10] == reply
+    assert backend.users() == ["john"]
+
+
+def test_a_table_that_comes_back_is_used_at_once(
+    aliased: AliasedMilter, tmp_path: pathlib.Path
+) -> None:
+    running = aliased.start(f"hash:{tmp_path}/table", options=("--on-error", "tempfail"))
+    assert running.rcpt("<sales@example.com>")[:10] == CANNOT_CHECK
+    indexed_table("hash", tmp_path / "table", TABLE_ROWS)
+    assert aliased.mailbox("sales@example.com") == "john@example.com"
+
+
+def test_what_a_table_said_is_remembered_until_the_cache_ttl_or_hup(
+    aliased: AliasedMilter, table_server: TableServer
+) -> None:
+    table = f"tcp:127.0.0.1:{table_server.port}"
+    table_server.answers[b"sales@example.com"] = b"john@example.com"
+    running = aliased.start(table, options=("--in-flight", "0"))
+    recipients = "<sales@example.com>", "<nobody@example.com>"
+    for recipient in recipients * 3:
+        assert running.rcpt(recipient) != ""
+    assert sorted(table_server.asked) == [
+        f"{user}@example.com" for user in ("john", "nobody", "sales")
+    ]
+    table_server.answers[b"sales@example.com"] = b"mary@example.com"
+    table_server.answers[b"nobody@example.com"] = b"paul@example.com"
+    running.process.popen.send_signal(signal.SIGHUP)
+    running.log("state=reloaded")
+    for recipient, user in zip(recipients, ("mary", "paul")):
+        running.rcpt(recipient)
+        assert aliased.backend.users()[-1] == user
+
+
+def test_what_a_table_said_is_asked_again_after_the_cache_ttl(
+    aliased: AliasedMilter, table_server: TableServer
+) -> None:
+    table_server.answers[b"sales@example.com"] = b"john@example.com"
+    table = f"tcp:127.0.0.1:{table_server.port}"
+    running = aliased.start(table, options=("--cache-ttl", "1"))
+    running.rcpt("<sales@example.com>")
+    table_server.answers[b"sales@example.com"] = b"mary@example.com"
+
+    def asked() -> str:
+        running.rcpt("<sales@example.com>")
+        return aliased.backend.users()[-1]
+
+    wait_for(lambda: asked() == "mary", "the new answer of the table")
+
+
+def test_what_a_table_said_to_a_question_from_before_hup_is_not_remembered(
+    aliased: AliasedMilter, table_server: TableServer
+) -> None:
+    released = threading.Event()
+
+    def late() -> bytes:
+        released.wait(60)
+        return b"john@example.com"
+
+    table_server.answers[b"sales@example.com"] = late
+    table = f"tcp:127.0.0.1:{table_server.port}"
+    running = aliased.start(table, options=("--timeout", "30"))
+    with running.session() as session:
+        session.mail()
+        session.send(b"R", b"<sales@example.com>\0")
+        wait_for(lambda: table_server.asked, "the question")
+        running.process.popen.send_signal(signal.SIGHUP)
+        running.log("state=reloaded")
+        table_server.answers[b"sales@example.com"] = b"mary@example.com"
+        released.set()
+        assert session.receive()[0] in (b"c", b"y")
+    running.rcpt("<sales@example.com>")
+    assert aliased.backend.users()[-1] == "mary"
+
+
+def test_a_hanging_table_holds_nobody_longer_than_the_timeout(
+    aliased: AliasedMilter, table_server: TableServer
+) -> None:
+    table_server.answers[b"*"] = table_server.hang
+    table = f"tcp:127.0.0.1:{table_server.port}"
+    options = ("--timeout", "2", "--on-error", "tempfail")
+    running = aliased.start(table, options=options)
+    descriptors = pathlib.Path(f"/proc/{running.process.popen.pid}/fd")
+    assert running.rcpt("<first@example.com>")[:10] == CANNOT_CHECK
+    at_rest = len(list(descriptors.iterdir()))
+    sessions = [running.session() for _ in range(40)]
+    for session in sessions:
+        session.mail()
+    start = time.monotonic()
+    for number, session in enumerate(sessions):
+        session.send(b"R", b"<user%d@example.com>\0" % number)
+    for session in sessions:
+        assert session.receive()[1].startswith(CANNOT_CHECK.encode())
+    assert time.monotonic() - start < 10
+    assert 1 < table_server.most < 40, "so many postmaps at a time, and no more"
+    for session in sessions:
+        session.socket.close()
+    wait_for(lambda: not aliased.children(), "the end of all postmaps")
+    wait_for(lambda: len(list(descriptors.iterdir())) < at_rest + 10, "their descriptors' end")
+    del table_server.answers[b"*"]
+    table_server.answers[b"sales@example.com"] = b"john@example.com"
+    assert aliased.mailbox("sales@example.com") == "john@example.com"
+
+
+def test_table_and_backend_share_one_budget(
+    aliased: AliasedMilter, table_server: TableServer, backend: Backend
+) -> None:
+    def slow(connection: socket.socket) -> bytes:
+        time.sleep(3)
+        return FULL
+
+    def slow_alias() -> bytes:
+        time.sleep(1.5)
+        return b"john@example.com"
+
+    backend.answers[b"john"] = slow
+    table_server.answers[b"sales@example.com"] = slow_alias
+    table = f"tcp:127.0.0.1:{table_server.port}"
+    running = aliased.start(table, options=("--timeout", "4", "--on-error", "tempfail"))
+    assert running.rcpt("<sales@example.com>")[:10] == CANNOT_CHECK
+    assert len(backend.asked) == 1
+
+
+def test_the_end_of_the_milter_is_the_end_of_its_postmaps(
+    aliased: AliasedMilter, table_server: TableServer
+) -> None:
+    table_server.answers[b"*"] = table_server.hang
+    table = f"tcp:127.0.0.1:{table_server.port}"
+    running = aliased.start(table, options=("--timeout", "60"))
+    sessions = [running.session() for _ in range(3)]
+    for number, session in enumerate(sessions):
+        session.mail()
+        session.send(b"R", b"<user%d@example.com>\0" % number)
+    wait_for(lambda: table_server.open == len(sessions), "the questions")
+    children = aliased.children()
+    assert len(children) == len(sessions)
+
+    def sockets(pid: int) -> set[str]:
+        links = (os.readlink(file) for file in pathlib.Path(f"/proc/{pid}/fd").iterdir())
+        return {link for link in links if link.startswith("socket:")}
+
+    for child in children:
+        assert not sockets(child) & sockets(running.process.popen.pid)
+    running.process.popen.send_signal(signal.SIGTERM)
+    assert running.process.popen.wait(20) == 0
+    for child in children:  # whoever takes in orphans may take a moment
+        wait_for(lambda c=child: not pathlib.Path(f"/proc/{c}").exists(), "its end")  # type: ignore[misc]
+    for session in sessions:
+        session.socket.close()
 
 
 def test_postfix_itself_leads_a_recipient_to_the_same_mailbox(folder: pathlib.Path) -> None:
