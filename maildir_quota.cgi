@@ -16,12 +16,15 @@ USE
     application                              the same for a WSGI server
 
 VERDICT
-    As Dovecot's `maildir` quota and Courier's deliverquota give it: Maildir++
-    with the file `maildirsize`. A Maildir is over its quota when it has reached
-    the limit of bytes or that of messages. Its messages are counted where
-    `maildirsize` is missing or broken, or says "over" and may be out of date.
-    Where the two servers differ (trash, hidden files, linked folders, odd first
-    lines) it is judged as by its own: Dovecot where it holds `dovecot-uidlist`.
+    As the server that keeps the Maildir will treat the next message:
+    courier        deliverquota: sizes in names (`,S=`), the file `maildirsize`
+    dovecot        Dovecot's `maildir` driver: the same, trash counts
+    dovecot-count  Dovecot's `count` driver: virtual sizes in names (`,W=`)
+    The first two are over their quota at the limit of bytes or of messages in
+    `maildirsize`; messages are counted where that is missing, broken, or says
+    "over" and may be out of date. `count` has no `maildirsize` and no limit but
+    the settings below. QUOTA_KEEPER=auto tells them apart by `dovecot-uidlist`
+    and by `maildirsize`: see keeper_of().
 
 SETTINGS
     The constants below; an environment variable of the same name beats them.
@@ -38,8 +41,8 @@ SECURITY
     Whoever may ask learns who has a mailbox and how large it is: let only the
     frontends ask. Names are checked before they become part of a path. Under a
     web server the command line is ignored: a query without `=` is passed there.
-    The script reads `maildirsize` and lists folders; it opens no message and
-    never writes.
+    The script reads `maildirsize` and lists folders; it opens a message only for
+    `dovecot-count`, and only where its name lacks `,W=`. It never writes.
 """
 
 # A CGI's cost is its start, and `os`, `re`, `urllib` or `typing` would make that longer: `posix` is
@@ -59,14 +62,21 @@ if TYPE_CHECKING:
 QUOTA_LIMIT = "200M"  # bytes, or with K, M, G, T (powers of 1024); 0: no limit
 QUOTA_MAILDIR = "%h/Maildir"  # %n user, %d domain, %u user@domain, %h the user's home, %% percent
 QUOTA_USERS = ""  # a file of lines `user limit` or `user@domain limit`, which beat every other
+QUOTA_KEEPER = "auto"  # the server: courier, dovecot (its maildir driver) or dovecot-count
 QUOTA_TRASH = "auto"  # count it as Dovecot, skip it as Courier, or as whichever keeps the Maildir
+QUOTA_CONTROL = ""  # where Dovecot has its CONTROL files, if not in the Maildir: %n, %d, %u, %h
 QUOTA_GRACE = "auto"  # what the message that fills the mailbox may take beyond its quota: 1M, 10%
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
 PATH_SETTING = "QUOTA_MAILDIR"
 
+COURIER, DOVECOT, COUNT = KEEPERS = b"courier", b"dovecot", b"dovecot-count"
+DOVECOT_CONF = b"/etc/dovecot/dovecot.conf"  # Debian's, readable by all
+
 TRUSTED_LENGTH = 5120  # bytes from which on the servers rebuild a maildirsize rather than read it
 TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize that says "over" is believed
+SAME_TIME = 60  # seconds; what one delivery writes is never further apart
+MOST_READ = 16 << 20  # bytes of messages read for one answer, some hundredths of a second
 LONGEST_NUMBER = 20  # digits; a longer one does not fit the servers' 64 bits
 DIGITS = b"0123456789"
 
@@ -77,15 +87,19 @@ def measure(
     """Measure the Maildir at `path`: over its quota?, bytes used, quota, grace, its last change.
 
     Quota (0: none) and grace in bytes, the last change in seconds since the epoch (0: not known).
-
     `limit` is QUOTA_LIMIT, `given` what QUOTA_USERS has for this user. Raises OSError, Problem.
     """
-    status = posix.stat(
-        path
-    )  # no Maildir is FileNotFoundError; from here on that is one of its files
-    dovecot = is_dovecots(path, setting("QUOTA_TRASH", env))
+    keeper = choose("QUOTA_KEEPER", env, b"auto", *KEEPERS)
+    trash = choose("QUOTA_TRASH", env, b"auto", b"count", b"skip")
+    template = setting("QUOTA_CONTROL", env)
+    control = template and expand(template, env[b"u"], env[b"d"] or None) or path
+    posix.stat(path)  # no Maildir is FileNotFoundError; from here on that is one of its files
+    if keeper == b"auto":
+        keeper = keeper_of(path, control)
+    dovecot = keeper != COURIER
+    folders = folders_of(path, dovecot)
     limits, total, doubtful = (limit, 0), None, False
-    maildirsize = read_maildirsize(path, dovecot)
+    maildirsize = None if keeper == COUNT else read_maildirsize(control, dovecot)
     if maildirsize is not None:
         header, entries, age = maildirsize
         limits = parse_limits(header, dovecot)
@@ -95,8 +109,83 @@ def measure(
         limits = given, 0
     # A sum that is exactly the limit is over for Courier, but not yet for Dovecot's doubts.
     if total is None or doubtful and is_over(total, limits, 0 if dovecot else 1):
-        total = count(path, dovecot)
-    return is_over(total, limits, 1), total[0], limits[0], 0, status.st_mtime
+        skip = trash == b"skip" or trash == b"auto" and not dovecot
+        total = count(folders, keeper, skip)
+        if is_over(total, limits, 1):
+            total = count(folders, keeper, skip, once=True)
+    grace = find_grace(keeper, limits[0], env)
+    return is_over(total, limits, 1), total[0], limits[0], grace, last_change(folders)
+
+
+def choose(name: str, env: "Env", *choices: bytes) -> bytes:
+    """Return a setting that is one of some words. Raises Problem."""
+    value = setting(name, env)
+    if value not in choices:
+        raise Problem(500, f"{name} is not one of {b', '.join(choices).decode()}", value)
+    return value
+
+
+def keeper_of(path: bytes, control: bytes) -> bytes:
+    """Tell by its files which server keeps a Maildir. Raises OSError.
+
+    Dovecot's maildir driver appends to `maildirsize` at each delivery, its count driver never does:
+    there a `maildirsize` older than the mail was left behind. Reading alone changes the times of
+    files, and other programs deliver without Dovecot's list, so list and mail must both be newer.
+    """
+    import time
+
+    elsewhere = control != path
+    uidlist = modified(control + b"/dovecot-uidlist")
+    if uidlist is None and elsewhere:
+        uidlist = modified(control + b"/.INBOX/dovecot-uidlist")
+    maildirsize = modified(control + b"/maildirsize")
+    if uidlist is None and not elsewhere:
+        return COURIER
+    if maildirsize is None:
+        return COUNT
+    newer = maildirsize + SAME_TIME
+    if uidlist is not None and uidlist > newer:
+        latest = time.time() + SAME_TIME  # what lies in the future is no time
+        for entry in messages_in(folders_of(path, True)):
+            digits = entry.name[: len(entry.name) - len(entry.name.lstrip(DIGITS))]
+            if newer < int(digits or b"0") < latest:
+                return COUNT
+    return DOVECOT
+
+
+def modified(path: bytes) -> "Optional[float]":
+    """Return when a file was last written, None where there is none. Raises OSError."""
+    try:
+        return posix.stat(path).st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def find_grace(keeper: bytes, quota: int, env: "Env") -> int:
+    """Return the grace in bytes: the setting, else what the server has by default."""
+    text = setting("QUOTA_GRACE", env)
+    if text.strip() == b"auto" and keeper != COURIER:
+        text = b"10M" if keeper == COUNT and is_dovecot_24() else b"10%"
+    return parse_grace(text, quota)
+
+
+def is_dovecot_24() -> bool:
+    """Say whether this system's Dovecot is 2.4 or later, whose configuration must begin so."""
+    try:
+        with open(DOVECOT_CONF, "rb") as file:
+            return b"\ndovecot_config_version" in b"\n" + file.read(1 << 16)
+    except OSError:
+        return False
+
+
+def last_change(folders: "list[bytes]") -> float:
+    """Return when a message last came, was read or went, in seconds since the epoch.
+
+    Each of these renames a file in `new` or `cur`. Other files change without it: a refused
+    delivery, too, may have `maildirsize` written again.
+    """
+    times = [modified(folder + part) for folder in folders for part in (b"/new", b"/cur")]
+    return max((time for time in times if time is not None), default=0.0)
 
 
 def is_over(total: "tuple[int, int]", limits: "tuple[int, int]", more: int) -> bool:
@@ -104,28 +193,18 @@ def is_over(total: "tuple[int, int]", limits: "tuple[int, int]", more: int) -> b
     return 0 < limits[0] < total[0] + more or 0 < limits[1] < total[1] + more
 
 
-def is_dovecots(path: bytes, trash: bytes) -> bool:
-    """Say whether Dovecot keeps this Maildir, which counts trash, or Courier. Raises Problem."""
-    if trash not in (b"auto", b"count", b"skip"):
-        raise Problem(500, "QUOTA_TRASH is not auto, count or skip", trash)
-    if trash != b"auto":
-        return trash == b"count"
-    try:
-        posix.stat(path + b"/dovecot-uidlist")
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def read_maildirsize(path: bytes, dovecot: bool) -> "Optional[tuple[bytes, list[bytes], float]]":
+def read_maildirsize(control: bytes, dovecot: bool) -> "Optional[tuple[bytes, list[bytes], float]]":
     """Read `maildirsize`: its first line, the others, its age in seconds; None: no such file.
 
     Of a file too long to be trusted, the others are one that is no entry. Raises OSError.
     """
     import time
 
-    try:  # without waiting for the other end, should it be a pipe
-        file = posix.open(path + b"/maildirsize", posix.O_RDONLY | posix.O_NONBLOCK)
+    path = control + b"/maildirsize"
+    try:  # opening a pipe or a device could do something, to whatever the user's link leads
+        if posix.stat(path).st_mode & S_IFMT != S_IFREG:
+            return None
+        file = posix.open(path, posix.O_RDONLY | posix.O_NONBLOCK)
     except FileNotFoundError:
         return None
     try:
@@ -188,25 +267,14 @@ def parse_entry(line: bytes) -> "Optional[tuple[int, int]]":
     return numbers[0], numbers[1]
 
 
-def count(path: bytes, dovecot: bool) -> "tuple[int, int]":
-    """Count the bytes and the messages of a Maildir and its folders. Raises OSError.
-
-    What vanishes meanwhile is left out; what cannot be read is an error, not a smaller sum.
-    """
+def folders_of(path: bytes, dovecot: bool) -> "list[bytes]":
+    """List a Maildir and its folders: paths. Raises OSError."""
     folders = [path]
     with posix.scandir(path) as entries:
         for entry in entries:
             if entry.name[:1] == b"." and is_folder(entry, dovecot):
                 folders.append(path + b"/" + entry.name)
-    if not dovecot and path + b"/.Trash" in folders:
-        folders.remove(path + b"/.Trash")
-    size = messages = 0
-    for folder in folders:
-        for part in b"/new", b"/cur":
-            for message_size in sizes(folder + part, dovecot):
-                size += message_size
-                messages += 1
-    return size, messages
+    return folders
 
 
 def is_folder(entry: "posix.DirEntry[bytes]", dovecot: bool) -> bool:
@@ -219,27 +287,83 @@ def is_folder(entry: "posix.DirEntry[bytes]", dovecot: bool) -> bool:
         return False
 
 
-def sizes(directory: bytes, dovecot: bool) -> "Iterator[int]":
-    """Give the size in bytes of each message: from `,S=` in its name, else from the file."""
-    try:
-        entries = posix.scandir(directory)
-    except FileNotFoundError:
-        return
-    hidden = b".." if dovecot else b"."
-    with entries:
-        for entry in entries:
-            name = entry.name
-            if name.startswith(hidden) or not dovecot and b"T" in name.partition(b":2,")[2]:
+def messages_in(folders: "list[bytes]") -> "Iterator[posix.DirEntry[bytes]]":
+    """List the files in `new` and `cur` of folders. Raises OSError.
+
+    A reader moves messages from `new` to `cur`: in this order one is seen twice rather than never.
+    """
+    for folder in folders:
+        for part in b"/new", b"/cur":
+            try:
+                entries = posix.scandir(folder + part)
+            except FileNotFoundError:
                 continue
-            _, given, rest = name.partition(b",S=")
-            digits = rest.partition(b":")[0].partition(b",")[0]
-            if given and digits.lstrip(DIGITS) == b"":
-                yield int(digits or b"0")
+            with entries:
+                yield from entries
+
+
+def count(
+    folders: "list[bytes]", keeper: bytes, skip_trash: bool, once: bool = False
+) -> "tuple[int, int]":
+    """Count the bytes and the messages in folders. Raises OSError.
+
+    What vanishes meanwhile is left out; what cannot be read is an error, not a smaller sum. With
+    `once`, as a message that is renamed meanwhile (moved to `cur`, or marked as read) may be seen
+    under both names, those of one unique name in a folder count once: this takes more memory.
+    """
+    hidden = b".." if keeper == DOVECOT else b"."
+    flagged = skip_trash and keeper == COURIER
+    size = messages = 0
+    sample = [0, 0]
+    for folder in folders:
+        if skip_trash and folder == folders[0] + b"/.Trash":
+            continue
+        seen: set[bytes] = set()
+        for entry in messages_in([folder]):
+            name, _, info = entry.name.partition(b":")
+            if name.startswith(hidden) or flagged and info[:2] == b"2," and b"T" in info:
+                continue
+            if once and name in seen:
                 continue
             try:
-                yield entry.stat().st_size
+                size += size_of(entry, keeper, sample)
             except FileNotFoundError:
-                pass
+                continue
+            messages += 1
+            if once:
+                seen.add(name)
+    return size, messages
+
+
+def size_of(entry: "posix.DirEntry[bytes]", keeper: bytes, sample: "list[int]") -> int:
+    """Return a message's size in bytes: from its name, else from the file. Raises OSError."""
+    _, given, rest = entry.name.partition(b",W=" if keeper == COUNT else b",S=")
+    digits = rest.partition(b":")[0].partition(b",")[0]
+    if given and digits.lstrip(DIGITS) == b"" and (rest or keeper != COUNT):
+        return int(digits or b"0")
+    status = entry.stat()
+    if keeper != COUNT or status.st_mode & S_IFMT != S_IFREG:
+        return status.st_size
+    return status.st_size + bare_newlines(entry.path, status.st_size, sample)
+
+
+def bare_newlines(path: bytes, size: int, sample: "list[int]") -> int:
+    """Count the line ends of a message that are LF alone: in its virtual size they are CR LF.
+
+    `sample` has the bytes that were read for this answer, and such line ends in them. When these
+    are enough, and where a message cannot be read, the rest is taken to have as many.
+    """
+    found = done = 0
+    before = b""
+    try:
+        with open(posix.open(path, posix.O_RDONLY | posix.O_NONBLOCK), "rb", 0) as file:
+            while sample[0] + done < MOST_READ and (block := file.read(1 << 16)):
+                found += block.count(b"\n") - (before + block).count(b"\r\n")
+                done, before = done + len(block), block[-1:]
+    except PermissionError:
+        pass
+    sample[0], sample[1] = sample[0] + done, sample[1] + found
+    return found + max(0, size - done) * sample[1] // max(1, sample[0])
 
 
 # ---- From here to the end the text is the same in quota.cgi and maildir_quota.cgi. ----
@@ -401,6 +525,7 @@ def verdict(
     unknown = setting("QUOTA_UNKNOWN", env)
     if unknown not in (b"", b"0", b"off", b"1"):
         raise Problem(500, "QUOTA_UNKNOWN is neither 1 nor off", unknown)
+    env = {**env, b"u": user, b"d": domain or b""}  # for another path that measure() may need
     limit = parse_limit("QUOTA_LIMIT", setting("QUOTA_LIMIT", env))
     given = user_limit(user, domain, env)
     path = expand(setting(PATH_SETTING, env), user, domain)

@@ -234,6 +234,7 @@ def verdict(
     unknown = setting("QUOTA_UNKNOWN", env)
     if unknown not in (b"", b"0", b"off", b"1"):
         raise Problem(500, "QUOTA_UNKNOWN is neither 1 nor off", unknown)
+    env = {**env, b"u": user, b"d": domain or b""}  # for another path that measure() may need
     limit = parse_limit("QUOTA_LIMIT", setting("QUOTA_LIMIT", env))
     given = user_limit(user, domain, env)
     path = expand(setting(PATH_SETTING, env), user, domain)

@@ -2263,12 +2263,13 @@ UIDLIST = b"3 V1700000000 N1 G0123456789abcdef0123456789abcdef\n"  # what Doveco
 class Maildir(NamedTuple):
     """A Maildir to be made: `maildirsize` and its age in seconds, files by their path with size.
 
-    A path that ends in `/` is a folder; a size that is a string is where a symbolic link leads to.
+    A path that ends in `/` is a folder; a size that is a string is where a symbolic link leads to,
+    one that is bytes is what the file holds.
     """
 
     maildirsize: Optional[bytes]
     age: int
-    files: dict[str, Union[int, str]]
+    files: Mapping[str, Union[int, str, bytes]]
 
 
 def make_maildir(path: pathlib.Path, maildir: Maildir) -> pathlib.Path:
@@ -2284,6 +2285,8 @@ def make_maildir(path: pathlib.Path, maildir: Maildir) -> pathlib.Path:
             target.mkdir(exist_ok=True)
         elif name == "dovecot-uidlist":
             target.write_bytes(UIDLIST)
+        elif isinstance(size, bytes):
+            target.write_bytes(size)
         else:
             with open(target, "wb") as file:
                 file.truncate(size)
@@ -2497,8 +2500,8 @@ class Dovecot:
         names = {
             "rule": ("quota_rule = *:bytes={}", "quota_storage_size = {}B"),
             "grace": ("quota_grace = {}", "quota_storage_grace = {}"),
-            "control": (":CONTROL={}/control/%u", "mail_control_path = {}/control/%{{user}}"),
-            "trash": ("quota_rule2 = Trash:ignore{}", TRASH_IGNORED_24),
+            "control": (":CONTROL={}/control/%u", "mail_control_path = {}/control/%{user}"),
+            "trash": (f"quota_rule{2 if limit else ''} = Trash:ignore", TRASH_IGNORED_24),
         }
         given = {"rule": limit or "", "grace": grace, "control": control and base, "trash": ""}
         wanted = {"trash": not trash, "control": control}
@@ -2808,7 +2811,7 @@ def test_random_maildirs_get_the_verdict_of_dovecots_own_quota_rule(
         lambda seed: maildir_near_limit(seed, True, sized),
         server.path_of,
         server.refuses,
-        QUOTA_TRASH="count",
+        QUOTA_KEEPER="dovecot",
         **limits,
     )
     assert not different, "\n".join(different)
@@ -2834,7 +2837,10 @@ def test_random_maildirs_get_the_verdict_of_the_quota_given_to_deliverquota(
 
 
 class Rule(NamedTuple):
-    """A sentence, a Maildir, the answer, and which real servers hold it: D(ovecot), C(ourier)."""
+    """A sentence, a Maildir, the answer, and which real servers hold it.
+
+    D(ovecot), T (Dovecot that ignores Trash), C(ourier).
+    """
 
     sentence: str
     maildirsize: Optional[bytes]
@@ -2923,19 +2929,27 @@ MAILDIR_RULE = (
     Rule("Dovecot's Trash", DISTRUSTED, {".Trash/cur/1": 9, **BY_DOVECOT}, "OK 9 1000", "D"),
     Rule("its flag T", DISTRUSTED, {"cur/1:2,T": 9, **BY_DOVECOT}, "OK 9 1000", "D"),
     Rule(
-        "trash skipped for Dovecot",
+        "trash skipped for Dovecot, which knows no flag T",
         DISTRUSTED,
-        {"cur/1:2,T": 9, ".Trash/cur/1": 9, **BY_DOVECOT},
-        "OK 0 1000",
+        {"cur/1:2,T": 9, ".Trash/cur/1": 9, ".Trash.a/cur/1": 5, **BY_DOVECOT},
+        "OK 14 1000",
+        "T",
         setting="QUOTA_TRASH=skip",
     ),
     Rule(
-        "trash counted without a sign of Dovecot",
+        "trash counted for Courier",
         DISTRUSTED,
-        {"cur/1:2,T": 9, ".Trash/cur/1": 9},
+        {"cur/1:2,T": 9, ".Trash/cur/1": 9, "cur/.x": 9},
         "OK 18 1000",
-        "D",
         setting="QUOTA_TRASH=count",
+    ),
+    Rule(
+        "a server that is named",
+        DISTRUSTED,
+        {"cur/1:2,T": 9, ".Trash/cur/1": 9, "cur/.x": 9},
+        "OK 27 1000",
+        "D",
+        setting="QUOTA_KEEPER=dovecot",
     ),
     Rule("maildirsize beats QUOTA_LIMIT", b"9S\n8 1\n", STUFFED, "OK 8 9", setting="QUOTA_LIMIT=5"),
     Rule("so does its none", b"0S\n8 1\n", STUFFED, "OK 8 0", setting="QUOTA_LIMIT=5"),
@@ -2972,10 +2986,13 @@ def check_figure(row: Rule, path: pathlib.Path) -> None:
         assert counted == row.line.split()[1], row
 
 
-def test_dovecot_follows_each_sentence_of_the_rule(dovecot: Callable[..., Any]) -> None:
-    server = dovecot()
+@pytest.mark.parametrize("letter", ["D", "T"])
+def test_dovecot_follows_each_sentence_of_the_rule(
+    dovecot: Callable[..., Any], letter: str
+) -> None:
+    server = dovecot(trash=letter == "D")
     for number, row in enumerate(MAILDIR_RULE):
-        if "D" in row.judges:
+        if letter in row.judges:
             user = f"u{number}"
             maildir = Maildir(row.maildirsize, row.age, row.files)
             path = make_maildir(server.path_of(user), maildir)
@@ -2990,6 +3007,156 @@ def test_deliverquota_follows_each_sentence_of_the_rule(tmp_path: pathlib.Path) 
             path = make_maildir(tmp_path / str(number), maildir)
             assert deliverquota_refuses(path) == row.line.startswith("OVER"), row
             check_figure(row, path)
+
+
+# ---- virtual sizes: what the count driver counts ----
+
+LINES_OF_LF = b"Subject: x\n\n" + b"ab\n" * 100  # 312 bytes, of which 102 end a line
+COUNT_RULE: tuple[tuple[str, Mapping[str, Union[int, str, bytes]], int], ...] = (
+    # (sentence, files, bytes)
+    ("W= beats S= and the file", {"cur/1,S=312,W=414:2,S": 1, "new/2,W=7": LINES_OF_LF}, 421),
+    ("no W=: the file in CR LF", {"new/1,S=312": LINES_OF_LF, "cur/2:2,": LINES_OF_LF}, 828),
+    ("what ends in CR LF already", {"new/1": b"x: y\r\n\r\n" + b"ab\r\n" * 99 + b"z\n"}, 407),
+    ("at whatever place", {"new/1": b"x: y\n\n" + b"z" * 65529 + b"\r\n" + b"z" * 9}, 65548),
+    ("zeros ahead", {"cur/1,W=007:2,": LINES_OF_LF}, 7),
+    ("W= without digits is 0", {"cur/1,W=:2,": LINES_OF_LF, "new/1,W=,S=312": LINES_OF_LF}, 0),
+    ("but not at the end", {"new/1,W=": LINES_OF_LF}, 414),
+    ("of two W= the first", {"cur/1,W=5,W=900:2,": LINES_OF_LF}, 5),
+    ("W= below S=", {"cur/1,S=900,W=400:2,": LINES_OF_LF}, 400),
+    ("other things are no W=", {"cur/1,W=7x:2,": LINES_OF_LF, "new/2,W=-5": LINES_OF_LF}, 828),
+    ("nor is another letter", {"cur/1,w=7:2,": LINES_OF_LF}, 414),
+    ("even among the flags", {"new/1:2,W=9,S": LINES_OF_LF}, 9),
+    ("hidden names", {"cur/.1,W=9": 9, "new/..1,W=9": 9}, 0),
+    ("folders", {".a/new/1,W=9": 9, ".a.b/cur/2,W=8:2,": 9, ".a/.b/cur/3,W=7:2,": 9}, 17),
+    ("linked ones", {"x/cur/1,W=9:2,": 9, ".a": "x"}, 9),
+    ("trash and its flag", {".Trash/cur/1,W=9:2,": 9, "cur/2,W=8:2,T": 9}, 17),
+    ("tmp does not count", {"tmp/1,W=9": 9}, 0),
+)
+
+
+def answer_here(path: pathlib.Path, **settings: Path) -> tuple[list[str], dict[str, str]]:
+    """Ask about the user `john` with this Maildir: status, used and quota; header fields."""
+    env = {name.encode(): str(value).encode() for name, value in settings.items()}
+    env[b"QUOTA_MAILDIR"] = os.fsencode(johns(path))
+    before = state_of(path)
+    status, line, headers = load(MAILDIR_CGI).answer(b"john", None, env)
+    assert state_of(path) == before, f"{path} was changed"
+    assert status == 200, line
+    word, _, used, quota = line.decode().split()
+    return [word, used, quota], dict(headers)
+
+
+def room_here(path: pathlib.Path, **settings: Path) -> int:
+    """Return the size of the largest message that fits, by our answer."""
+    (word, used, quota), headers = answer_here(path, **settings)
+    if word == "OVERQUOTA":
+        return 0
+    return int(quota) + int(headers.get("Quota-Grace", 0)) - int(used)
+
+
+@pytest.mark.parametrize("trash", [True, False])
+def test_the_count_driver_follows_each_sentence_of_its_rule(
+    dovecot: Callable[..., Any], trash: bool
+) -> None:
+    server = dovecot(10**6, "count", trash=trash)
+    for number, (sentence, files, size) in enumerate(COUNT_RULE):
+        path = make_maildir(server.path_of(f"u{number}"), Maildir(None, 0, files))
+        size -= 0 if trash else sum(".Trash/" in name for name in files) * 9
+        keeper = {"QUOTA_KEEPER": "dovecot-count", "QUOTA_TRASH": "count" if trash else "skip"}
+        settings = {**keeper, "QUOTA_LIMIT": "1000000", "QUOTA_GRACE": "0"}
+        assert answer_here(path, **settings)[0] == ["OK", str(size), "1000000"], sentence
+        assert 10**6 - server.room(f"u{number}", 10**6) == size, sentence
+
+
+def test_of_many_messages_without_a_virtual_size_some_are_read_and_the_rest_estimated(
+    tmp_path: pathlib.Path,
+) -> None:
+    cgi = load(MAILDIR_CGI)
+    for number, most, size in (0, 10**6, 3 * 414), (1, 1, 3 * 414), (2, 0, 3 * 312):
+        files = {f"new/{n}": LINES_OF_LF for n in range(3)}
+        path = make_maildir(tmp_path / str(number), Maildir(None, 0, files))
+        cgi.MOST_READ = most
+        line = ask_here(cgi, path, QUOTA_KEEPER="dovecot-count", QUOTA_LIMIT="10000")
+        assert line == b"OK john %d 10000" % size
+
+
+# ---- room: how much the next message may have ----
+
+
+class Judge(NamedTuple):
+    """How a Dovecot is set up, and the settings that the CGI wants for it."""
+
+    driver: str
+    grace: str
+    settings: dict[str, str]
+    control: bool = False
+
+
+ROOM_LIMIT = 300_000  # bytes
+JUDGES = (
+    Judge("maildir", "", {}),
+    Judge("maildir", "0", {"QUOTA_GRACE": "0"}),
+    Judge("maildir", "20%%", {"QUOTA_GRACE": "20%"}, control=True),
+    Judge("count", "", {}),
+    Judge("count", "0", {"QUOTA_GRACE": "0"}),
+    Judge("count", "50K", {"QUOTA_GRACE": "50K"}, control=True),
+)
+
+
+def lines_of(size: int, width: int, end: bytes) -> bytes:
+    """Return a message of so many bytes, its lines of one width but the last."""
+    text = b"Subject: x" + end * 2
+    while size - len(text) >= width + 2 * len(end):
+        text += b"x" * width + end
+    return text + b"x" * (size - len(text) - len(end)) + end
+
+
+def sized(server: Dovecot, size: int) -> bytes:
+    """Return a message that has this size once LMTP has put its header before it.
+
+    It is the size with CR LF, which either driver takes it for: the maildir driver adds up others.
+    """
+    assert server.deliver("users", lines_of(500, 60, b"\r\n")) == 250
+    path = server.path_of("users")
+    newest = max(path.glob("new/*"), key=lambda file: file.stat().st_mtime_ns)
+    header = int(newest.name.partition(",W=")[2]) - 500
+    return lines_of(size - header, 60, b"\r\n")
+
+
+@pytest.mark.parametrize("judge", JUDGES, ids=lambda j: f"{j.driver}-{j.grace or 'default'}")
+def test_the_room_is_what_dovecot_says_and_what_its_lmtp_takes(
+    dovecot: Callable[..., Any], judge: Judge
+) -> None:
+    if judge.driver == "maildir" and not dovecot_is_old():
+        return  # that driver has no settings of its own any more
+    grace = judge.grace if dovecot_is_old() or "%" not in judge.grace else ""
+    server = dovecot(ROOM_LIMIT, judge.driver, grace, judge.control, protocols="lmtp")
+    settings = {"QUOTA_LIMIT": str(ROOM_LIMIT), **judge.settings}
+    if judge.control:
+        (server.base / "control").mkdir()
+        os.chown(server.base / "control", MAIL_UID, MAIL_UID)
+    most = ROOM_LIMIT + 11 * 2**20
+    rng = random.Random(1)
+    points = 0
+    for mailbox in range(5):
+        user = f"user{mailbox}"
+        path = server.path_of(user)
+        if judge.control:
+            settings["QUOTA_CONTROL"] = str(server.base / f"{user}.%n")
+            (server.base / f"{user}.john").symlink_to(server.base / "control" / user)
+        for _ in range(8):
+            end = rng.choice((b"\r\n", b"\n"))
+            message = lines_of(rng.randrange(200, 50_000), rng.randrange(1, 400), end)
+            assert server.deliver(user, message) == 250
+            points += 1
+            assert room_here(path, **settings) == server.room(user, most)
+        room = server.room(user, most)
+        if room:
+            assert server.deliver(user, sized(server, room + 1)) == 552
+            assert server.deliver(user, sized(server, room)) == 250
+        assert room_here(path, **settings) == server.room(user, most) == 0
+        assert answer_here(path, **settings)[0][0] == "OVERQUOTA"
+    assert points >= 40
 
 
 # ---- what can be wrong with a Maildir ----
@@ -3095,7 +3262,7 @@ def test_looping_folders_are_followed_once_where_dovecot_follows_them(
     tmp_path: pathlib.Path,
 ) -> None:
     path = make_maildir(tmp_path / "Maildir", Maildir(DISTRUSTED, 0, {"cur/1": 9, ".a": "."}))
-    assert ask_there(path, QUOTA_TRASH="count") == b"OK john 18 1000"
+    assert ask_there(path, QUOTA_KEEPER="dovecot") == b"OK john 18 1000"
 
 
 @pytest.mark.parametrize("secret", ["maildirsize", ".", "cur", ".a/new", ".a"])
@@ -3136,7 +3303,7 @@ def test_messages_that_come_and_go_while_it_counts_do_no_harm(tmp_path: pathlib.
         wait_for((path / "new" / "0").exists, "the first message")
         for _ in range(150):
             answer = cgi.answer(b"john", None, {b"QUOTA_MAILDIR": bytes(johns(path))})
-            assert answer == (200, b"OK john 9 1000\n")
+            assert answer[:2] == (200, b"OK john 9 1000\n")
         assert process.popen.poll() is None, process.output()
     finally:
         process.stop()
