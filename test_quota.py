@@ -6805,6 +6805,7 @@ virtual_mailbox_domains = example.com
 virtual_mailbox_maps = static:ok
 virtual_transport = lmtp:inet:127.0.0.1:{port}
 lmtp_destination_recipient_limit = 1
+lmtp_destination_concurrency_limit = 2
 """
 
 
