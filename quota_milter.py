@@ -434,7 +434,8 @@ class Client:
                     answer, is_complete = read_answer(response)
             except Exception as error:  # urllib's, http.client's and ssl's have no common base
                 connection.close()
-                if is_kept and not question.aborted and time.monotonic() < question.deadline:
+                retry = is_kept and not isinstance(error, BadAnswer) and not question.aborted
+                if retry and time.monotonic() < question.deadline:
                     may_reuse = False
                     continue
                 if isinstance(error, Fault):
@@ -497,21 +498,33 @@ def is_quiet(sock: Any) -> bool:
 
 
 def read_answer(response: http.client.HTTPResponse) -> tuple[Answer, bool]:
-    """Read an answer, and whether it was complete and its connection may be kept. Raises Fault."""
-    line = response.readline(ANSWER_LENGTH)
+    """Read an answer, and whether it was complete and its connection may be kept.
+
+    Raises Fault, http.client.HTTPException. Proof that the line is whole is its end, the length
+    that the header gives, or the last chunk.
+    """
+    if response.status < 200:  # an interim response, which is no answer
+        raise http.client.HTTPException(f"status {response.status}")
+    is_whole = False
+    if response.chunked:
+        try:
+            line = response.read(ANSWER_LENGTH)
+            is_whole = len(line) < ANSWER_LENGTH
+        except http.client.IncompleteRead as cut:
+            line = cut.partial
+        line = line[: line.find(b"\n") + 1] or line
+    else:
+        line = response.readline(ANSWER_LENGTH)
+        is_whole = response.length == 0
+    is_whole = is_whole or line.endswith(b"\n")
     if response.status != 200:
         why = line[:80].decode("ascii", "replace").strip() if line[:6] == b"ERROR " else ""
-        why = why or response.reason[:80]
         hint = HINTS.get(response.status)
-        raise BadAnswer(f"status {response.status} {why}" + (f": {hint}" if hint else ""))
-    ended = response.length == 0  # its Content-Length has been read
-    if not line.endswith(b"\n"):
-        if response.length or len(line) == ANSWER_LENGTH:
-            raise BadAnswer("the answer is cut short or too long")
-        if response.chunked:
-            with contextlib.suppress(http.client.HTTPException):
-                ended = not response.read(1)  # raises where the last chunk is missing
-    answer = Answer.parse(line, line.endswith(b"\n") or ended)
+        why = f"status {response.status} {why or response.reason[:80]}"
+        raise BadAnswer(why + (f": {hint}" if hint else ""))
+    if not is_whole and (response.length or len(line) >= ANSWER_LENGTH):
+        raise BadAnswer("the answer is cut short or too long")
+    answer = Answer.parse(line, is_whole)
     grace = response.headers.get("Quota-Grace", "").strip().encode("ascii", "replace")
     changed = response.headers.get("Last-Modified", "")
     answer = answer._replace(grace=read_number(grace) or 0, changed=read_date(changed))
@@ -1019,22 +1032,38 @@ class Table:
         self.under_way: dict[tuple[str, ...], concurrent.futures.Future[dict[str, str]]] = {}
         self.processes: set[subprocess.Popen[bytes]] = set()
 
-    def keys(self, address: Address) -> tuple[str, ...]:
-        """Give the names under which Postfix looks an address up, in its order."""
+    def keys(self, address: Address) -> dict[str, str]:
+        """Give what Postfix would look up, in its order, and the name that each key stands for.
+
+        Postfix quotes a local part that needs it, and tries it without the quotes after that.
+        """
         local, user, domain = lower(address.local), lower(address.user), address.domain
-        names = [f"{local}@{domain}" if domain else local]
+        names = [(local, f"@{domain}" if domain else "")]
         if not self.takes_whole_address and domain:
-            names.append(f"{user}@{domain}")
-            names += [user] if self.serves(domain) else []
-            names.append(f"@{domain}")
-        # postmap reads a name a line, as UTF-8: what is neither stands in no table.
-        return tuple(n for n in dict.fromkeys(names) if n.isprintable() and n.strip() == n != "")
+            names.append((user, f"@{domain}"))
+            names += [(user, "")] if self.serves(domain) else []
+            names.append(("", f"@{domain}"))
+        keys: dict[str, str] = {}
+        for name, rest in names:
+            quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"'
+            forms = [name] if re.fullmatch(r'[^\s"(),:;<>@[\\\]]*', name) else [quoted, name]
+            for form in forms[:1] if self.takes_whole_address else forms:
+                # postmap reads a name a line, as UTF-8: what is neither stands in no table.
+                if form + rest and (form + rest).isprintable():
+                    keys.setdefault(form + rest, name + rest)
+        return keys
 
     def find(self, address: Address, deadline: float) -> dict[str, str]:
         """Give what the table has for the names of an address. Raises Fault."""
-        keys = self.keys(address)
+        names = self.keys(address)
+        keys = tuple(names)
         if not keys:
             return {}
+        found = self.ask(keys, deadline)
+        return {names[key]: found[key] for key in reversed(keys) if key in found}
+
+    def ask(self, keys: tuple[str, ...], deadline: float) -> dict[str, str]:
+        """Give what the table has for some keys, from memory or by a question. Raises Fault."""
         with self.lock:
             at, result = self.results.get(keys, (0.0, {}))
             if at and time.monotonic() - at < self.cache_ttl:
