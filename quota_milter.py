@@ -722,9 +722,11 @@ class Flight:
         self.size = 0  # bytes of all parts
 
     def drop_old(self, now: float) -> None:
-        """Drop the parts whose time is over."""
+        """Drop the parts whose time is over: growth by so much is theirs, not that of others."""
         while self.parts and self.parts[0][0] <= now:
-            self.size -= self.parts.popleft()[1]
+            size = self.parts.popleft()[1]
+            self.size -= size
+            self.used = None if self.used is None else self.used + size
 
     def deduct(self, used: int) -> None:
         """Take away, the oldest first, what the growth of `used` shows to have arrived."""
@@ -786,6 +788,7 @@ class Ledger:
                 del self.answers[next(iter(self.answers))]
             flight = self.flights.get(mailbox)
             if flight and answer.used is not None:
+                flight.drop_old(time.monotonic())
                 flight.deduct(answer.used)
 
     def bytes_in_flight(self, mailbox: Mailbox) -> int:
@@ -1826,26 +1829,30 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def option_lines(words: Sequence[str], depth: int = 0) -> Iterator[tuple[str, list[str]]]:
-    """Give arguments and where they stand; a word @FILE stands for the lines of that file."""
-    if depth > 9:
-        raise BadOptions("argument @FILE: the file reads itself")
+def option_lines(
+    words: Sequence[str], where: str = "", depth: int = 0
+) -> Iterator[tuple[str, list[str]]]:
+    """Give where arguments stand, and them; a word @FILE stands for the lines of that file.
+
+    Raises BadOptions.
+    """
     plain: list[str] = []
     for word in words:
         if word[:1] != "@":
             plain.append(word)
             continue
-        yield "", plain
+        yield where, plain
         plain, path = [], word[1:]
+        if depth > 9:
+            raise BadOptions(f"{where}argument {word}: the file reads itself")
         try:
             with open(path, encoding="utf-8", errors="surrogateescape") as file:
                 lines = file.read().splitlines()
         except (OSError, ValueError) as error:
-            raise BadOptions(f"argument {word}: cannot be read: {error}") from None
+            raise BadOptions(f"{where}argument {word}: cannot be read: {error}") from None
         for number, line in enumerate(lines, 1):
-            for where, found in option_lines(split_line(line), depth + 1):
-                yield where or f"{path} line {number}: ", found
-    yield "", plain
+            yield from option_lines(split_line(line), f"{path} line {number}: ", depth + 1)
+    yield where, plain
 
 
 def split_line(line: str) -> list[str]:
@@ -1923,10 +1930,11 @@ class Service:
     def keep_house(self) -> None:
         """Do what is due every second, for ever, and what a HUP asks for."""
         while True:
-            if self.wants_reload.wait(TICK):
-                self.wants_reload.clear()  # further ones from here on mean another reload
-                self.reload()
+            wants_reload = self.wants_reload.wait(TICK)
             try:
+                if wants_reload:
+                    self.wants_reload.clear()  # a HUP from here on means another reload
+                    self.reload()
                 self.tidy()
             except Exception as error:  # mail goes on, whatever it was
                 log.error("state=failed reason=%s", printable(repr(error)))
