@@ -518,7 +518,7 @@ def read_answer(response: http.client.HTTPResponse) -> tuple[Answer, bool]:
         is_whole = response.length == 0
     is_whole = is_whole or line.endswith(b"\n")
     if response.status != 200:
-        why = line[:80].decode("ascii", "replace").strip() if line[:6] == b"ERROR " else ""
+        why = line[:200].decode("ascii", "replace").strip() if line[:6] == b"ERROR " else ""
         hint = HINTS.get(response.status)
         why = f"status {response.status} {why or response.reason[:80]}"
         raise BadAnswer(why + (f": {hint}" if hint else ""))

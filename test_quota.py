@@ -2114,7 +2114,7 @@ def test_limits_of_users_beat_the_limit_of_all(spool: pathlib.Path, tmp_path: pa
     for bad in "broken lots\n", "empty\n", "john: 5\n", "last 5":
         users.write_text(good + bad)
         answer = ask_cgi(MBOX_CGI, "u=john", **settings)
-        assert answer.status == 500 and answer.line.startswith(b"ERROR QUOTA_USERS: line 11"), bad
+        assert answer.status == 500 and answer.line.startswith(b"ERROR QUOTA_USERS: line 1"), bad
     endless = ask_cgi(MBOX_CGI, "u=john", **{**settings, "QUOTA_USERS": "/dev/zero"})
     assert (endless.status, endless.line) == (500, b"ERROR the file QUOTA_USERS cannot be read")
     gone = ask_cgi(MBOX_CGI, "u=john", **{**settings, "QUOTA_USERS": tmp_path / "none"})
