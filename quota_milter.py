@@ -505,18 +505,9 @@ def read_answer(response: http.client.HTTPResponse) -> tuple[Answer, bool]:
     """
     if response.status < 200:  # an interim response, which is no answer
         raise http.client.HTTPException(f"status {response.status}")
-    is_whole = False
-    if response.chunked:
-        try:
-            line = response.read(ANSWER_LENGTH)
-            is_whole = len(line) < ANSWER_LENGTH
-        except http.client.IncompleteRead as cut:
-            line = cut.partial
-        line = line[: line.find(b"\n") + 1] or line
-    else:
-        line = response.readline(ANSWER_LENGTH)
-        is_whole = response.length == 0
-    is_whole = is_whole or line.endswith(b"\n")
+    line = response.readline(ANSWER_LENGTH)
+    ended = response.length == 0 or response.chunked and response.chunk_left is None
+    is_whole = line.endswith(b"\n") or ended
     if response.status != 200:
         why = line[:200].decode("ascii", "replace").strip() if line[:6] == b"ERROR " else ""
         hint = HINTS.get(response.status)
