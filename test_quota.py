@@ -6981,8 +6981,9 @@ def tls_site(site: Site) -> Site:
     need("htpasswd", "apache2-utils")
     ssl_folder = site.folder / "ssl"
     own: dict[str, Path] = {"/etc/ssl/quota": ssl_folder, "DNS:mail1.example.com": "IP:127.0.0.1"}
-    run_block("Backend: a private authority and a certificate", own)
-    strict = ["openssl", "verify", "-x509_strict", "-CAfile", "authority.pem", "mail1.pem"]
+    run_block("Backend: a certificate of its own", own)
+    strict = ["openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-CAfile", "mail1.pem"]
+    strict += ["-verify_ip", "127.0.0.1", "mail1.pem"]
     assert subprocess.run(strict, cwd=ssl_folder).returncode == 0  # as Python 3.13 does
     assert all(key.stat().st_mode & 0o077 == 0 for key in ssl_folder.glob("*.key"))
     environment = stock_apache(site, site.other_port, site.port)
@@ -7006,19 +7007,19 @@ def options_for(site: Site, password: str, cafile: Path) -> pathlib.Path:
     url = site.url.replace("//", f"//frontend:{password}@")
     own: dict[str, Path] = {
         "https://frontend:secret@mail1.example.com/cgi-bin/quota.cgi": url,
-        "/etc/ssl/quota/authority.pem": cafile,
+        "/etc/ssl/quota/mail1.pem": cafile,
     }
     file = site.folder / "quota_milter.conf"
-    name = "/etc/quota_milter.conf, with a password and a private authority"
+    name = "/etc/quota_milter.conf, with a password and a certificate"
     file.write_text(readme_block(name, own))
     return file
 
 
-def test_a_password_over_https_with_a_private_authority(
+def test_a_password_over_https_with_a_certificate_of_its_own(
     tls_site: Site, milter: Callable[..., RunningMilter]
 ) -> None:
-    authority = tls_site.folder / "ssl/authority.pem"
-    running = milter(None, f"@{options_for(tls_site, ENCODED, authority)}", "--verbose")
+    certificate = tls_site.folder / "ssl/mail1.pem"
+    running = milter(None, f"@{options_for(tls_site, ENCODED, certificate)}", "--verbose")
     assert running.rcpt("<john@example.com>") == quota_exceeded("john@example.com")
     assert running.rcpt("<mary@example.com>") == ""
     assert "used=209714200" in running.log("mary")
@@ -7028,8 +7029,8 @@ def test_a_password_over_https_with_a_private_authority(
 def test_a_wrong_password_refuses_nothing_and_is_not_logged(
     tls_site: Site, milter: Callable[..., RunningMilter]
 ) -> None:
-    authority = tls_site.folder / "ssl/authority.pem"
-    running = milter(None, f"@{options_for(tls_site, 'wrong', authority)}")
+    certificate = tls_site.folder / "ssl/mail1.pem"
+    running = milter(None, f"@{options_for(tls_site, 'wrong', certificate)}")
     assert running.rcpt("<john@example.com>") == ""
     assert "status 401" in running.log("verdict=fault")
     assert "wrong" not in running.process.output()
@@ -7042,7 +7043,7 @@ def test_a_certificate_of_an_unknown_authority_or_name_refuses_nothing(
     assert running.rcpt("<john@example.com>") == ""
     assert "certificate verify failed" in running.log("state=down")
     tls_site.url = tls_site.url.replace("127.0.0.1", "localhost")
-    file = options_for(tls_site, ENCODED, tls_site.folder / "ssl/authority.pem")
+    file = options_for(tls_site, ENCODED, tls_site.folder / "ssl/mail1.pem")
     running = milter(None, f"@{file}")
     assert running.rcpt("<john@example.com>") == ""
     assert "certificate verify failed" in running.log("state=down")
@@ -7062,7 +7063,7 @@ WITHOUT = {
 def test_who_lacks_https_or_the_address_or_the_password_gets_no_answer_at_any_url(
     tls_site: Site,
 ) -> None:
-    site, trust = tls_site, ["--cacert", str(tls_site.folder / "ssl/authority.pem")]
+    site, trust = tls_site, ["--cacert", str(tls_site.folder / "ssl/mail1.pem")]
     assert site.ask("u=john", *trust, *PASSWORD) == f"200 OVERQUOTA john {ROOM + 1} {ROOM}"
     ports = {"https": site.port, "http": site.other_port}
     for lack, (scheme, options) in WITHOUT.items():
