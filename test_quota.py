@@ -5872,7 +5872,8 @@ def stock_apache(site: Site, http: int, https: int) -> dict[str, str]:
     copy = stock(site, "apache2", ports)
     (site.folder / "socks").mkdir()  # as apache2ctl does
     shutil.chown(site.folder / "socks", "www-data")
-    kind = f"PID_FILE={site.folder}/apache.pid RUN_DIR={site.folder} LOCK_DIR={site.folder} LOG_DIR={site.folder}"
+    names = "PID_FILE={0}/apache.pid RUN_DIR={0} LOCK_DIR={0} LOG_DIR={0}"
+    kind = names.format(site.folder)
     with open(copy / "envvars", "a") as file:
         file.writelines(f"export APACHE_{one}\n" for one in kind.split())
     return {"APACHE_CONFDIR": str(copy), "APACHE_STATE_DIRECTORY": str(site.folder / "state")}
