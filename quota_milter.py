@@ -477,7 +477,8 @@ class Client:
             connection.connect()
         except (OSError, ValueError) as error:  # ValueError: a name that cannot be looked up
             connection.close()
-            raise Unreachable(f"no connection: {error}") from None
+            hint = ": see --cafile" if isinstance(error, ssl.SSLCertVerificationError) else ""
+            raise Unreachable(f"no connection: {error}{hint}") from None
         question.attach(connection.sock)
         return connection, False
 
@@ -977,9 +978,6 @@ class AliasFile:
         names = [*address.names(), "@" + address.domain]
         return {name: self.table[name] for name in names if name in self.table}
 
-    def close(self) -> None:
-        """There is nothing to end."""
-
 
 def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Join continuation lines and drop comments. Raises ValueError where it is no text."""
@@ -1443,7 +1441,8 @@ class Policy:
         for backend in self.backends.values():
             backend.close()
         for source in self.aliases.sources:
-            source.close()
+            if isinstance(source, Table):
+                source.close()
 
 
 # ---- Counters and metrics: what has happened, apart from why ----
@@ -1867,6 +1866,9 @@ def check(policy: Policy, addresses: list[str]) -> int:
         reply = " ".join(decision.reply) if decision.reply else "none"
         with contextlib.suppress(BrokenPipeError):  # who reads no line may want the status
             print(decision, f"reply={reply}")
+        if decision.verdict == "nobackend":
+            domain = printable(decision.address.domain)
+            print(f"quota_milter.py: no --backend serves the domain {domain}", file=sys.stderr)
         cannot_ask = decision.finding.fault or decision.verdict == "nobackend"
         status = max(status, 2 if cannot_ask else 1 if decision.reply else 0)
     return status
@@ -2092,7 +2094,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except SystemExit as end:  # --help and --version
         return int(end.code or 0)
     except (BadOptions, OSError) as error:
-        print(f"quota_milter.py: error: {option}{error}", file=sys.stderr)
+        hint = ": may this user write there?" if isinstance(error, PermissionError) else ""
+        print(f"quota_milter.py: error: {option}{error}{hint}", file=sys.stderr)
         return 2
 
 
