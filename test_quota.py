@@ -25,10 +25,7 @@ import random
 import re
 import resource
 import select
-<<<<<<< HEAD
 import shlex
-=======
->>>>>>> 46109d0d4cb5268f2745681195c749456f0ef241
 import shutil
 import signal
 import smtplib
