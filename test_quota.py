@@ -6119,10 +6119,9 @@ def stock_apache(site: Site, http: int, https: int) -> dict[str, str]:
     copy = stock(site, "apache2", ports)
     (site.folder / "socks").mkdir()  # as apache2ctl does
     shutil.chown(site.folder / "socks", "www-data")
-    names = "PID_FILE={0}/apache.pid RUN_DIR={0} LOCK_DIR={0} LOG_DIR={0}"
-    kind = names.format(site.folder)
     with open(copy / "envvars", "a") as file:
-        file.writelines(f"export APACHE_{one}\n" for one in kind.split())
+        file.write(f"export APACHE_PID_FILE={site.folder}/apache.pid\n")
+        file.writelines(f"export APACHE_{x}_DIR={site.folder}\n" for x in ("RUN", "LOCK", "LOG"))
     return {"APACHE_CONFDIR": str(copy), "APACHE_STATE_DIRECTORY": str(site.folder / "state")}
 
 
@@ -6503,7 +6502,7 @@ MISTAKES = {
         "500 ERROR .*QUOTA_MAILBOX",
     ),
     "a placeholder that there is not": Mistake(
-        PATH, "QUOTA_MAILBOX={spool}/%l", "500 ERROR .*QUOTA_MAILBOX.*%n.*%d.*%u.*%h"
+        PATH, "QUOTA_MAILBOX={spool}/%n.%l", "500 ERROR .*QUOTA_MAILBOX.*%n.*%d.*%u.*%h"
     ),
     "a path that is not absolute": Mistake(PATH, "QUOTA_MAILBOX=mail/%n", "500 ERROR .*begin with"),
     "a limit with a unit of its own": Mistake(
@@ -7349,13 +7348,9 @@ def test_the_figures_and_queries_of_the_readme_are_there(
     backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
 ) -> None:
     file = tmp_path / "quota.prom"
-    link = {"/run/quota-milter/quota.prom": file, "/var/lib/prometheus/node-exporter": tmp_path}
+    link: dict[str, Path] = {"/run/quota-milter/quota.prom": file}
     link["/var/lib/prometheus/node-exporter/quota.prom"] = tmp_path / "seen.prom"
-    run_commands(
-        readme_block("Frontend: figures for Prometheus")
-        .replace("/var/lib/prometheus/node-exporter/quota.prom", str(tmp_path / "seen.prom"))
-        .replace("/run/quota-milter/quota.prom", str(file))
-    )
+    run_block("Frontend: figures for Prometheus", link)
     running = milter(backend, "--metrics", file)
     assert running.rcpt("<john@example.com>") == ""
     running.process.stop()
@@ -7537,8 +7532,8 @@ def test_the_systemd_units_are_valid(folder: pathlib.Path) -> None:
                 extra.write_text(block)
             for script in MILTER, MBOX_CGI, MAILDIR_CGI:
                 shutil.copy(script, folder)
-            verify: list[Path] = [analyze, "verify", "--man=no", path]
-            done = subprocess.run(verify, capture_output=True, text=True)
+            command = [analyze, "verify", "--man=no", str(path)]
+            done = subprocess.run(command, capture_output=True, text=True)
             assert (done.returncode, done.stderr) == (0, ""), (unit, name)
 
 
