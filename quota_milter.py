@@ -434,7 +434,8 @@ class Client:
                     answer, is_complete = read_answer(response)
             except Exception as error:  # urllib's, http.client's and ssl's have no common base
                 connection.close()
-                if is_kept and not question.aborted and time.monotonic() < question.deadline:
+                retry = is_kept and not isinstance(error, BadAnswer) and not question.aborted
+                if retry and time.monotonic() < question.deadline:
                     may_reuse = False
                     continue
                 if isinstance(error, Fault):
@@ -497,21 +498,24 @@ def is_quiet(sock: Any) -> bool:
 
 
 def read_answer(response: http.client.HTTPResponse) -> tuple[Answer, bool]:
-    """Read an answer, and whether it was complete and its connection may be kept. Raises Fault."""
+    """Read an answer, and whether it was complete and its connection may be kept.
+
+    Raises Fault, http.client.HTTPException. Proof that the line is whole is its end, the length
+    that the header gives, or the last chunk.
+    """
+    if response.status < 200:  # an interim response, which is no answer
+        raise http.client.HTTPException(f"status {response.status}")
     line = response.readline(ANSWER_LENGTH)
+    ended = response.length == 0 or response.chunked and response.chunk_left is None
+    is_whole = line.endswith(b"\n") or ended
     if response.status != 200:
-        why = line[:80].decode("ascii", "replace").strip() if line[:6] == b"ERROR " else ""
-        why = why or response.reason[:80]
+        why = line[:200].decode("ascii", "replace").strip() if line[:6] == b"ERROR " else ""
         hint = HINTS.get(response.status)
-        raise BadAnswer(f"status {response.status} {why}" + (f": {hint}" if hint else ""))
-    ended = response.length == 0  # its Content-Length has been read
-    if not line.endswith(b"\n"):
-        if response.length or len(line) == ANSWER_LENGTH:
-            raise BadAnswer("the answer is cut short or too long")
-        if response.chunked:
-            with contextlib.suppress(http.client.HTTPException):
-                ended = not response.read(1)  # raises where the last chunk is missing
-    answer = Answer.parse(line, line.endswith(b"\n") or ended)
+        why = f"status {response.status} {why or response.reason[:80]}"
+        raise BadAnswer(why + (f": {hint}" if hint else ""))
+    if not is_whole and (response.length or len(line) >= ANSWER_LENGTH):
+        raise BadAnswer("the answer is cut short or too long")
+    answer = Answer.parse(line, is_whole)
     grace = response.headers.get("Quota-Grace", "").strip().encode("ascii", "replace")
     changed = response.headers.get("Last-Modified", "")
     answer = answer._replace(grace=read_number(grace) or 0, changed=read_date(changed))
@@ -709,9 +713,11 @@ class Flight:
         self.size = 0  # bytes of all parts
 
     def drop_old(self, now: float) -> None:
-        """Drop the parts whose time is over."""
+        """Drop the parts whose time is over: growth by so much is theirs, not that of others."""
         while self.parts and self.parts[0][0] <= now:
-            self.size -= self.parts.popleft()[1]
+            size = self.parts.popleft()[1]
+            self.size -= size
+            self.used = None if self.used is None else self.used + size
 
     def deduct(self, used: int) -> None:
         """Take away, the oldest first, what the growth of `used` shows to have arrived."""
@@ -773,6 +779,7 @@ class Ledger:
                 del self.answers[next(iter(self.answers))]
             flight = self.flights.get(mailbox)
             if flight and answer.used is not None:
+                flight.drop_old(time.monotonic())
                 flight.deduct(answer.used)
 
     def bytes_in_flight(self, mailbox: Mailbox) -> int:
@@ -1019,22 +1026,38 @@ class Table:
         self.under_way: dict[tuple[str, ...], concurrent.futures.Future[dict[str, str]]] = {}
         self.processes: set[subprocess.Popen[bytes]] = set()
 
-    def keys(self, address: Address) -> tuple[str, ...]:
-        """Give the names under which Postfix looks an address up, in its order."""
+    def keys(self, address: Address) -> dict[str, str]:
+        """Give what Postfix would look up, in its order, and the name that each key stands for.
+
+        Postfix quotes a local part that needs it, and tries it without the quotes after that.
+        """
         local, user, domain = lower(address.local), lower(address.user), address.domain
-        names = [f"{local}@{domain}" if domain else local]
+        names = [(local, f"@{domain}" if domain else "")]
         if not self.takes_whole_address and domain:
-            names.append(f"{user}@{domain}")
-            names += [user] if self.serves(domain) else []
-            names.append(f"@{domain}")
-        # postmap reads a name a line, as UTF-8: what is neither stands in no table.
-        return tuple(n for n in dict.fromkeys(names) if n.isprintable() and n.strip() == n != "")
+            names.append((user, f"@{domain}"))
+            names += [(user, "")] if self.serves(domain) else []
+            names.append(("", f"@{domain}"))
+        keys: dict[str, str] = {}
+        for name, rest in names:
+            quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"'
+            forms = [name] if re.fullmatch(r'[^\s"(),:;<>@[\\\]]*', name) else [quoted, name]
+            for form in forms[:1] if self.takes_whole_address else forms:
+                # postmap reads a name a line, as UTF-8: what is neither stands in no table.
+                if form + rest and (form + rest).isprintable():
+                    keys.setdefault(form + rest, name + rest)
+        return keys
 
     def find(self, address: Address, deadline: float) -> dict[str, str]:
         """Give what the table has for the names of an address. Raises Fault."""
-        keys = self.keys(address)
+        names = self.keys(address)
+        keys = tuple(names)
         if not keys:
             return {}
+        found = self.ask(keys, deadline)
+        return {names[key]: found[key] for key in reversed(keys) if key in found}
+
+    def ask(self, keys: tuple[str, ...], deadline: float) -> dict[str, str]:
+        """Give what the table has for some keys, from memory or by a question. Raises Fault."""
         with self.lock:
             at, result = self.results.get(keys, (0.0, {}))
             if at and time.monotonic() - at < self.cache_ttl:
@@ -1797,26 +1820,30 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def option_lines(words: Sequence[str], depth: int = 0) -> Iterator[tuple[str, list[str]]]:
-    """Give arguments and where they stand; a word @FILE stands for the lines of that file."""
-    if depth > 9:
-        raise BadOptions("argument @FILE: the file reads itself")
+def option_lines(
+    words: Sequence[str], where: str = "", depth: int = 0
+) -> Iterator[tuple[str, list[str]]]:
+    """Give where arguments stand, and them; a word @FILE stands for the lines of that file.
+
+    Raises BadOptions.
+    """
     plain: list[str] = []
     for word in words:
         if word[:1] != "@":
             plain.append(word)
             continue
-        yield "", plain
+        yield where, plain
         plain, path = [], word[1:]
+        if depth > 9:
+            raise BadOptions(f"{where}argument {word}: the file reads itself")
         try:
             with open(path, encoding="utf-8", errors="surrogateescape") as file:
                 lines = file.read().splitlines()
         except (OSError, ValueError) as error:
-            raise BadOptions(f"argument {word}: cannot be read: {error}") from None
+            raise BadOptions(f"{where}argument {word}: cannot be read: {error}") from None
         for number, line in enumerate(lines, 1):
-            for where, found in option_lines(split_line(line), depth + 1):
-                yield where or f"{path} line {number}: ", found
-    yield "", plain
+            yield from option_lines(split_line(line), f"{path} line {number}: ", depth + 1)
+    yield where, plain
 
 
 def split_line(line: str) -> list[str]:
@@ -1894,10 +1921,11 @@ class Service:
     def keep_house(self) -> None:
         """Do what is due every second, for ever, and what a HUP asks for."""
         while True:
-            if self.wants_reload.wait(TICK):
-                self.wants_reload.clear()  # further ones from here on mean another reload
-                self.reload()
+            wants_reload = self.wants_reload.wait(TICK)
             try:
+                if wants_reload:
+                    self.wants_reload.clear()  # a HUP from here on means another reload
+                    self.reload()
                 self.tidy()
             except Exception as error:  # mail goes on, whatever it was
                 log.error("state=failed reason=%s", printable(repr(error)))

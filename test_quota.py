@@ -1315,7 +1315,9 @@ def indexed_table(kind: str, file: pathlib.Path, rows: Mapping[str, str]) -> str
     """Make a table as an administrator does, with postmap; return its TYPE:NAME."""
     lines = (f"{name} {value}\n" for name, value in rows.items())
     file.write_text("".join(lines))
-    subprocess.run([need("postmap", "postfix"), f"{kind}:{file}"], check=True)
+    os.utime(file, (0, 0))  # postmap waits where a file has changed in the last second
+    if kind != "texthash":
+        subprocess.run([need("postmap", "postfix"), f"{kind}:{file}"], check=True)
     return f"{kind}:{file}"
 
 
@@ -1327,6 +1329,7 @@ def sqlite_table(folder: pathlib.Path) -> str:
         connection.executescript(SQL)
     file = folder / "my sqlite.cf"
     file.write_text(f"dbpath = {database}\n{QUERY}")
+    os.utime(file, (0, 0))
     return f"sqlite:{file}"
 
 
@@ -1521,6 +1524,7 @@ def aliased(backend: Backend, milter: Callable[..., RunningMilter]) -> AliasedMi
 
 
 NO_CACHE: tuple[Path, ...] = ("--cache-ttl", "0", "--in-flight", "0", "--timeout", "20")
+CANNOT_CHECK = "451 4.3.0 "
 
 
 @pytest.mark.parametrize(
@@ -1596,12 +1600,285 @@ def test_a_table_on_the_network_is_asked_about_the_whole_address_alone(
         "john@example.com",
     }
     assert aliased.mailbox("twice@example.com") == "john@example.com"
+    before = len(table_server.asked)
     assert aliased.mailbox("other+y@example.com") == "other@example.com"
-    assert set(table_server.asked[-2:]) <= {"other+y@example.com"}
+    assert table_server.asked[before:] == ["other+y@example.com"]
     before = len(table_server.asked)
     assert aliased.mailbox("postmaster@example.com") is None
     assert aliased.mailbox("") is None
     assert table_server.asked[before:] == []
+
+
+def test_files_and_tables_stand_beside_each_other_in_their_order(
+    aliased: AliasedMilter, tmp_path: pathlib.Path
+) -> None:
+    file, options = tmp_path / "aliases", tmp_path / "options"
+    file.write_text("support@example.com mary\nfirst: sales\nlast: john\n")
+    table = indexed_table("hash", tmp_path / "my table", {**TABLE_ROWS, "last@example.com": "paul"})
+    options.write_text(f"--aliases {file}\n--aliases {table}  # the name has a space\n")
+    aliased.start(options=(f"@{options}", *NO_CACHE))
+    assert aliased.mailbox("support@example.com") == "mary@example.com"
+    assert aliased.mailbox("first@example.com") == "john@example.com"
+    assert aliased.mailbox("last@example.com") == "paul@example.com", "it is more specific"
+
+
+@pytest.mark.parametrize("table", ["hash", "sqlite"], indirect=True)
+def test_hostile_recipients_reach_no_other_name_in_a_table(
+    table: str, aliased: AliasedMilter
+) -> None:
+    running = aliased.start(table, options=(*NO_CACHE, "--on-error", "tempfail"))
+    for raw, user in (
+        (b"x\nsales@example.com", b"x%0Asales"),
+        (b"sales@example.com\nx@example.com", b"sales%40example.com%0Ax"),
+        (b"sales@example.com\tx@example.com", b"sales%40example.com%09x"),
+        (b" sales@example.com", b"(?:%20|%2B)sales"),
+        (b"sales\r@example.com", b"sales%0D"),
+        (b"\xff\xfe@example.com", b"%FF%FE"),
+        (b"a" * 1800 + b"@example.com", b"a{1800}"),
+        (b"%s@example.com", b"%25s"),
+        (b"x' OR '1'='1@example.com", b"x.*"),
+        (b"\xff@all.org", b"mary"),
+    ):
+        before = len(aliased.backend.asked)
+        assert running.rcpt(b"<%s>" % raw)[:10] == "452 4.2.2 ", raw
+        (line,) = aliased.backend.asked[before:]
+        assert re.search(rb"[?&]u=%s[& ]" % user, line), (raw, line)
+
+
+FAULTY_TABLES = {
+    "missing": "hash:{folder}/nonexistent",
+    "of no type": "nosuchtype:{folder}/nonexistent",
+    "failing": "fail:whatever",
+    "sqlite away": "sqlite:{folder}/sqlite.cf",
+    "mysql away": "mysql:{folder}/mysql.cf",
+    "pgsql away": "pgsql:{folder}/pgsql.cf",
+    "refusing": "tcp:127.0.0.1:{free_port}",
+    "hanging": "tcp:127.0.0.1:{port}",
+    "another one that hangs": "socketmap:inet:127.0.0.1:{port}:aliases",
+}
+
+
+@pytest.mark.parametrize("kind", FAULTY_TABLES)
+def test_a_table_that_cannot_be_asked_is_a_fault_of_the_recipient(
+    aliased: AliasedMilter, table_server: TableServer, tmp_path: pathlib.Path, kind: str
+) -> None:
+    (tmp_path / "sqlite.cf").write_text(f"dbpath = {tmp_path}/nonexistent\n{QUERY}")
+    for name in "mysql", "pgsql":
+        (tmp_path / f"{name}.cf").write_text(f"hosts = unix:{tmp_path}/nonexistent\n{QUERY}")
+    table_server.answers[b"*"] = table_server.hang
+    table = FAULTY_TABLES[kind].format(
+        folder=tmp_path, port=table_server.port, free_port=free_port()
+    )
+    running = aliased.start(table, options=("--timeout", "2", "--on-error", "tempfail"))
+    assert running.rcpt("<john@example.com>")[:10] == CANNOT_CHECK
+    line = running.log("recipient=john@example.com")
+    assert "verdict=fault" in line and re.search(r' reason="[^"]+"', line)
+    assert running.rcpt("<postmaster@example.com>") == ""
+    assert aliased.backend.asked == []
+    wait_for(lambda: not aliased.children(), "the end of postmap")
+    assert running.process.stop() == 0
+    url = ["--backend", aliased.backend.url, "--timeout", "2", "--aliases", table]
+    assert run_milter(*url, "--check")[0] == 0
+    status, output, _ = run_milter(*url, "--check", "john@example.com")
+    assert (status, "verdict=fault" in output) == (2, True)
+
+
+@pytest.mark.parametrize("table", ["mysql", "pgsql"], indirect=True)
+def test_a_database_that_hangs_costs_the_timeout_once(
+    table: str, aliased: AliasedMilter, folder: pathlib.Path
+) -> None:
+    sleep = "pg_sleep" if table.startswith("pgsql") else "SLEEP"
+    text = pathlib.Path(table.partition(":")[2]).read_text().replace("target", f"{sleep}(600)")
+    file = folder / "hanging.cf"
+    file.write_text(text.replace(" WHERE name = '%s'", ""))
+    table = f"{table.partition(':')[0]}:{file}"
+    running = aliased.start(table, options=("--timeout", "2"))
+    start = time.monotonic()
+    assert running.rcpt("<sales@example.com>") == ""
+    assert 1 < time.monotonic() - start < 10
+    assert "verdict=fault" in running.log("recipient=sales@")
+    wait_for(lambda: not aliased.children(), "the end of postmap")
+
+
+def test_without_postmap_the_milter_starts_and_says_what_is_missing(
+    backend: Backend, start: Callable[..., Process], tmp_path: pathlib.Path
+) -> None:
+    need_root()
+    port = free_port()
+    hidden = 'mount -t tmpfs none /usr/sbin && exec "$@"'
+    unshare = [need("unshare", "util-linux"), "--mount", "sh", "-c", hidden, "sh"]
+    table = indexed_table("hash", tmp_path / "table", {"sales@example.com": "john"})
+    options = ["--listen", f"inet:{port}@127.0.0.1", "--backend", backend.url, "--aliases", table]
+    running = RunningMilter(port, start(*unshare, PYTHON, MILTER, *options, port=port))
+    assert running.rcpt("<sales@example.com>") == ""
+    assert re.search('verdict=fault.* reason=".*postmap', running.log("recipient=sales@"))
+    assert backend.asked == []
+
+
+def test_a_table_of_another_user_is_a_fault_and_its_group_may_read_it(
+    backend: Backend, start: Callable[..., Process], folder: pathlib.Path
+) -> None:
+    need_root()
+    backend.default = FULL
+    copy = shutil.copy(MILTER, folder / "quota_milter.py")
+    table = indexed_table("hash", folder / "table", {"sales@example.com": "john@example.com"})
+    os.chmod(folder / "table.db", 0o640)
+    for group, reply in ("nogroup", CANNOT_CHECK), ("daemon", "452 4.2.2 "):
+        shutil.chown(folder / "table.db", "root", "daemon")
+        port = free_port()
+        options: list[Path] = ["--listen", f"inet:{port}@127.0.0.1", "--on-error", "tempfail"]
+        options += ["--backend", backend.url, "--aliases", table]
+        program: list[Path] = [*as_user("nobody", group), PYTHON, copy, *options]
+        running = RunningMilter(port, start(*program, port=port))
+        assert running.rcpt("<sales@example.com>")[:10] == reply
+    assert backend.users() == ["john"]
+
+
+def test_a_table_that_comes_back_is_used_at_once(
+    aliased: AliasedMilter, tmp_path: pathlib.Path
+) -> None:
+    running = aliased.start(f"hash:{tmp_path}/table", options=("--on-error", "tempfail"))
+    assert running.rcpt("<sales@example.com>")[:10] == CANNOT_CHECK
+    indexed_table("hash", tmp_path / "table", TABLE_ROWS)
+    assert aliased.mailbox("sales@example.com") == "john@example.com"
+
+
+def test_what_a_table_said_is_remembered_until_the_cache_ttl_or_hup(
+    aliased: AliasedMilter, table_server: TableServer
+) -> None:
+    table = f"tcp:127.0.0.1:{table_server.port}"
+    table_server.answers[b"sales@example.com"] = b"john@example.com"
+    running = aliased.start(table, options=("--in-flight", "0"))
+    recipients = "<sales@example.com>", "<nobody@example.com>"
+    for recipient in recipients * 3:
+        assert running.rcpt(recipient) != ""
+    assert sorted(table_server.asked) == [
+        f"{user}@example.com" for user in ("john", "nobody", "sales")
+    ]
+    table_server.answers[b"sales@example.com"] = b"mary@example.com"
+    table_server.answers[b"nobody@example.com"] = b"paul@example.com"
+    running.process.popen.send_signal(signal.SIGHUP)
+    running.log("state=reloaded")
+    for recipient, user in zip(recipients, ("mary", "paul")):
+        running.rcpt(recipient)
+        assert aliased.backend.users()[-1] == user
+
+
+def test_what_a_table_said_is_asked_again_after_the_cache_ttl(
+    aliased: AliasedMilter, table_server: TableServer
+) -> None:
+    table_server.answers[b"sales@example.com"] = b"john@example.com"
+    table = f"tcp:127.0.0.1:{table_server.port}"
+    running = aliased.start(table, options=("--cache-ttl", "1"))
+    running.rcpt("<sales@example.com>")
+    table_server.answers[b"sales@example.com"] = b"mary@example.com"
+
+    def asked() -> str:
+        running.rcpt("<sales@example.com>")
+        return aliased.backend.users()[-1]
+
+    wait_for(lambda: asked() == "mary", "the new answer of the table")
+
+
+def test_what_a_table_said_to_a_question_from_before_hup_is_not_remembered(
+    aliased: AliasedMilter, table_server: TableServer
+) -> None:
+    released = threading.Event()
+
+    def late() -> bytes:
+        released.wait(60)
+        return b"john@example.com"
+
+    table_server.answers[b"sales@example.com"] = late
+    table = f"tcp:127.0.0.1:{table_server.port}"
+    running = aliased.start(table, options=("--timeout", "30"))
+    with running.session() as session:
+        session.mail()
+        session.send(b"R", b"<sales@example.com>\0")
+        wait_for(lambda: table_server.asked, "the question")
+        running.process.popen.send_signal(signal.SIGHUP)
+        running.log("state=reloaded")
+        table_server.answers[b"sales@example.com"] = b"mary@example.com"
+        released.set()
+        assert session.receive()[0] in (b"c", b"y")
+    running.rcpt("<sales@example.com>")
+    assert aliased.backend.users()[-1] == "mary"
+
+
+def test_a_hanging_table_holds_nobody_longer_than_the_timeout(
+    aliased: AliasedMilter, table_server: TableServer
+) -> None:
+    table_server.answers[b"*"] = table_server.hang
+    table = f"tcp:127.0.0.1:{table_server.port}"
+    options = ("--timeout", "2", "--on-error", "tempfail")
+    running = aliased.start(table, options=options)
+    descriptors = pathlib.Path(f"/proc/{running.process.popen.pid}/fd")
+    assert running.rcpt("<first@example.com>")[:10] == CANNOT_CHECK
+    at_rest = len(list(descriptors.iterdir()))
+    sessions = [running.session() for _ in range(40)]
+    for session in sessions:
+        session.mail()
+    start = time.monotonic()
+    for number, session in enumerate(sessions):
+        session.send(b"R", b"<user%d@example.com>\0" % number)
+    for session in sessions:
+        assert session.receive()[1].startswith(CANNOT_CHECK.encode())
+    assert time.monotonic() - start < 10
+    assert 1 < table_server.most < 40, "so many postmaps at a time, and no more"
+    for session in sessions:
+        session.socket.close()
+    wait_for(lambda: not aliased.children(), "the end of all postmaps")
+    wait_for(lambda: len(list(descriptors.iterdir())) < at_rest + 10, "their descriptors' end")
+    del table_server.answers[b"*"]
+    table_server.answers[b"sales@example.com"] = b"john@example.com"
+    assert aliased.mailbox("sales@example.com") == "john@example.com"
+
+
+def test_table_and_backend_share_one_budget(
+    aliased: AliasedMilter, table_server: TableServer, backend: Backend
+) -> None:
+    def slow(connection: socket.socket) -> bytes:
+        time.sleep(3)
+        return FULL
+
+    def slow_alias() -> bytes:
+        time.sleep(1.5)
+        return b"john@example.com"
+
+    backend.answers[b"john"] = slow
+    table_server.answers[b"sales@example.com"] = slow_alias
+    table = f"tcp:127.0.0.1:{table_server.port}"
+    running = aliased.start(table, options=("--timeout", "4", "--on-error", "tempfail"))
+    assert running.rcpt("<sales@example.com>")[:10] == CANNOT_CHECK
+    assert len(backend.asked) == 1
+
+
+def test_the_end_of_the_milter_is_the_end_of_its_postmaps(
+    aliased: AliasedMilter, table_server: TableServer
+) -> None:
+    table_server.answers[b"*"] = table_server.hang
+    table = f"tcp:127.0.0.1:{table_server.port}"
+    running = aliased.start(table, options=("--timeout", "60"))
+    sessions = [running.session() for _ in range(3)]
+    for number, session in enumerate(sessions):
+        session.mail()
+        session.send(b"R", b"<user%d@example.com>\0" % number)
+    wait_for(lambda: table_server.open == len(sessions), "the questions")
+    children = aliased.children()
+    assert len(children) == len(sessions)
+
+    def sockets(pid: int) -> set[str]:
+        links = (os.readlink(file) for file in pathlib.Path(f"/proc/{pid}/fd").iterdir())
+        return {link for link in links if link.startswith("socket:")}
+
+    for child in children:
+        assert not sockets(child) & sockets(running.process.popen.pid)
+    running.process.popen.send_signal(signal.SIGTERM)
+    assert running.process.popen.wait(20) == 0
+    for child in children:  # whoever takes in orphans may take a moment
+        wait_for(lambda c=child: not pathlib.Path(f"/proc/{c}").exists(), "its end")  # type: ignore[misc]
+    for session in sessions:
+        session.socket.close()
 
 
 def test_postfix_itself_leads_a_recipient_to_the_same_mailbox(folder: pathlib.Path) -> None:
@@ -1802,7 +2079,7 @@ def test_limits_of_users_beat_the_limit_of_all(spool: pathlib.Path, tmp_path: pa
     users = tmp_path / "users"
     users.write_text(
         "# user limit\n\njohn 50\nmary\t1K # a boss\n#paul 1\nmary@x.org 10\na b 0\n"
-        "broken lots\nempty\nmary 1\n  indented   7\nhash#tag 8\n"
+        "mary 1\n  indented   7\nhash#tag 8\n@x.org 60\n"
     )
     settings: dict[str, Path] = {
         "QUOTA_LIMIT": "100",
@@ -1818,10 +2095,15 @@ def test_limits_of_users_beat_the_limit_of_all(spool: pathlib.Path, tmp_path: pa
         ("u=paul", b"OK paul 0 100"),
         ("u=indented", b"OK indented 0 7"),
         ("u=hash%23tag", b"OK hash#tag 0 8"),
-        ("u=broken", b"ERROR QUOTA_USERS has a limit that is not like 200M"),
-        ("u=empty", b"ERROR QUOTA_USERS has a limit that is not like 200M"),
+        ("u=paul&d=x.org", b"OK paul 0 60"),
+        ("u=john&d=x.org", b"OVERQUOTA john 100 50"),
     ]:
         assert ask_cgi(MBOX_CGI, query, **settings).line == line
+    good = users.read_text()
+    for bad in "broken lots\n", "empty\n", "john: 5\n", "last 5":
+        users.write_text(good + bad)
+        answer = ask_cgi(MBOX_CGI, "u=john", **settings)
+        assert answer.status == 500 and answer.line.startswith(b"ERROR QUOTA_USERS: line 1"), bad
     endless = ask_cgi(MBOX_CGI, "u=john", **{**settings, "QUOTA_USERS": "/dev/zero"})
     assert (endless.status, endless.line) == (500, b"ERROR the file QUOTA_USERS cannot be read")
     gone = ask_cgi(MBOX_CGI, "u=john", **{**settings, "QUOTA_USERS": tmp_path / "none"})
@@ -1975,12 +2257,13 @@ UIDLIST = b"3 V1700000000 N1 G0123456789abcdef0123456789abcdef\n"  # what Doveco
 class Maildir(NamedTuple):
     """A Maildir to be made: `maildirsize` and its age in seconds, files by their path with size.
 
-    A path that ends in `/` is a folder; a size that is a string is where a symbolic link leads to.
+    A path that ends in `/` is a folder; a size that is a string is where a symbolic link leads to,
+    one that is bytes is what the file holds.
     """
 
     maildirsize: Optional[bytes]
     age: int
-    files: dict[str, Union[int, str]]
+    files: Mapping[str, Union[int, str, bytes]]
 
 
 def make_maildir(path: pathlib.Path, maildir: Maildir) -> pathlib.Path:
@@ -1996,6 +2279,8 @@ def make_maildir(path: pathlib.Path, maildir: Maildir) -> pathlib.Path:
             target.mkdir(exist_ok=True)
         elif name == "dovecot-uidlist":
             target.write_bytes(UIDLIST)
+        elif isinstance(size, bytes):
+            target.write_bytes(size)
         else:
             with open(target, "wb") as file:
                 file.truncate(size)
@@ -2209,8 +2494,8 @@ class Dovecot:
         names = {
             "rule": ("quota_rule = *:bytes={}", "quota_storage_size = {}B"),
             "grace": ("quota_grace = {}", "quota_storage_grace = {}"),
-            "control": (":CONTROL={}/control/%u", "mail_control_path = {}/control/%{{user}}"),
-            "trash": ("quota_rule2 = Trash:ignore{}", TRASH_IGNORED_24),
+            "control": (":CONTROL={}/control/%u", "mail_control_path = {}/control/%{user}"),
+            "trash": (f"quota_rule{2 if limit else ''} = Trash:ignore", TRASH_IGNORED_24),
         }
         given = {"rule": limit or "", "grace": grace, "control": control and base, "trash": ""}
         wanted = {"trash": not trash, "control": control}
@@ -2520,7 +2805,7 @@ def test_random_maildirs_get_the_verdict_of_dovecots_own_quota_rule(
         lambda seed: maildir_near_limit(seed, True, sized),
         server.path_of,
         server.refuses,
-        QUOTA_TRASH="count",
+        QUOTA_KEEPER="dovecot",
         **limits,
     )
     assert not different, "\n".join(different)
@@ -2546,7 +2831,10 @@ def test_random_maildirs_get_the_verdict_of_the_quota_given_to_deliverquota(
 
 
 class Rule(NamedTuple):
-    """A sentence, a Maildir, the answer, and which real servers hold it: D(ovecot), C(ourier)."""
+    """A sentence, a Maildir, the answer, and which real servers hold it.
+
+    D(ovecot), T (Dovecot that ignores Trash), C(ourier).
+    """
 
     sentence: str
     maildirsize: Optional[bytes]
@@ -2635,19 +2923,27 @@ MAILDIR_RULE = (
     Rule("Dovecot's Trash", DISTRUSTED, {".Trash/cur/1": 9, **BY_DOVECOT}, "OK 9 1000", "D"),
     Rule("its flag T", DISTRUSTED, {"cur/1:2,T": 9, **BY_DOVECOT}, "OK 9 1000", "D"),
     Rule(
-        "trash skipped for Dovecot",
+        "trash skipped for Dovecot, which knows no flag T",
         DISTRUSTED,
-        {"cur/1:2,T": 9, ".Trash/cur/1": 9, **BY_DOVECOT},
-        "OK 0 1000",
+        {"cur/1:2,T": 9, ".Trash/cur/1": 9, ".Trash.a/cur/1": 5, **BY_DOVECOT},
+        "OK 14 1000",
+        "T",
         setting="QUOTA_TRASH=skip",
     ),
     Rule(
-        "trash counted without a sign of Dovecot",
+        "trash counted for Courier",
         DISTRUSTED,
-        {"cur/1:2,T": 9, ".Trash/cur/1": 9},
+        {"cur/1:2,T": 9, ".Trash/cur/1": 9, "cur/.x": 9},
         "OK 18 1000",
-        "D",
         setting="QUOTA_TRASH=count",
+    ),
+    Rule(
+        "a server that is named",
+        DISTRUSTED,
+        {"cur/1:2,T": 9, ".Trash/cur/1": 9, "cur/.x": 9},
+        "OK 27 1000",
+        "D",
+        setting="QUOTA_KEEPER=dovecot",
     ),
     Rule("maildirsize beats QUOTA_LIMIT", b"9S\n8 1\n", STUFFED, "OK 8 9", setting="QUOTA_LIMIT=5"),
     Rule("so does its none", b"0S\n8 1\n", STUFFED, "OK 8 0", setting="QUOTA_LIMIT=5"),
@@ -2684,10 +2980,13 @@ def check_figure(row: Rule, path: pathlib.Path) -> None:
         assert counted == row.line.split()[1], row
 
 
-def test_dovecot_follows_each_sentence_of_the_rule(dovecot: Callable[..., Any]) -> None:
-    server = dovecot()
+@pytest.mark.parametrize("letter", ["D", "T"])
+def test_dovecot_follows_each_sentence_of_the_rule(
+    dovecot: Callable[..., Any], letter: str
+) -> None:
+    server = dovecot(trash=letter == "D")
     for number, row in enumerate(MAILDIR_RULE):
-        if "D" in row.judges:
+        if letter in row.judges:
             user = f"u{number}"
             maildir = Maildir(row.maildirsize, row.age, row.files)
             path = make_maildir(server.path_of(user), maildir)
@@ -2702,6 +3001,156 @@ def test_deliverquota_follows_each_sentence_of_the_rule(tmp_path: pathlib.Path) 
             path = make_maildir(tmp_path / str(number), maildir)
             assert deliverquota_refuses(path) == row.line.startswith("OVER"), row
             check_figure(row, path)
+
+
+# ---- virtual sizes: what the count driver counts ----
+
+LINES_OF_LF = b"Subject: x\n\n" + b"ab\n" * 100  # 312 bytes, of which 102 end a line
+COUNT_RULE: tuple[tuple[str, Mapping[str, Union[int, str, bytes]], int], ...] = (
+    # (sentence, files, bytes)
+    ("W= beats S= and the file", {"cur/1,S=312,W=414:2,S": 1, "new/2,W=7": LINES_OF_LF}, 421),
+    ("no W=: the file in CR LF", {"new/1,S=312": LINES_OF_LF, "cur/2:2,": LINES_OF_LF}, 828),
+    ("what ends in CR LF already", {"new/1": b"x: y\r\n\r\n" + b"ab\r\n" * 99 + b"z\n"}, 407),
+    ("at whatever place", {"new/1": b"x: y\n\n" + b"z" * 65529 + b"\r\n" + b"z" * 9}, 65548),
+    ("zeros ahead", {"cur/1,W=007:2,": LINES_OF_LF}, 7),
+    ("W= without digits is 0", {"cur/1,W=:2,": LINES_OF_LF, "new/1,W=,S=312": LINES_OF_LF}, 0),
+    ("but not at the end", {"new/1,W=": LINES_OF_LF}, 414),
+    ("of two W= the first", {"cur/1,W=5,W=900:2,": LINES_OF_LF}, 5),
+    ("W= below S=", {"cur/1,S=900,W=400:2,": LINES_OF_LF}, 400),
+    ("other things are no W=", {"cur/1,W=7x:2,": LINES_OF_LF, "new/2,W=-5": LINES_OF_LF}, 828),
+    ("nor is another letter", {"cur/1,w=7:2,": LINES_OF_LF}, 414),
+    ("even among the flags", {"new/1:2,W=9,S": LINES_OF_LF}, 9),
+    ("hidden names", {"cur/.1,W=9": 9, "new/..1,W=9": 9}, 0),
+    ("folders", {".a/new/1,W=9": 9, ".a.b/cur/2,W=8:2,": 9, ".a/.b/cur/3,W=7:2,": 9}, 17),
+    ("linked ones", {"x/cur/1,W=9:2,": 9, ".a": "x"}, 9),
+    ("trash and its flag", {".Trash/cur/1,W=9:2,": 9, "cur/2,W=8:2,T": 9}, 17),
+    ("tmp does not count", {"tmp/1,W=9": 9}, 0),
+)
+
+
+def answer_here(path: pathlib.Path, **settings: Path) -> tuple[list[str], dict[str, str]]:
+    """Ask about the user `john` with this Maildir: status, used and quota; header fields."""
+    env = {name.encode(): str(value).encode() for name, value in settings.items()}
+    env[b"QUOTA_MAILDIR"] = os.fsencode(johns(path))
+    before = state_of(path)
+    status, line, headers = load(MAILDIR_CGI).answer(b"john", None, env)
+    assert state_of(path) == before, f"{path} was changed"
+    assert status == 200, line
+    word, _, used, quota = line.decode().split()
+    return [word, used, quota], dict(headers)
+
+
+def room_here(path: pathlib.Path, **settings: Path) -> int:
+    """Return the size of the largest message that fits, by our answer."""
+    (word, used, quota), headers = answer_here(path, **settings)
+    if word == "OVERQUOTA":
+        return 0
+    return int(quota) + int(headers.get("Quota-Grace", 0)) - int(used)
+
+
+@pytest.mark.parametrize("trash", [True, False])
+def test_the_count_driver_follows_each_sentence_of_its_rule(
+    dovecot: Callable[..., Any], trash: bool
+) -> None:
+    server = dovecot(10**6, "count", trash=trash)
+    for number, (sentence, files, size) in enumerate(COUNT_RULE):
+        path = make_maildir(server.path_of(f"u{number}"), Maildir(None, 0, files))
+        size -= 0 if trash else sum(".Trash/" in name for name in files) * 9
+        keeper = {"QUOTA_KEEPER": "dovecot-count", "QUOTA_TRASH": "count" if trash else "skip"}
+        settings = {**keeper, "QUOTA_LIMIT": "1000000", "QUOTA_GRACE": "0"}
+        assert answer_here(path, **settings)[0] == ["OK", str(size), "1000000"], sentence
+        assert 10**6 - server.room(f"u{number}", 10**6) == size, sentence
+
+
+def test_of_many_messages_without_a_virtual_size_some_are_read_and_the_rest_estimated(
+    tmp_path: pathlib.Path,
+) -> None:
+    cgi = load(MAILDIR_CGI)
+    for number, most, size in (0, 10**6, 3 * 414), (1, 1, 3 * 414), (2, 0, 3 * 312):
+        files = {f"new/{n}": LINES_OF_LF for n in range(3)}
+        path = make_maildir(tmp_path / str(number), Maildir(None, 0, files))
+        cgi.MOST_READ = most
+        line = ask_here(cgi, path, QUOTA_KEEPER="dovecot-count", QUOTA_LIMIT="10000")
+        assert line == b"OK john %d 10000" % size
+
+
+# ---- room: how much the next message may have ----
+
+
+class Judge(NamedTuple):
+    """How a Dovecot is set up, and the settings that the CGI wants for it."""
+
+    driver: str
+    grace: str
+    settings: dict[str, str]
+    control: bool = False
+
+
+ROOM_LIMIT = 300_000  # bytes
+JUDGES = (
+    Judge("maildir", "", {}),
+    Judge("maildir", "0", {"QUOTA_GRACE": "0"}),
+    Judge("maildir", "20%%", {"QUOTA_GRACE": "20%"}, control=True),
+    Judge("count", "", {}),
+    Judge("count", "0", {"QUOTA_GRACE": "0"}),
+    Judge("count", "50K", {"QUOTA_GRACE": "50K"}, control=True),
+)
+
+
+def lines_of(size: int, width: int, end: bytes) -> bytes:
+    """Return a message of so many bytes, its lines of one width but the last."""
+    text = b"Subject: x" + end * 2
+    while size - len(text) >= width + 2 * len(end):
+        text += b"x" * width + end
+    return text + b"x" * (size - len(text) - len(end)) + end
+
+
+def sized(server: Dovecot, size: int) -> bytes:
+    """Return a message that has this size once LMTP has put its header before it.
+
+    It is the size with CR LF, which either driver takes it for: the maildir driver adds up others.
+    """
+    assert server.deliver("users", lines_of(500, 60, b"\r\n")) == 250
+    path = server.path_of("users")
+    newest = max(path.glob("new/*"), key=lambda file: file.stat().st_mtime_ns)
+    header = int(newest.name.partition(",W=")[2]) - 500
+    return lines_of(size - header, 60, b"\r\n")
+
+
+@pytest.mark.parametrize("judge", JUDGES, ids=lambda j: f"{j.driver}-{j.grace or 'default'}")
+def test_the_room_is_what_dovecot_says_and_what_its_lmtp_takes(
+    dovecot: Callable[..., Any], judge: Judge
+) -> None:
+    if judge.driver == "maildir" and not dovecot_is_old():
+        return  # that driver has no settings of its own any more
+    grace = judge.grace if dovecot_is_old() or "%" not in judge.grace else ""
+    server = dovecot(ROOM_LIMIT, judge.driver, grace, judge.control, protocols="lmtp")
+    settings = {"QUOTA_LIMIT": str(ROOM_LIMIT), **judge.settings}
+    if judge.control:
+        (server.base / "control").mkdir()
+        os.chown(server.base / "control", MAIL_UID, MAIL_UID)
+    most = ROOM_LIMIT + 11 * 2**20
+    rng = random.Random(1)
+    points = 0
+    for mailbox in range(5):
+        user = f"user{mailbox}"
+        path = server.path_of(user)
+        if judge.control:
+            settings["QUOTA_CONTROL"] = str(server.base / f"{user}.%n")
+            (server.base / f"{user}.john").symlink_to(server.base / "control" / user)
+        for _ in range(8):
+            end = rng.choice((b"\r\n", b"\n"))
+            message = lines_of(rng.randrange(200, 50_000), rng.randrange(1, 400), end)
+            assert server.deliver(user, message) == 250
+            points += 1
+            assert room_here(path, **settings) == server.room(user, most)
+        room = server.room(user, most)
+        if room:
+            assert server.deliver(user, sized(server, room + 1)) == 552
+            assert server.deliver(user, sized(server, room)) == 250
+        assert room_here(path, **settings) == server.room(user, most) == 0
+        assert answer_here(path, **settings)[0][0] == "OVERQUOTA"
+    assert points >= 40
 
 
 # ---- what can be wrong with a Maildir ----
@@ -2807,7 +3256,7 @@ def test_looping_folders_are_followed_once_where_dovecot_follows_them(
     tmp_path: pathlib.Path,
 ) -> None:
     path = make_maildir(tmp_path / "Maildir", Maildir(DISTRUSTED, 0, {"cur/1": 9, ".a": "."}))
-    assert ask_there(path, QUOTA_TRASH="count") == b"OK john 18 1000"
+    assert ask_there(path, QUOTA_KEEPER="dovecot") == b"OK john 18 1000"
 
 
 @pytest.mark.parametrize("secret", ["maildirsize", ".", "cur", ".a/new", ".a"])
@@ -2848,7 +3297,7 @@ def test_messages_that_come_and_go_while_it_counts_do_no_harm(tmp_path: pathlib.
         wait_for((path / "new" / "0").exists, "the first message")
         for _ in range(150):
             answer = cgi.answer(b"john", None, {b"QUOTA_MAILDIR": bytes(johns(path))})
-            assert answer == (200, b"OK john 9 1000\n")
+            assert answer[:2] == (200, b"OK john 9 1000\n")
         assert process.popen.poll() is None, process.output()
     finally:
         process.stop()
@@ -3353,7 +3802,7 @@ class Story:
         """Give a message; return what became of it, in the words of the tables."""
         size = int(words[0])
         users = words[words.index("to") + 1 :] if "to" in words else ["john"]
-        names = [f"{user}{'' if user == 'postmaster' else self.number}" for user in users]
+        names = [re.sub("^(?!postmaster)[a-z]+", rf"\g<0>{self.number}", user) for user in users]
         declared = [word for word in words if word.startswith("SIZE=")]
         declared += [f"SIZE={size}"] if verb == "sized" else []
         if verb in ("mail", "sized"):
@@ -3384,7 +3833,8 @@ def reload(running: RunningMilter) -> str:
     """Send a HUP and return the line of the log that says what became of it."""
 
     def lines() -> list[str]:
-        return [line for line in running.process.output().splitlines() if "reload" in line]
+        log = running.process.output().splitlines()
+        return [line for line in log if "state=reloaded" in line or "state=kept" in line]
 
     before = len(lines())
     running.process.popen.send_signal(signal.SIGHUP)
@@ -3543,6 +3993,19 @@ STORIES: dict[str, dict[str, list[str]]] = {
             "john has 0",
             "mail 60_000 to john john -> taken",
             "mail 39_001 -> over quota at",
+            "mail 38_000 -> taken",
+        ],
+        "each address of a mailbox brings it a copy": [
+            "john has 0",
+            "mail 40_000 to john john+a -> taken",
+            "mail 19_001 -> over quota at the end",
+            "mail 17_000 -> taken",
+        ],
+        "a copy that does not fit is refused for itself where its size is known": [
+            "john has 0",
+            "sized 60_000 to john john+a -> taken",
+            "mail 39_001 -> over quota at the end",
+            "mail 38_000 -> taken",
         ],
         "grace is for the message that fills the mailbox": [
             "john has 90_000 grace 10000",
@@ -3651,7 +4114,18 @@ STORIES: dict[str, dict[str, list[str]]] = {
             "wait 1.3",
             "mail 40_000 -> taken",
             "mail 40_000 -> over quota at the end",
-        ]
+        ],
+        "growth is the work of what has ended by itself before it is that of later mail": [
+            "john has 0",
+            "mail 40_000 -> taken",
+            "wait 2",
+            "mail 40_000 -> taken",
+            "wait 1.3",
+            "john has 40_000",
+            "hup",
+            "mail 19_001 -> over quota at the end",
+            "mail 18_000 -> taken",
+        ],
     },
     "--in-flight 0": {
         "nothing is in flight, and the real size counts": [
@@ -3731,7 +4205,7 @@ def test_mail_in_flight_counts(
     [
         (6, ALL_BITS & ~MilterSession.SKIP),
         (6, ALL_BITS & ~0x200),  # DATA cannot be done without
-        (6, 0),
+        (6, 0x3F),
         (4, 0x7F),
         (2, 0x7F),  # Sendmail 8.12: there is no DATA
     ],
@@ -3802,13 +4276,13 @@ def test_ten_thousand_recipients_of_a_message(
         for size, reply in (60_001, "452 4.2.2"), (50_000, ""):
             session.mail()
             for number in range(10_000):
-                assert session.rcpt(f"<user{number % 500}+{number}@example.com>") == ""
+                assert session.rcpt(f"<user{number % 500}@example.com>") == ""
             session.data()
             session.body(size)
             begin = time.monotonic()
             got = session.end()
             assert got.startswith(reply) and bool(got) == bool(reply)
-            assert "user0+0@example.com" in got or not got, "the first"
+            assert "user0@example.com" in got or not got, "the first"
             assert time.monotonic() - begin < 1 + SLACK
         for user in "user0", "user499+x":
             assert session.message(user, 9_001).startswith("452"), user
@@ -3949,14 +4423,17 @@ def test_the_log_tells_the_step_and_the_size(
     for dry in (), ("--dry-run",):
         running = milter(backend, *dry)
         with running.session() as session:
-            for size, declared in (70_001, ["SIZE=70001"]), (80_002, []), (100_003, []):
-                assert bool(session.message("john", size, *declared)) != bool(dry)
-        at_rcpt, at_end, too_large = (running.log(f"size={n}") for n in (70001, 80002, 1000))
+            for user, size in ("john", 70_001), ("mary", 80_002), ("paul", 100_003):
+                declared = [f"SIZE={size}"] * (user == "john")
+                assert bool(session.message(user, size, *declared)) != bool(dry)
+        at_rcpt, at_end = running.log("size=70001"), running.log("size=80002")
+        too_large = running.log("size=1000")
         assert "verdict=overquota" in at_rcpt and "step=rcpt" in at_rcpt
-        assert "verdict=overquota" in at_end and "step=end" in at_end
-        assert "verdict=toolarge" in too_large and "step=end" in too_large
-        for line in at_rcpt, at_end, too_large:
-            assert "recipient=john@example.com user=john" in line and "quota=100000" in line
+        assert "verdict=overquota" in at_end and "step=data" in at_end
+        assert "verdict=toolarge" in too_large and "step=data" in too_large
+        for user, line in ("john", at_rcpt), ("mary", at_end), ("paul", too_large):
+            assert f"recipient={user}@example.com user={user} " in line
+            assert "used=40000 quota=100000" in line
             assert line.endswith("dry_run=yes") == bool(dry)
 
 
@@ -4395,7 +4872,6 @@ def test_metrics_tell_prometheus_what_the_milter_does(
     backends = [f"--backend=example.com={secret}", f"--backend=dead.org={dead}"]
     options = *backends, "--metrics", file, "--in-flight", "600"
     running = milter(None, *options, preexec_fn=lambda: os.umask(0o077))
-    exercise(running)
     seen: set[int] = set()
 
     def complete() -> dict[str, Any]:
@@ -4407,7 +4883,10 @@ def test_metrics_tell_prometheus_what_the_milter_does(
         families = read_metrics(file)
         return families if 80_005 in values(families, "counter") else {}
 
+    wait_for(lambda: complete() or seen, "the first file", METRICS_TIME)
+    exercise(running)
     families = wait_for(complete, "the numbers", METRICS_TIME)
+    assert len(seen) > 1, "a file is replaced, not written over"
     assert "secret" not in file.read_text()
     assert {family.type for family in families.values()} == {"counter", "gauge", "histogram"}
     assert all(family.documentation for family in families.values())
@@ -4419,8 +4898,9 @@ def test_metrics_tell_prometheus_what_the_milter_does(
         for sample in family.samples
         for label in sample.labels.values()
     }
-    assert 2 in values(families, "gauge", "flight"), "messages in flight"
-    assert any(50_000 <= value <= 80_000 for value in values(families, "gauge", "flight"))
+    flight = values(families, "gauge", "flight")
+    assert 5 in flight, "messages under way to a mailbox: john, paul, mary, gone, john@dead.org"
+    assert any(75_010 <= value <= 77_690 for value in flight), "bytes"
     assert values(families, "gauge", f":{backend.port}/").count(1) == 1, "up"
     assert values(families, "gauge", dead) == [0], "down"
     mailboxes = 35  # john, paul, mary, full, gone and thirty users
@@ -4431,8 +4911,6 @@ def test_metrics_tell_prometheus_what_the_milter_does(
     assert count == [mailboxes] == buckets[-1:] and buckets == sorted(buckets)
     assert 0 < values(families, "histogram", "_sum", f":{backend.port}/")[0] < 60
     assert os.listdir(folder) == ["quota.prom"]
-    before = seen.copy()
-    wait_for(lambda: complete() and seen - before, "the next file", METRICS_TIME)
     assert running.process.stop() == 0
     assert os.listdir(folder) in ([], ["quota.prom"])
 
@@ -4555,9 +5033,9 @@ def test_hup_changes_backends_timeouts_and_files_but_neither_socket_nor_sessions
     lines += [f"--listen inet:{port}@127.0.0.1", "--syslog", f"--metrics {tmp_path}/quota.prom"]
     with running.session() as session:
         assert session.message("john", 1) == ""
-        session.mail()
         file.write_text("\n".join(lines) + "\n")
         reload(running)
+        session.mail()
         begin = time.monotonic()
         assert session.rcpt("<john@example.com>").startswith("451")
         assert time.monotonic() - begin < 1 + SLACK
@@ -4649,7 +5127,7 @@ def test_check_without_an_address_says_whether_the_options_are_good(
     (tmp_path / "aliases").write_text("info: john\n")
     for arguments in [f"@{file}", "--check"], ["--check", f"@{file}"]:
         status, _, errors = run_milter(*arguments)
-        assert (status, errors) == (0, "")
+        assert status == 0 and "error" not in errors
     assert backend.asked == []
 
 
@@ -5790,9 +6268,6 @@ MISTAKES = {
         ALLOWED, ALLOWED + "\nEnvironment=QUOTA_USERS={folder}/nothing", "500 ERROR .*QUOTA_USERS"
     ),
     "another frontend": Mistake(ALLOWED, "QUOTA_ALLOW=192.0.2.25", "403 ERROR "),
-    "a network that is none": Mistake(
-        ALLOWED, "QUOTA_ALLOW=192.0.2.0/33", "500 ERROR .*QUOTA_ALLOW"
-    ),
 }
 
 
@@ -6289,6 +6764,7 @@ virtual_mailbox_domains = example.com
 virtual_mailbox_maps = static:ok
 virtual_transport = lmtp:inet:127.0.0.1:{port}
 lmtp_destination_recipient_limit = 1
+lmtp_destination_concurrency_limit = 2
 """
 
 
@@ -6461,8 +6937,9 @@ def tls_site(site: Site) -> Site:
     need("htpasswd", "apache2-utils")
     ssl_folder = site.folder / "ssl"
     own: dict[str, Path] = {"/etc/ssl/quota": ssl_folder, "DNS:mail1.example.com": "IP:127.0.0.1"}
-    run_block("Backend: a private authority and a certificate", own)
-    strict = ["openssl", "verify", "-x509_strict", "-CAfile", "authority.pem", "mail1.pem"]
+    run_block("Backend: a certificate of its own", own)
+    strict = ["openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-CAfile", "mail1.pem"]
+    strict += ["-verify_ip", "127.0.0.1", "mail1.pem"]
     assert subprocess.run(strict, cwd=ssl_folder).returncode == 0  # as Python 3.13 does
     assert all(key.stat().st_mode & 0o077 == 0 for key in ssl_folder.glob("*.key"))
     environment = stock_apache(site, site.other_port, site.port)
@@ -6486,19 +6963,19 @@ def options_for(site: Site, password: str, cafile: Path) -> pathlib.Path:
     url = site.url.replace("//", f"//frontend:{password}@")
     own: dict[str, Path] = {
         "https://frontend:secret@mail1.example.com/cgi-bin/quota.cgi": url,
-        "/etc/ssl/quota/authority.pem": cafile,
+        "/etc/ssl/quota/mail1.pem": cafile,
     }
     file = site.folder / "quota_milter.conf"
-    name = "/etc/quota_milter.conf, with a password and a private authority"
+    name = "/etc/quota_milter.conf, with a password and a certificate"
     file.write_text(readme_block(name, own))
     return file
 
 
-def test_a_password_over_https_with_a_private_authority(
+def test_a_password_over_https_with_a_certificate_of_its_own(
     tls_site: Site, milter: Callable[..., RunningMilter]
 ) -> None:
-    authority = tls_site.folder / "ssl/authority.pem"
-    running = milter(None, f"@{options_for(tls_site, ENCODED, authority)}", "--verbose")
+    certificate = tls_site.folder / "ssl/mail1.pem"
+    running = milter(None, f"@{options_for(tls_site, ENCODED, certificate)}", "--verbose")
     assert running.rcpt("<john@example.com>") == quota_exceeded("john@example.com")
     assert running.rcpt("<mary@example.com>") == ""
     assert "used=209714200" in running.log("mary")
@@ -6508,8 +6985,8 @@ def test_a_password_over_https_with_a_private_authority(
 def test_a_wrong_password_refuses_nothing_and_is_not_logged(
     tls_site: Site, milter: Callable[..., RunningMilter]
 ) -> None:
-    authority = tls_site.folder / "ssl/authority.pem"
-    running = milter(None, f"@{options_for(tls_site, 'wrong', authority)}")
+    certificate = tls_site.folder / "ssl/mail1.pem"
+    running = milter(None, f"@{options_for(tls_site, 'wrong', certificate)}")
     assert running.rcpt("<john@example.com>") == ""
     assert "status 401" in running.log("verdict=fault")
     assert "wrong" not in running.process.output()
@@ -6522,7 +6999,7 @@ def test_a_certificate_of_an_unknown_authority_or_name_refuses_nothing(
     assert running.rcpt("<john@example.com>") == ""
     assert "certificate verify failed" in running.log("state=down")
     tls_site.url = tls_site.url.replace("127.0.0.1", "localhost")
-    file = options_for(tls_site, ENCODED, tls_site.folder / "ssl/authority.pem")
+    file = options_for(tls_site, ENCODED, tls_site.folder / "ssl/mail1.pem")
     running = milter(None, f"@{file}")
     assert running.rcpt("<john@example.com>") == ""
     assert "certificate verify failed" in running.log("state=down")
@@ -6542,7 +7019,7 @@ WITHOUT = {
 def test_who_lacks_https_or_the_address_or_the_password_gets_no_answer_at_any_url(
     tls_site: Site,
 ) -> None:
-    site, trust = tls_site, ["--cacert", str(tls_site.folder / "ssl/authority.pem")]
+    site, trust = tls_site, ["--cacert", str(tls_site.folder / "ssl/mail1.pem")]
     assert site.ask("u=john", *trust, *PASSWORD) == f"200 OVERQUOTA john {ROOM + 1} {ROOM}"
     ports = {"https": site.port, "http": site.other_port}
     for lack, (scheme, options) in WITHOUT.items():
