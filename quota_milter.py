@@ -106,7 +106,7 @@ STOPPING = 1.5  # seconds that libmilter, and then the log, get to stop
 
 OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
 TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
-INACTIVE = "552 5.2.2 Mailbox {address} is full and has not been used for a long time"
+INACTIVE = "552 5.2.2 Mailbox of {address} is full and not in use"
 VERDICTS = ("ok", "overquota", "toolarge", "inactive", "unknown", "fault")
 DOWN = "the backend is down and is left alone for a while"
 UNASKED = ("empty", "exempt", "alias", "nobackend")
@@ -1713,6 +1713,7 @@ class Option(NamedTuple):
     default: Any
     text: str
     may_repeat: bool = False
+    nargs: Optional[str] = None
 
 
 SECONDS = number(float, 0, DAY)
@@ -1759,6 +1760,11 @@ OPTIONS = [
     ),
     Option("cafile", "FILE", trust, None, "certificates to trust for https (the system's)"),
     Option("dry-run", "", bool, False, "log what would be answered, let everything through"),
+    Option(
+        *("check", "ADDRESS", str, None),
+        "ask now, print the verdicts and exit; without an address: check the options",
+        nargs="*",
+    ),
     Option("metrics", "FILE", str, None, "counters in Prometheus' text format, every 15 seconds"),
     Option("syslog", "", bool, False, "log to syslog, facility mail, not to standard error"),
     Option("verbose", "", bool, False, "log a line for every recipient"),
@@ -1792,11 +1798,10 @@ def option_parser() -> OptionParser:
             arguments.update(metavar=option.metavar, type=option.read, action="store")
             arguments["default"] = [] if option.may_repeat else option.default
             arguments["action"] = "append" if option.may_repeat else "store"
+            arguments["nargs"] = option.nargs
             if option.default is not None:
                 arguments["help"] += " (%(default)s)"
         parser.add_argument("--" + option.name, **arguments)
-    text = "ask now, print the verdicts and exit; without an address: check the options"
-    parser.add_argument("--check", nargs="*", metavar="ADDRESS", help=text)
     parser.add_argument("--version", action="version", version="quota_milter " + VERSION)
     return parser
 
@@ -2069,6 +2074,8 @@ def serve(service: Service, where: str) -> int:
             service.counters.log_line()
     ended_by_itself = not thread.is_alive()
     stop_libmilter(thread, where)
+    service.metrics_due = 0
+    service.tidy()
     service.policy.close()
     service.counters.log_line()
     log.info("listen=%s state=stopped", where)
