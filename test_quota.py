@@ -7714,7 +7714,7 @@ NO_DEFAULTS = {"", "off", "off: standard error", "none: let through", "the syste
 
 
 def test_readme_and_the_help_give_every_option_its_default() -> None:
-    rows = re.findall(r"^\| `--([a-z-]+).*?\| (.*?) \|", README.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `--([a-z-]+).*?` \| ?(.*?) ?\|", README.read_text(), re.M)
     printed = run_milter("--help")[1].partition("\noptions:")[2]
     helps = dict(re.findall(r"^  --([a-z-]+)(.*?)(?=^  -|\Z)", printed, re.MULTILINE | re.DOTALL))
     assert [name for name, _ in rows] == list(helps)  # in the same order
