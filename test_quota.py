@@ -6911,22 +6911,26 @@ def run_folder() -> Iterator[pathlib.Path]:
         yield path
 
 
-def unpack_sendmail(files: pathlib.Path) -> pathlib.Path:
-    """Unpack Sendmail's packages into a folder: to install them would remove Postfix."""
+def unpack(files: pathlib.Path, names: list[str]) -> pathlib.Path:
+    """Unpack Debian packages into a folder: to install them would remove Postfix."""
     need_root()
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = pathlib.Path(home) / "quota_milter"
     cache.mkdir(parents=True, exist_ok=True)
-    names = ["sendmail-bin", "sendmail-base", "sendmail-cf"]
     if not all(list(cache.glob(f"{name}_*.deb")) for name in names):
         download = [need("apt-get", "apt"), "download", *names]
         done = subprocess.run(download, cwd=cache, capture_output=True, text=True)
         if done.returncode:
-            missing(f"Sendmail cannot be had: apt-get update; {done.stderr.strip()[:200]}")
+            missing(f"{names[0]} cannot be had: apt-get update; {done.stderr.strip()[:200]}")
     for name in names:
         newest = max(cache.glob(f"{name}_*.deb"), key=lambda file: file.stat().st_mtime)
         subprocess.run([need("dpkg", "dpkg"), "-x", newest, files], check=True)
     return files
+
+
+def unpack_sendmail(files: pathlib.Path) -> pathlib.Path:
+    """Unpack Sendmail into a folder."""
+    return unpack(files, ["sendmail-bin", "sendmail-base", "sendmail-cf"])
 
 
 @pytest.fixture(scope="session")
@@ -6980,6 +6984,186 @@ def test_sendmail_defers_mail_for_a_full_mailbox_and_accepts_it_without_the_milt
     ]
     assert process.stop() == 0
     assert send(port, *recipients) == ["", "", ""]
+
+
+# ---- Exim ----
+
+# Debian's answers to its own questions: a frontend that relays for its domains.
+EXIM_SETTINGS = """
+dc_eximconfig_configtype='internet'
+dc_local_interfaces='127.0.0.1.{port}'
+dc_relay_domains='example.com;example.org'
+dc_other_hostnames=''
+dc_relay_nets=''
+dc_readhost=''
+dc_smarthost=''
+dc_minimaldns='false'
+dc_use_split_config='false'
+dc_hide_mailname=''
+dc_mailname_in_oh='true'
+dc_localdelivery='mail_spool'
+CFILEMODE='644'
+"""
+# Exim's user exists only here, in a view of its own of /etc; then README's commands, then Exim.
+EXIM_START = """
+mount --bind {folder}/passwd /etc/passwd
+mount --bind {folder}/group /etc/group
+chown Debian-exim:Debian-exim {folder}/spool {folder}/log
+{commands}
+exec {program} -C {folder}/exim.conf -bdf -odq
+"""
+EXIM_UID = 29_999
+
+
+@pytest.fixture(scope="session")
+def exim_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Give Exim's packages, unpacked, and see that the libraries are there."""
+    names = ["exim4-daemon-light", "exim4-base", "exim4-config"]
+    files = unpack(tmp_path_factory.mktemp("exim"), names)
+    linked = subprocess.run(["ldd", files / "usr/sbin/exim4"], capture_output=True, text=True)
+    for library, package in ("libidn.so", "libidn12"), ("libgnutls-dane.so", "libgnutls-dane0"):
+        if re.search(rf"{library}.* not found", linked.stdout):
+            missing(f"{library} is missing: apt-get install {package}")
+    return files
+
+
+class Exim:
+    """Debian's Exim with README's lines, in a folder and at a port of its own."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        start: Callable[..., Process],
+        files: pathlib.Path,
+        replacements: Mapping[str, Path],
+    ) -> None:
+        self.folder, self.port = folder / "exim", free_port()
+        self.etc = self.folder / "exim4"
+        for name in "spool", "log":
+            (self.folder / name).mkdir(parents=True)
+        shutil.copytree(files / "etc/exim4", self.etc)
+        for name in "passwd", "group":
+            line = f"Debian-exim:x:{EXIM_UID}:" + f"{EXIM_UID}::/:/bin/sh" * (name == "passwd")
+            (self.folder / name).write_text(f"{pathlib.Path('/etc', name).read_text()}{line}\n")
+        (self.etc / "update-exim4.conf.conf").write_text(EXIM_SETTINGS.format(port=self.port))
+        (self.etc / "hubbed_hosts").write_text("example.com: 192.0.2.1\nexample.org: 192.0.2.1\n")
+        (self.etc / "exim4.conf.localmacros").write_text(
+            f"log_file_path = {self.folder}/log/%slog\n"
+        )
+        (self.etc / "quota_acl").write_text(readme_block("/etc/exim4/quota_acl", replacements))
+        self.put_folders_into(self.etc / "exim4.conf.template")
+        script = self.start_script(files)
+        unshare = [need("unshare", "util-linux"), "--mount", "sh", "-euc", script]
+        process = start(*unshare)
+        process.wait_ready(lambda: answers_at(self.port), "Exim")
+
+    def put_folders_into(self, path: pathlib.Path) -> None:
+        """Let a file of Debian's name this folder instead of the system's."""
+        text = path.read_text().replace("/var/spool/exim4", f"{self.folder}/spool")
+        text = text.replace("/etc/mailname", "/etc/hostname")
+        path.write_text(text.replace("/etc/exim4", str(self.etc)))
+
+    def start_script(self, files: pathlib.Path) -> str:
+        """Return the commands that configure and start Exim."""
+        program = files / "usr/sbin/exim4"
+        update = self.folder / "update-exim4.conf"
+        shutil.copy(files / "usr/sbin/update-exim4.conf", update)
+        self.put_folders_into(update)
+        path = f"PATH={program.parent}:$PATH"
+        own: dict[str, Path] = {
+            "/etc/exim4": self.etc,
+            "\nupdate-exim4.conf": f"\n{path} {update} -d {self.etc} -o {self.folder}/exim.conf",
+            "systemctl reload exim4": "",
+        }
+        commands = readme_block("Exim: use it", own)
+        return EXIM_START.format(folder=self.folder, commands=commands, program=program)
+
+    def replies(self, *recipients: str) -> list[str]:
+        """Send a message as a stranger; return the reply to each recipient, "" where accepted."""
+        found = []
+        stranger = (STRANGER, 0)  # Debian's Exim takes anything from 127.0.0.1
+        with smtplib.SMTP("127.0.0.1", self.port, timeout=60, source_address=stranger) as client:
+            client.ehlo("client.example.net")
+            assert client.mail("sender@example.net")[0] == 250
+            for recipient in recipients:
+                code, text = client.docmd(f"RCPT TO:<{recipient}>")
+                found.append("" if code == 250 else f"{code} {text.decode()}")
+            if "" in found:
+                assert client.data(b"Subject: test\r\n\r\ntest\r\n")[0] == 250
+        return found
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_exim_defers_mail_for_a_full_mailbox_until_it_is_emptied(
+    site: Site, server: Callable[[Site], None], exim_files: pathlib.Path
+) -> None:
+    server(site)
+    own: dict[str, Path] = {
+        "192.0.2.10:8025": f"127.0.0.1:{site.port}",
+        "/quota.cgi": urllib.parse.urlsplit(site.url).path,
+    }
+    exim = Exim(site.folder, site.start, exim_files, own)
+    recipients = ["john@example.com", "mary@example.com", "John+lists@example.org"]
+    full = [quota_exceeded("john@example.com"), "", quota_exceeded("john+lists@example.org")]
+    assert exim.replies(*recipients, "nobody@example.com") == [*full, ""]
+    assert exim.replies("postmaster@example.com") == [""]
+    site.fill("john", 7)
+    assert exim.replies(*recipients) == ["", "", ""]
+
+
+def test_exim_accepts_what_it_cannot_ask_about(
+    folder: pathlib.Path,
+    start: Callable[..., Process],
+    exim_files: pathlib.Path,
+    backend: Backend,
+) -> None:
+    need_root()
+    released = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        while not released.wait(0.2):
+            connection.sendall(b"H")
+
+    backend.default = FULL
+    page = b"HTTP/1.1 %s\r\nServer: x\r\n\r\n%sOVERQUOTA john 101 100\n"
+    backend.answers = {
+        b"room": b"OK OVERQUOTA 1 100\n",
+        b"unknown": b"UNKNOWN unknown\n",
+        b"error": page % (b"500 Internal Server Error", b""),
+        b"moved": page % (b"302 Found", b""),
+        b"page": page % (b"200 OK", b"<p>no such page</p>\n"),
+        b"nothing": b"HTTP/1.1 200 OK\r\n\r\n",
+        b"hanging": lambda connection: released.wait(60) and None,
+        b"dripping": drip,
+    }
+    own = {"192.0.2.10:8025": f"127.0.0.1:{backend.port}", "{5s:": "{2s:"}
+    exim = Exim(folder, start, exim_files, own)
+    for user in backend.answers:
+        begin = time.monotonic()
+        assert exim.replies(f"{user.decode()}@example.com") == [""], user
+        assert time.monotonic() - begin < 15
+    released.set()
+    assert [user.encode() for user in backend.users()] == list(backend.answers)
+    before = len(backend.asked)
+    strange = [
+        "Postmaster",
+        "+x",
+        "a=b",
+        "j$h",
+        "{john}",
+        "x" * 65,
+        '"a b"',
+        "a~b",
+        '"a\\"b"',
+        "-x",
+    ]
+    assert exim.replies(*(f"{user}@example.com" for user in strange)) == [""] * len(strange)
+    refused = exim.replies("john@example.net", "a%b@example.com", "../john@example.com")
+    assert {reply[:4] for reply in refused} == {"550 "}, "by Exim itself"
+    assert backend.asked[before:] == []
+    assert exim.replies("john@example.com") == [quota_exceeded("john@example.com")]
+    backend.close()
+    assert exim.replies("john@example.com") == [""]
 
 
 # ---- two rows of servers: a burst ----
