@@ -41,24 +41,34 @@ SECURITY
 import errno
 import posix
 import sys
+import time
 
 TYPE_CHECKING = False  # as in `typing`, without its import
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import socket
+    from collections.abc import Callable, Iterator
     from typing import Any, Optional
 
     Env = dict[bytes, bytes]
+    Header = list[tuple[str, str]]
+    Measure = Callable[..., tuple[bool, int, int, int, float]]
 
 QUOTA_LIMIT = "200M"  # bytes, or with K, M, G, T (powers of 1024); 0: no limit
 QUOTA_MAILBOX = "/var/mail/%n"  # %n user, %d domain, %u user@domain, %h the user's home, %% percent
 QUOTA_USERS = ""  # a file of lines `user limit` or `user@domain limit`, which beat QUOTA_LIMIT
+QUOTA_ALLOW = ""  # addresses and networks that may ask, as `192.0.2.25 2001:db8::/32`; none: all
+QUOTA_GRACE = "auto"  # what the message that fills the mailbox may take beyond its quota: 1M, 10%
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
 PATH_SETTING = "QUOTA_MAILBOX"
 
 
-def measure(path: bytes, limit: int, given: "Optional[int]", env: "Env") -> "tuple[bool, int, int]":
-    """Measure the mbox at `path`: over its quota?, bytes used, quota in bytes (0: none).
+def measure(
+    path: bytes, limit: int, given: "Optional[int]", env: "Env"
+) -> "tuple[bool, int, int, int, float]":
+    """Measure the mbox at `path`: over its quota?, bytes used, quota, grace, its last change.
+
+    Quota (0: none) and grace in bytes, the last change in seconds since the epoch (0: not known).
 
     `limit` is QUOTA_LIMIT, `given` what QUOTA_USERS has for this user. Raises OSError, Problem.
     """
@@ -66,18 +76,29 @@ def measure(path: bytes, limit: int, given: "Optional[int]", env: "Env") -> "tup
     status = posix.stat(path)
     if status.st_mode & S_IFMT != S_IFREG:
         raise Problem(500, "the mailbox is not a file", path)
-    return 0 < quota < status.st_size, status.st_size, quota
+    grace = parse_grace(setting("QUOTA_GRACE", env), quota)
+    return 0 < quota < status.st_size, status.st_size, quota, grace, status.st_mtime
 
 
 # ---- From here to the end the text is the same in quota.cgi and maildir_quota.cgi. ----
 
 NAME_LENGTH = 255  # bytes in a user or a domain, as in a file's name
+LONGEST_LIMIT = 20  # digits and a letter; more than any disk has
+BLOCK = 1 << 16  # bytes of QUOTA_USERS that are in memory at a time
 S_IFMT, S_IFREG = 0o170000, 0o100000  # from stat.h: a regular file
+AF_INET, AF_INET6 = 2, 10  # as on Linux
+MAPPED = "0" * 80 + "1" * 16  # what an IPv6 address that stands for an IPv4 address begins with
 HEX = b"0123456789abcdefABCDEF"
+SHAPE = bytes.maketrans(b"123456789kmgtMGT", b"000000000KKKKKKK")  # of a limit: 200M is 000K
+PLACEHOLDERS = "%n user, %d domain, %u user@domain, %h home, %1n or %1.2n a part, %% percent"
+WEEKDAYS, MONTHS = "MonTueWedThuFriSatSun", "JanFebMarAprMayJunJulAugSepOctNovDec"
+END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
 REASONS = {
     200: "OK",
     400: "Bad Request",
+    403: "Forbidden",
     405: "Method Not Allowed",
+    414: "URI Too Long",
     500: "Internal Server Error",
 }
 
@@ -96,37 +117,175 @@ def setting(name: str, env: "Env") -> bytes:
     return str(globals()[name]).encode() if given is None else given
 
 
-def parse_limit(name: str, text: bytes) -> int:
-    """Read the limit in a setting in bytes. Raises Problem where it is none."""
+# ---- who may ask ----
+
+
+def network_bits(text: str) -> str:
+    """Return the leading bits of an address or network, behind a letter for its family.
+
+    An IPv4 address inside IPv6, as a socket for both has it, is an IPv4 address. Raises ValueError,
+    OSError.
+    """
+    from _socket import inet_pton  # `socket` and `ipaddress` take as long as all the rest
+
+    address, slash, length = text.partition("/")
+    family, size = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
+    bits = f"{int.from_bytes(inet_pton(family, address), 'big'):0{size}b}"
+    if slash:
+        if not length.isdigit() or int(length) > size:
+            raise ValueError(text)
+        bits = bits[: int(length)]
+    if size == 32:
+        return "4" + bits
+    return "4" + bits[96:] if bits.startswith(MAPPED) else "6" + bits
+
+
+def allowed_networks(env: "Env") -> "Optional[list[str]]":
+    """Return the bits of what QUOTA_ALLOW names; None where all may ask. Raises Problem."""
+    allow = setting("QUOTA_ALLOW", env)
+    if not allow:
+        return None
+    networks = []
+    for text in allow.replace(b",", b" ").split():
+        try:
+            networks.append(network_bits(text.decode()))
+        except (OSError, ValueError):
+            raise Problem(
+                500, "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`", text
+            ) from None
+    return networks
+
+
+def check_peer(peer: str, networks: "Optional[list[str]]") -> None:
+    """Raise Problem where there are networks that may ask and this address is in none."""
+    if networks is None:
+        return
+    try:
+        bits = network_bits(peer.partition("%")[0])  # what follows is the interface
+    except (OSError, ValueError):
+        raise Problem(403, "QUOTA_ALLOW is set and the address of who asks is not known") from None
+    if not any(map(bits.startswith, networks)):
+        raise Problem(403, f"{peer} may not ask: it is not in QUOTA_ALLOW")
+
+
+# ---- limits ----
+
+
+def to_bytes(text: bytes) -> "Optional[int]":
+    """Read a limit like 200M in bytes; None where it is none."""
     text = text.strip().upper()
     power = b"KMGT".find(text[-1:]) + 1
     digits = text[:-1] if power else text
-    if not digits.isdigit() or len(digits) > 20:
-        raise Problem(500, f"{name} has a limit that is not like 200M", text)
+    if not digits.isdigit() or len(text) > LONGEST_LIMIT:
+        return None
     return int(digits) << 10 * power
 
 
+def parse_limit(name: str, text: bytes) -> int:
+    """Read the limit in a setting in bytes. Raises Problem where it is none."""
+    limit = to_bytes(text)
+    if limit is None:
+        raise Problem(500, f"{name} has a limit that is not like 200M", text)
+    return limit
+
+
+def parse_grace(text: bytes, quota: int) -> int:
+    """Read a grace in bytes: written like a limit, or `10%` of the quota. Raises Problem."""
+    text = text.strip()
+    percent = to_bytes(text[:-1]) if text[-1:] == b"%" and text[-2:-1].isdigit() else None
+    grace = 0 if text == b"auto" else to_bytes(text)
+    if percent is not None:
+        grace = quota * percent // 100
+    if grace is None:
+        raise Problem(500, "QUOTA_GRACE is not like 10%, 10M or auto", text)
+    return grace
+
+
 def user_limit(user: bytes, domain: "Optional[bytes]", env: "Env") -> "Optional[int]":
-    """Look up in QUOTA_USERS the limit in bytes of user@domain, else user. Raises Problem."""
+    """Look up in QUOTA_USERS the limit in bytes of user@domain, user or @domain. Raises Problem."""
     path = setting("QUOTA_USERS", env)
     if not path:
         return None
-    found: dict[bytes, bytes] = {}
+    wanted = [user] if domain is None else [user + b"@" + domain, user, b"@" + domain]
     try:
-        if posix.stat(path).st_mode & S_IFMT != S_IFREG:
-            raise OSError("not a file")
-        with open(path, "rb") as file:
-            for line in file:
-                text = line.replace(b"\t", b" ").partition(b" #")[0].strip()
-                name, space, limit = text.rpartition(b" ")
-                if text[:1] != b"#":
-                    found.setdefault(name.rstrip() if space else text, limit if space else b"")
+        found = look_up(path, set(wanted))
     except OSError as error:
         raise Problem(500, "the file QUOTA_USERS cannot be read", error) from None
-    for name in user + b"@" + (domain or b""), user:
+    for name in wanted:
         if name in found:
-            return parse_limit("QUOTA_USERS", found[name])
+            return to_bytes(found[name])
     return None
+
+
+def look_up(path: bytes, wanted: "set[bytes]") -> "dict[bytes, bytes]":
+    """Return the limits that QUOTA_USERS has for these names. Raises OSError, Problem."""
+    found: dict[bytes, bytes] = {}
+    for names, limits in read_users(path):
+        for name in wanted.intersection(names):
+            found.setdefault(name, limits[names.index(name)])
+    return found
+
+
+def read_users(path: bytes) -> "Iterator[tuple[list[bytes], list[bytes]]]":
+    """Read QUOTA_USERS; yield some names and their limits at a time. Raises OSError, Problem."""
+    file = posix.open(path, posix.O_RDONLY | posix.O_NONBLOCK)  # which does not wait for a pipe
+    try:
+        before = posix.fstat(file)
+        if before.st_mode & S_IFMT != S_IFREG:
+            raise OSError("not a file")
+        number, rest = 1, b""
+        while block := posix.read(file, BLOCK):
+            whole, newline, rest = (rest + block).rpartition(b"\n")
+            if len(rest) > BLOCK:
+                break
+            yield from parse_users(whole + newline, number)
+            number += whole.count(b"\n") + len(newline)
+        if rest:
+            raise Problem(500, f"QUOTA_USERS: line {number}, the last, has no newline at its end")
+        after = posix.fstat(file)
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise Problem(500, "QUOTA_USERS changed while it was read: replace it with mv")
+    finally:
+        posix.close(file)
+
+
+def parse_users(text: bytes, number: int) -> "Iterator[tuple[list[bytes], list[bytes]]]":
+    """Read whole lines of QUOTA_USERS, of which the first has this number. Raises Problem.
+
+    Line by line, a million would take a second. So many at once are tried first: where each is two
+    fields and nothing is special in any, they are done; else each half is tried.
+    """
+    text = text.replace(b"\t", b" ")
+    lines = text.count(b"\n")
+    fields = text.replace(b"\n", b" \0 ").split()
+    names, limits = fields[::3], fields[1::3]
+    shape = b" %s " % b" ".join(limits).translate(SHAPE)
+    if (
+        len(fields) == 3 * lines > 0
+        and set(fields[2::3]) == {b"\0"}
+        and not any(special in text for special in (b"#", b"\0", b": ", b"@ "))
+        and not any(wrong in shape for wrong in (b"K0", b"KK", b" K"))
+        and not shape.strip(b" 0K")
+        and len(max(limits, key=len)) <= LONGEST_LIMIT
+    ):
+        yield names, limits
+    elif lines > 8:
+        middle = text.rfind(b"\n", 0, len(text) // 2) + 1 or text.find(b"\n") + 1
+        yield from parse_users(text[:middle], number)
+        yield from parse_users(text[middle:], number + text.count(b"\n", 0, middle))
+    else:
+        for line in text.split(b"\n"):
+            line = line.partition(b" #")[0].strip()
+            if line and line[:1] != b"#":
+                name, *limit = line.rsplit(None, 1)
+                if not limit or name[-1:] in (b":", b"@") or to_bytes(limit[0]) is None:
+                    why = "is not `user limit`, `user@domain limit` or `@domain limit`"
+                    raise Problem(500, f"QUOTA_USERS: line {number} {why}", line)
+                yield [name], limit
+            number += 1
+
+
+# ---- the question ----
 
 
 def unquote(text: bytes) -> bytes:
@@ -159,6 +318,24 @@ def check_name(what: str, name: bytes) -> None:
         raise Problem(400, "control character in the " + what)
 
 
+# ---- the mailbox ----
+
+
+def check_template(template: bytes) -> bytes:
+    """Return the folder that a path of mailboxes begins with. Raises Problem where it is none."""
+    if template[:1] != b"/" and template[:2] != b"%h":
+        raise Problem(500, f"{PATH_SETTING} does not begin with /", template)
+    first, *rest = template.replace(b"%%", b"\0").split(b"%")
+    for part in rest:
+        if part.lstrip(b"0123456789.")[:1] not in (b"n", b"d", b"u", b"h"):
+            why = f"has a placeholder that is none of: {PLACEHOLDERS}"
+            raise Problem(500, f"{PATH_SETTING} {why}", template)
+    if not any(part[:1] in (b"n", b"u", b"h") for part in rest):
+        why = "names no user (%n, %u or %h); systemd and uWSGI want each % doubled"
+        raise Problem(500, f"{PATH_SETTING} {why}", template)
+    return first[: first.rfind(b"/") + 1].replace(b"\0", b"%")
+
+
 def expand(template: bytes, user: bytes, domain: "Optional[bytes]") -> "Optional[bytes]":
     """Put the names into a path. None where it asks for the home of a user that the system lacks.
 
@@ -167,24 +344,23 @@ def expand(template: bytes, user: bytes, domain: "Optional[bytes]") -> "Optional
     first, *rest = template.replace(b"%%", b"\0").split(b"%")
     parts = [first]
     for part in rest:
-        placeholder = part[:1]
-        if placeholder == b"n":
-            parts.append(user)
-        elif placeholder == b"h":
-            home = home_of(user)
-            if home is None:
-                return None
-            parts.append(home)
-        elif placeholder not in (b"d", b"u"):
-            raise Problem(500, f"{PATH_SETTING} has an unknown placeholder", template)
-        elif domain is None:
-            raise Problem(400, "no domain (d=) given")
-        else:
-            parts.append(domain if placeholder == b"d" else user + b"@" + domain)
-        parts.append(part[1:])
+        text = part.lstrip(b"0123456789.")
+        name, (skip, _, width) = text[:1], part[: len(part) - len(text)].rpartition(b".")
+        if b"." in skip or skip + width[:1] == b"0":
+            why = f"has a placeholder that is none of: {PLACEHOLDERS}"
+            raise Problem(500, f"{PATH_SETTING} {why}", template)
+        value = home_of(user) if name == b"h" else user
+        if name in (b"d", b"u"):
+            if domain is None:
+                raise Problem(400, "no domain (d=) given")
+            value = domain if name == b"d" else user + b"@" + domain
+        if value is None:
+            return None
+        start, length = int(skip or b"0"), int(width or b"0")
+        parts += value[start : start + length if length else None], text[1:]
     path = b"".join(parts).replace(b"\0", b"%")
-    if path[:1] != b"/":
-        raise Problem(500, f"{PATH_SETTING} does not begin with /", template)
+    if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):  # %1.2n of a..b
+        raise Problem(400, "no mailbox has such a user")
     return path
 
 
@@ -201,11 +377,37 @@ def home_of(user: bytes) -> "Optional[bytes]":
         except KeyError:
             raise Problem(500, "the users of the system cannot be looked up") from None
         return None
+    if home[:1] != "/":
+        raise Problem(500, "the user's home does not begin with /", home)
     return home.encode(encoding, "surrogateescape")
 
 
-def verdict(user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env") -> bytes:
-    """Answer for a mailbox: `STATUS user used quota`, interface section 1. Raises Problem."""
+def check_folder(folder: bytes) -> None:
+    """Raise Problem where the folder of all mailboxes is missing: then no answer is true."""
+    try:
+        if folder:
+            posix.stat(folder)
+    except FileNotFoundError as error:
+        why = "begins with a folder that does not exist; systemd and uWSGI want each % doubled"
+        raise Problem(500, f"{PATH_SETTING} {why}", error) from None
+
+
+def unreadable(error: OSError) -> Problem:
+    """Return what ends a request where a mailbox cannot be read; the log gets what to do."""
+    detail = str(error)
+    if error.errno == errno.EACCES:
+        who = f"user {posix.geteuid()}, group {posix.getegid()}"
+        detail += f"; let {who} search (x) all folders above it, and read a Maildir's (rx)"
+    return Problem(500, f"cannot read the mailbox: {error.strerror}", detail)
+
+
+# ---- the answer ----
+
+
+def verdict(
+    user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env"
+) -> "tuple[bytes, Header]":
+    """Answer for a mailbox: `STATUS user used quota`, and header fields. Raises Problem."""
     if user is None:
         raise Problem(400, "no user (u=) given")
     check_name("user", user)
@@ -216,52 +418,98 @@ def verdict(user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env") -> b
         raise Problem(500, "QUOTA_UNKNOWN is neither 1 nor off", unknown)
     limit = parse_limit("QUOTA_LIMIT", setting("QUOTA_LIMIT", env))
     given = user_limit(user, domain, env)
-    path = expand(setting(PATH_SETTING, env), user, domain)
+    template = setting(PATH_SETTING, env)
+    folder = check_template(template)
+    path = expand(template, user, domain)
     status = b"UNKNOWN" if unknown == b"1" or path is None else b"OK"
-    used, quota = 0, limit if given is None else given
+    used, quota, changed = 0, limit if given is None else given, 0.0
+    grace = parse_grace(setting("QUOTA_GRACE", env), quota)
     try:
         if path is not None:
-            over, used, quota = measure(path, limit, given, env)
+            asked = {**env, b"u": user, b"d": domain or b""}
+            over, used, quota, grace, changed = measure(path, limit, given, asked)
             status = b"OVERQUOTA" if over else b"OK"
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
-            raise Problem(500, f"cannot read the mailbox: {error.strerror}", error) from None
-    return b"%s %s %d %d\n" % (status, user, used, quota)
+            raise unreadable(error) from None
+        check_folder(folder)
+    header = [("Quota-Grace", str(grace))] * (grace > 0)
+    if 0 < changed < END_OF_9999:
+        header.append(("Last-Modified", http_date(changed)))
+    return b"%s %s %d %d\n" % (status, user, used, quota), header
 
 
-def answer(user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env") -> "tuple[int, bytes]":
-    """Answer with an HTTP status and a line; details go to standard error."""
+def http_date(seconds: float) -> str:
+    """Write a time as HTTP does (RFC 9110, 5.6.7), in whatever language the server runs."""
+    year, month, day, hour, minute, second, weekday, *_ = time.gmtime(seconds)
+    date = f"{day:02} {MONTHS[month * 3 - 3 : month * 3]} {year}"
+    clock = f"{hour:02}:{minute:02}:{second:02} GMT"
+    return f"{WEEKDAYS[weekday * 3 : weekday * 3 + 3]}, {date} {clock}"
+
+
+def log(text: str) -> None:
+    """Write a line to standard error; where it is closed or full, the client gets its answer."""
     try:
-        return 200, verdict(user, domain, env)
+        if sys.stderr:
+            print(f"quota: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        pass
+
+
+def report(problem: Problem) -> "tuple[int, bytes, Header]":
+    """Return the answer that a problem makes; its detail goes to standard error."""
+    if problem.detail is not None:
+        log(f"{problem.why}: {str(problem.detail)!a}")
+    return problem.status, b"ERROR %s\n" % problem.why.encode(), []
+
+
+def answer(
+    user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env"
+) -> "tuple[int, bytes, Header]":
+    """Answer with an HTTP status, a line and header fields."""
+    try:
+        return 200, *verdict(user, domain, env)
     except Problem as problem:
-        if problem.detail is not None and sys.stderr:  # None where a server has closed it
-            try:
-                print(f"quota: {problem.why}: {str(problem.detail)!a}", file=sys.stderr)
-            except OSError:
-                pass  # the disk that has the log is full; the client gets its answer
-        return problem.status, b"ERROR %s\n" % problem.why.encode()
+        return report(problem)
 
 
-def respond(method: bytes, query: bytes, env: "Env") -> "tuple[int, list[tuple[str, str]], bytes]":
-    """Answer a request with an HTTP status, header fields and a body. No proxy may keep it."""
-    status, line = 405, b"ERROR only GET and HEAD are answered\n"
-    if method in (b"GET", b"HEAD"):
+def respond(
+    method: bytes, query: bytes, env: "Env", peer: "Optional[str]"
+) -> "tuple[int, Header, bytes]":
+    """Answer a request with an HTTP status, header fields and a body. No proxy may keep it.
+
+    Without a `peer`, who asks has been checked before.
+    """
+    try:
+        if peer is not None:
+            check_peer(peer, allowed_networks(env))
+        if method not in (b"GET", b"HEAD"):
+            raise Problem(405, "only GET and HEAD are answered")
         fields = parse_query(query)
-        status, line = answer(fields.get(b"u"), fields.get(b"d"), env)
-    headers = [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))]
-    headers += [("Cache-Control", "no-store")] + [("Allow", "GET, HEAD")] * (status == 405)
-    return status, headers, b"" if method == b"HEAD" else line
+        status, line, more = answer(fields.get(b"u"), fields.get(b"d"), env)
+    except Problem as problem:
+        status, line, more = report(problem)
+    return status, fields_of(status, line) + more, b"" if method == b"HEAD" else line
 
 
-def run_cgi(env: "Env") -> None:
+def fields_of(status: int, line: bytes) -> "Header":
+    """Return the header fields that each answer has. No proxy may keep it."""
+    header = [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))]
+    return header + [("Cache-Control", "no-store")] + [("Allow", "GET, HEAD")] * (status == 405)
+
+
+# ---- CGI and WSGI ----
+
+
+def run_cgi(env: "Env") -> int:
     """Answer the one request of a web server that started the script (RFC 3875)."""
-    method = env.get(b"REQUEST_METHOD", b"GET")
-    status, headers, body = respond(method, env.get(b"QUERY_STRING", b""), env)
-    headers.insert(0, ("Status", f"{status} {REASONS[status]}"))
-    text = "".join(f"{name}: {value}\n" for name, value in headers)
-    sys.stdout.buffer.write(text.encode() + b"\n" + body)
-    sys.stdout.flush()
-    posix._exit(0)  # taking the interpreter down in order would cost as much as the answer
+    method, query = env.get(b"REQUEST_METHOD", b"GET"), env.get(b"QUERY_STRING", b"")
+    peer = env.get(b"REMOTE_ADDR", b"").decode("latin-1")
+    status, header, body = respond(method, query, env, peer)
+    header.insert(0, ("Status", f"{status} {REASONS[status]}"))
+    text = "".join(f"{name}: {value}\n" for name, value in header)
+    posix.write(1, text.encode() + b"\n" + body)
+    return 0
 
 
 def application(environ: "dict[str, Any]", start_response: "Callable[..., Any]") -> "list[bytes]":
@@ -270,101 +518,321 @@ def application(environ: "dict[str, Any]", start_response: "Callable[..., Any]")
     for name, value in environ.items():
         if name.startswith("QUOTA_"):
             env[name.encode("latin-1")] = value.encode("latin-1")
+    method = environ["REQUEST_METHOD"].encode("latin-1")
     query = environ.get("QUERY_STRING", "").encode("latin-1")
-    status, headers, body = respond(environ["REQUEST_METHOD"].encode("latin-1"), query, env)
-    start_response(f"{status} {REASONS[status]}", headers)
+    status, header, body = respond(method, query, env, environ.get("REMOTE_ADDR", ""))
+    start_response(f"{status} {REASONS[status]}", header)
     return [body]
 
 
-def http_handler() -> "type":
-    """Make the class that answers one HTTP connection."""
-    import http.server
+# ---- --serve ----
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # which keeps connections: a new one costs four times as much
-        timeout = 10  # seconds that a silent client may hold a thread
-        wbufsize = -1  # header and body in one packet
-        error_message_format, error_content_type = "ERROR %(message)s\n", "text/plain"
-
-        def __getattr__(self, name: str) -> "Any":
-            """Answer any method ourselves: http.server would say 501 where 405 is due."""
-            if name.startswith("do_"):
-                return self.answer
-            raise AttributeError(name)
-
-        def answer(self) -> None:
-            """Answer one request. A body is not read: what follows it could not be told from it."""
-            query = self.path.partition("?")[2].encode("latin-1")
-            status, headers, body = respond(self.command.encode("latin-1"), query, posix.environ)
-            if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
-                self.close_connection = True
-            headers.append(("Keep-Alive", f"timeout={self.timeout}"))  # an offer, to any client
-            if self.close_connection:
-                headers.append(("Connection", "close"))
-            self.send_response_only(status, REASONS[status])
-            for name, value in headers:
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args: object) -> None:
-            """Log no request: what is worth a line has gone to standard error."""
-
-    return Handler
+REQUEST_SECONDS = 10  # from a connection, or its last answer, to the end of the next request
+REQUEST_LENGTH = 16384  # bytes of a request's line and header
+WAITING = 500  # connections without a whole request; the oldest makes way for the next
+ANSWERING = 500  # requests at a time, each in a thread; few but those that a disk holds up
+PATIENCE = 2  # seconds from which on a mailbox that is being measured counts as hanging
 
 
-def serve(where: str) -> None:
-    """Answer over HTTP at [HOST:]PORT until interrupted. Raises OSError, ValueError."""
+def one_at_a_time(measure: "Measure") -> "Measure":
+    """Wrap measure() so that a mailbox whose disk hangs holds one thread, however often asked."""
+    import threading
+
+    busy: dict[bytes, float] = {}  # mailboxes, and since when each is being measured
+    done = threading.Condition()
+
+    def measure_alone(path: bytes, *arguments: "Any") -> "tuple[bool, int, int, int, float]":
+        with done:
+            rest = busy.get(path, time.monotonic()) + PATIENCE - time.monotonic()
+            if not done.wait_for(lambda: path not in busy, max(rest, 0)):
+                raise Problem(500, "the mailbox hangs: no answer from its disk", path)
+            busy[path] = time.monotonic()
+        try:
+            return measure(path, *arguments)
+        finally:
+            with done:
+                del busy[path]
+                done.notify_all()
+
+    return measure_alone
+
+
+def read_once() -> "Callable[[bytes, set[bytes]], dict[bytes, bytes]]":
+    """Make a look_up() that reads QUOTA_USERS once for each change and keeps all of it."""
+    import threading
+
+    lock = threading.Lock()
+    kept: tuple[object, dict[bytes, bytes], Optional[Problem]] = None, {}, None
+
+    def look_up(path: bytes, wanted: "set[bytes]") -> "dict[bytes, bytes]":
+        nonlocal kept
+        with lock:
+            status = posix.stat(path)
+            stamp = path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+            if stamp != kept[0]:
+                kept = None, {}, None
+                try:
+                    kept = stamp, read_all(path), None
+                except Problem as error:
+                    kept = stamp, {}, error
+            _, limits, problem = kept
+        if problem:
+            raise Problem(problem.status, problem.why, problem.detail)
+        return limits
+
+    return look_up
+
+
+def read_all(path: bytes) -> "dict[bytes, bytes]":
+    """Read the limits of all in QUOTA_USERS. Raises OSError, Problem."""
+    names: list[bytes] = []
+    limits: list[bytes] = []
+    same: dict[bytes, bytes] = {}  # limits are few: each is kept once
+    for some_names, some_limits in read_users(path):
+        names += some_names
+        limits += map(same.setdefault, some_limits, some_limits)
+    return dict(zip(reversed(names), reversed(limits)))  # of two lines the first counts
+
+
+def split_request(data: bytes) -> "Optional[tuple[bytes, bytes]]":
+    """Split the first request off; None where it is not whole yet. A body is not looked for."""
+    line, newline, rest = data.partition(b"\n")
+    if newline and len(line.split()) == 2:  # HTTP/0.9
+        return line, rest
+    for end in b"\r\n\r\n", b"\n\n":
+        head, found, rest = data.partition(end)
+        if found:
+            return head, rest
+    return None
+
+
+def http_answer(head: bytes, env: "Env") -> "tuple[bytes, bool]":
+    """Answer a request's first line and header; the answer, and whether more may follow it."""
+    line, *fields = head.split(b"\n")
+    words = line.split()
+    if len(head) > REQUEST_LENGTH:
+        return refusal(Problem(414, "Request-URI Too Long")), False
+    if len(words) not in (2, 3) or words[2:] and words[2][:5] != b"HTTP/":
+        return refusal(Problem(400, "this is no HTTP request")), False
+    status, header, body = respond(words[0], words[1].partition(b"?")[2], env, None)
+    if len(words) == 2:
+        return body, False
+    given = {name.strip().lower(): text for name, _, text in (f.partition(b":") for f in fields)}
+    # A body is not read, and what follows it could not be told from it.
+    keep = words[2] == b"HTTP/1.1" and b"close" not in given.get(b"connection", b"").lower()
+    keep = keep and b"content-length" not in given and b"transfer-encoding" not in given
+    return http_message(status, header, body, keep), keep
+
+
+def http_message(status: int, header: "Header", body: bytes, keep: bool) -> bytes:
+    """Put an HTTP answer together."""
+    lines = [f"HTTP/1.1 {status} {REASONS[status]}"]
+    lines += [f"{name}: {value}" for name, value in header]
+    lines += [f"Keep-Alive: timeout={REQUEST_SECONDS}"]  # an offer, to any client
+    lines += ["Connection: close"] * (not keep) + ["", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def refusal(problem: Problem) -> bytes:
+    """Return the HTTP answer for a connection that is not going to be kept."""
+    status, line, _ = report(problem)
+    return http_message(status, fields_of(status, line), line, False)
+
+
+class Server:
+    """Serves HTTP: one thread reads requests, however slowly they come, others answer them.
+
+    A connection is the reader's while it is in `waiting`, else that of the thread that answers.
+    So a thread is held by a disk, never by a client.
+    """
+
+    def __init__(
+        self, listener: "socket.socket", env: "Env", networks: "Optional[list[str]]"
+    ) -> None:
+        import selectors
+        import threading
+        from concurrent.futures import ThreadPoolExecutor
+
+        self.listener, self.env, self.networks = listener, env, networks
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(listener, selectors.EVENT_READ)
+        self.waiting: dict[socket.socket, float] = {}  # with the deadline, the oldest first
+        self.lock = threading.Lock()  # of `waiting`
+        self.places = threading.Semaphore(ANSWERING)
+        self.threads = ThreadPoolExecutor(ANSWERING)
+
+    def run(self) -> None:
+        """Serve until a signal raises KeyboardInterrupt."""
+        while True:
+            for key, _ in self.selector.select(1):
+                if key.fileobj is self.listener:
+                    self.accept()
+                elif key.fileobj in self.waiting:  # else it has just made way for another
+                    self.read(key.fileobj, key.data)
+            while overdue := self.oldest(time.monotonic()):
+                self.drop(overdue)
+
+    def accept(self) -> None:
+        """Take a new connection, or refuse it before a byte of it is read."""
+        try:
+            connection, address = self.listener.accept()
+        except OSError as error:
+            log(f"no connection can be accepted: {error}")
+            time.sleep(0.1)  # out of descriptors, this would come back at once
+            return
+        connection.setblocking(False)
+        try:
+            check_peer(address[0], self.networks)
+        except Problem as problem:
+            try:
+                connection.send(refusal(problem))
+                connection.recv(REQUEST_LENGTH)  # unread, it would turn the end into a reset
+            except OSError:
+                pass
+            connection.close()
+            return
+        oldest = self.oldest(float("inf"))
+        if oldest and len(self.waiting) >= WAITING:
+            self.drop(oldest)
+        self.wait(connection, bytearray())
+
+    def oldest(self, before: float) -> "Optional[socket.socket]":
+        """Return the connection that has waited longest, if its deadline is before that time."""
+        with self.lock:
+            for connection, deadline in self.waiting.items():
+                return connection if deadline < before else None
+        return None
+
+    def wait(self, connection: "socket.socket", data: "Optional[bytearray]") -> None:
+        """Give a connection to the reader; `data` is what it has sent, None where it is to end."""
+        with self.lock:
+            self.waiting[connection] = time.monotonic() + REQUEST_SECONDS
+            self.selector.register(connection, 1, data)  # EVENT_READ
+
+    def take(self, connection: "socket.socket") -> None:
+        """Take a connection from the reader."""
+        with self.lock:
+            del self.waiting[connection]
+            self.selector.unregister(connection)
+
+    def drop(self, connection: "socket.socket") -> None:
+        """End a connection of the reader's."""
+        self.take(connection)
+        connection.close()
+
+    def read(self, connection: "socket.socket", data: "Optional[bytearray]") -> None:
+        """Read what has come, and have a request answered when it is whole."""
+        try:
+            more = connection.recv(REQUEST_LENGTH)
+        except BlockingIOError:
+            return
+        except OSError:
+            more = b""
+        if data is None or not data and not more:
+            if not more:
+                self.drop(connection)
+            return
+        data += more
+        if more and len(data) <= REQUEST_LENGTH and split_request(bytes(data)) is None:
+            return
+        if not self.places.acquire(blocking=False):
+            self.drop(connection)
+            return
+        self.take(connection)
+        try:
+            self.threads.submit(self.answer, connection, bytes(data))
+        except RuntimeError:
+            pass  # the system gives no more threads; one of those that there are will do it
+
+    def answer(self, connection: "socket.socket", data: bytes) -> None:
+        """Answer the requests in `data`. What is no whole one was cut off, or is too long."""
+        try:
+            keep = True
+            found: Optional[tuple[bytes, bytes]] = split_request(data) or (data, b"")
+            while keep and found:
+                message, keep = http_answer(found[0], self.env)
+                connection.sendall(message)
+                data = found[1]
+                found = split_request(data)
+            if not keep:  # whoever still sends would get a reset before the answer
+                connection.shutdown(1)  # SHUT_WR
+            self.wait(connection, bytearray(data) if keep else None)
+        except Exception as error:
+            if not isinstance(error, OSError):  # else the client has gone
+                log(f"request failed: {error!r}")
+            connection.close()
+        finally:
+            self.places.release()
+
+
+def serve(where: str) -> int:
+    """Answer over HTTP at [HOST:]PORT until TERM or INT. Raises OSError, ValueError, Problem."""
+    import resource
+    import signal
     import socket
-    import socketserver
-
-    class Server(socketserver.ThreadingTCPServer):
-        address_family = socket.AF_INET6 if "[" in where else socket.AF_INET
-        allow_reuse_address = daemon_threads = True
-        request_queue_size = 128
-
-        def handle_error(self, request: object, client_address: object) -> None:
-            """Log a client that went away in one line."""
-            print(f"quota: request failed: {sys.exc_info()[1]!r}", file=sys.stderr)
 
     host, _, port = where.rpartition(":")
+    if not 0 <= int(port) < 1 << 16:
+        raise ValueError("not a port")
     host = host.strip("[]") or "127.0.0.1"
-    with Server((host, int(port)), http_handler()) as server:
-        print(f"serving on {host} port {port}", file=sys.stderr, flush=True)
-        server.serve_forever()
+    family, *_, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+    networks = allowed_networks(posix.environ)
+    loopback = network_bits("127.0.0.0/8"), network_bits("::1")
+    if networks is None and not network_bits(str(address[0]).partition("%")[0]).startswith(
+        loopback
+    ):
+        raise ValueError("beyond loopback it wants QUOTA_ALLOW, the addresses that may ask")
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    dual = family == socket.AF_INET6
+    listener = socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=dual)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    globals().update(measure=one_at_a_time(measure), look_up=read_once())
+    log("serving on {} port {}".format(*listener.getsockname()))
+    try:
+        Server(listener, posix.environ, networks).run()
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+# ---- the process ----
+
+USAGE = "usage: {0} (USER[@DOMAIN] | --serve [[HOST:]PORT])\n"
+
+
+def ask(mailbox: str) -> int:
+    """Print the answer for USER[@DOMAIN] and return the exit status."""
+    name = mailbox.encode(sys.getfilesystemencoding(), "surrogateescape")
+    local, at, domain = name.rpartition(b"@")
+    status, line, _ = answer(local if at else domain, domain if at else None, posix.environ)
+    posix.write(1 if status == 200 else 2, line)
+    return int(status != 200)
 
 
 def main() -> int:
     """Do what the environment or the command line asks for and return the exit status."""
     if b"GATEWAY_INTERFACE" in posix.environ or b"REQUEST_METHOD" in posix.environ:
-        run_cgi(posix.environ)
-    import argparse
-    import os
-
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s (USER[@DOMAIN] | --serve [[HOST:]PORT])",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    todo = parser.add_mutually_exclusive_group(required=True)
-    todo.add_argument("mailbox", nargs="?", metavar="USER[@DOMAIN]", help="ask about one mailbox")
-    todo.add_argument("--serve", nargs="?", const="127.0.0.1:8025", metavar="[HOST:]PORT")
-    options = parser.parse_args()
-    if options.serve is not None:
-        try:
-            serve(options.serve)
-        except (OverflowError, ValueError):
-            parser.error(f"--serve {options.serve}: not [HOST:]PORT")
-        except OSError as error:
-            parser.error(f"--serve {options.serve}: {error}")
-        except KeyboardInterrupt:
+        return run_cgi(posix.environ)
+    first, *more = sys.argv[1:] or [""]
+    try:
+        if first == "--serve" and len(more) < 2:
+            return serve(*more or ["127.0.0.1:8025"])
+        if first and first[0] != "-" and not more:
+            return ask(first)
+        text = USAGE.format(sys.argv[0])
+        if first in ("-h", "--help"):
+            posix.write(1, f"{text}\n{__doc__}".encode())
             return 0
-    local, at, domain = os.fsencode(options.mailbox).rpartition(b"@")
-    status, line = answer(local if at else domain, domain if at else None, dict(posix.environ))
-    stream = sys.stdout if status == 200 else sys.stderr
-    stream.buffer.write(line)
-    return int(status != 200)
+        posix.write(2, text.encode())
+    except Problem as problem:
+        log(f"--serve: {problem.why}: {str(problem.detail)!a}")
+    except (OSError, ValueError) as error:
+        log(f"{' '.join(sys.argv[1:])}: {error}")
+    return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # An orderly end would take as long as the answer, wait for threads that a disk holds, and turn
+    # the status into 120 where standard error is full.
+    posix._exit(main())

@@ -2,25 +2,30 @@
 """quota_milter.py - refuse mail for full mailboxes at the frontend, before it is taken.
 
 USE
-    quota_milter.py [@FILE] [options]            answer Sendmail or Postfix
-    quota_milter.py --check ADDRESS... [options] ask now, print the verdicts
+    quota_milter.py [@FILE] [options]              answer Sendmail or Postfix
+    quota_milter.py --check [ADDRESS...] [options] ask now, print the verdicts
 
     At each RCPT the backend that has the mailbox is asked over HTTP (quota.cgi
     or maildir_quota.cgi there: `GET URL?u=USER&d=DOMAIN`). A recipient who is
     over quota gets a temporary failure, `452 4.2.2 Quota exceeded for ...`, so
     that the user who makes room still gets the mail. All others pass.
 
+    An answer is remembered for a while. What has been taken since counts as in
+    flight to its mailbox, and at the end of the data, when the size of the
+    message is known, it is looked at once more: so many messages at once do not
+    overfill a mailbox either.
+
     A file given as @FILE holds one option and its value a line, `#` comments.
-    TERM and INT end the program, HUP makes it forget its answers and read the
-    aliases again, USR1 makes it log its counters. --check ends with status 0
-    where all would be accepted, 1 where one would be refused, 2 where a backend
-    could not be asked.
+    TERM and INT end the program. HUP makes it forget its answers and read the
+    option files and aliases again; bad ones change nothing. USR1 makes it log
+    its counters. --check ends with status 0 where all would be accepted, 1 where
+    one would be refused, 2 where a backend could not be asked or there is none.
 
 WHEN SOMETHING FAILS
     A backend that cannot be asked within --timeout costs no mail: its last
     answer counts for up to an hour, after that --on-error. A backend that
-    cannot be reached is left alone for --retry-after seconds. No question is
-    waited for longer than --timeout. What went wrong is in the log, a line each.
+    cannot be reached is not asked for --retry-after seconds. No session waits
+    for longer than --timeout. What went wrong is in the log, a line each.
 
 SECURITY
     Trusts the backends, and believes what they answer. Never trusts an address:
@@ -28,6 +33,14 @@ SECURITY
     environment are not used, redirects not followed. Needs no privilege: run it
     as a user of its own. Passwords in --backend are seen in the list of
     processes: put them into a file.
+
+HOW IT IS MADE
+    A callback of QuotaMilter asks the Policy, which finds the mailbox of a
+    recipient through the Aliases and asks the Mailboxes of its domain. These
+    look into the Ledger, and else ask one Backend after the other. A Backend
+    bounds its questions and stops asking where its Breaker says so; its Client
+    speaks HTTP. libmilter calls from many threads; what they share is in the
+    Ledger, the Backends, the Tables and the Counters, each with one lock.
 """
 
 from __future__ import annotations
@@ -37,26 +50,29 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import email.utils
 import functools
 import http.client
 import logging
 import logging.handlers
-import math
 import os
 import queue
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import ssl
 import stat
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn, Optional, Union
 
 try:
@@ -64,37 +80,61 @@ try:
 except ImportError:
     sys.exit("quota_milter.py: pymilter is missing: apt-get install python3-milter")
 
-VERSION = "1.0"
+VERSION = "2.0"
 DEFAULT_BACKEND = "http://127.0.0.1:8025/cgi-bin/quota.cgi"
 
 ANSWER_LENGTH = 4096  # bytes read of an answer: a line with the longest of names is far below
-CACHE_SIZE = 50_000  # mailboxes remembered of a backend, in some 20 MB with names of usual length
+DIGITS = 20  # the longest number that is read: more does not fit 64 bits
+ANSWERS = 50_000  # mailboxes remembered, in some 25 MB with names of usual length
 ROUTES = 10_000  # recipients of whom it is remembered which mailbox they are, in some 10 MB
+LONG_NAME = 320  # characters above which nothing is remembered of a name (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that gives faults
 IDLE = 4  # seconds for which a connection rests at most: quota.cgi --serve closes it after 10
-LATE_ANSWER = 60  # seconds for which a question may hold its place when nobody waits any more
-PATIENCE = 3  # questions in a row that run out of time before a backend is left alone
+OVERDUE = 60  # seconds for which a question may go on when nobody waits for it any more
+PATIENCE = 3  # questions in a row that run out of time before a backend is not asked any more
+HEADERS = 1024  # bytes that the way adds to a message: Received and others
+STEPS = 1000  # that aliases may take to a mailbox, as Postfix's virtual_alias_recursion_limit
+TABLE_QUERIES = 8  # postmap processes at a time for each table: each costs a few milliseconds
+TABLE_RESULTS = 10_000  # names of which a table's result is remembered
 ADDRESS_LENGTH = 256  # characters of an address in a reply: the longest path of RFC 5321, 4.5.3.1.3
 REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RFC 5321, 4.5.3.1.5)
 LOG_LENGTH = 10_000  # lines that may wait to be written
-TICK = 1  # seconds between two looks at the alias files and at late questions
+TICK = 1  # seconds between two looks at the alias files and at overdue questions
+METRICS_EVERY = 15  # seconds
 DAY = 86400  # seconds: the most that an option takes
-STOPPING = 6  # seconds that libmilter gets to stop
+STOPPING = 1.5  # seconds that libmilter, and then the log, get to stop
 
 OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
 TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
-LEFT_ALONE = "the backend is left alone for a while"
-VERDICTS = ("ok", "overquota", "toolarge", "unknown", "fault")
+INACTIVE = "552 5.2.2 Mailbox of {address} is full and not in use"
+VERDICTS = ("ok", "overquota", "toolarge", "inactive", "unknown", "fault")
+DOWN = "the backend is down and is left alone for a while"
 UNASKED = ("empty", "exempt", "alias", "nobackend")
-COUNTERS = ("recipients", "refused", "cached", "lastknown", *VERDICTS, *UNASKED)
+REFUSED = ("overquota", "toolarge", "inactive")  # there is no room for the message
+HINTS = {  # what an administrator has usually got wrong
+    401: "is the password in --backend right?",
+    403: "may this address ask (QUOTA_ALLOW, the web server's rule)?",
+    404: "is the path in --backend right?",
+}
 
 SOURCE_ROUTE = re.compile(r"^(?:@(?:\[[^\]]*\]|[^\[@,:])*,?)+:")
-# aliases(5) `name: value` or virtual(5) `name value`; a name may be quoted.
-ALIAS = re.compile(r"""("(?:\\.|[^"\\])*"(?:@[^\s:]+)?|[^\s:"][^\s:]*)(?:\s*:\s*|\s+)(\S.*)""")
-# One mailbox (behind a backslash: whatever the aliases say); no list, program, file, include.
-TARGET = re.compile(r"""(\\?)(?!"?[|/:]|\w+:)((?:"(?:\\.|[^"\\])*"|[^\s,"])+)""")
+ALIAS = re.compile(
+    r"""( "(?:\\.|[^"\\])*" (?:@[^\s:]+)? | [^\s:"][^\s:]* )  # a name, which may be quoted
+        (?: \s*:\s* | \s+ )                                 # aliases(5) `:`, virtual(5) a space
+        (\S.*)""",
+    re.VERBOSE,
+)
+TARGET = re.compile(
+    r"""(\\?)                                     # behind a backslash: whatever the aliases say
+        (?! "?[|/:] | \w+: )                      # no program, file, include or `error:`
+        ( (?: "(?:\\.|[^"\\])*" | [^\s,"] )+ )    # one mailbox, no list""",
+    re.VERBOSE,
+)
 
 log = logging.getLogger("quota_milter")
+
+
+# ---- Values: Address, Reply, Answer, Finding, Decision ----
 
 
 def printable(text: object) -> str:
@@ -106,8 +146,25 @@ def printable(text: object) -> str:
     return escaped if escaped and not re.search("[ =]", escaped) else f'"{escaped}"'
 
 
+def lower(text: str) -> str:
+    """Fold ASCII letters only, as mail servers do: others depend on a language."""
+    return text.encode("utf-8", "surrogateescape").lower().decode("utf-8", "surrogateescape")
+
+
+class Mailbox(NamedTuple):
+    """What a backend is asked about."""
+
+    user: str
+    domain: str  # lower case, "" where there is none
+
+    @property
+    def is_long(self) -> bool:
+        """Say whether the name is so long that nothing is remembered of it."""
+        return len(self.user) + len(self.domain) > LONG_NAME
+
+
 class Address(NamedTuple):
-    """A recipient, as it was given and as a backend is asked about it (interface section 2)."""
+    """A recipient, as it was given and as a backend is asked about it (README, Options)."""
 
     given: str  # without angle brackets
     local: str  # unquoted local part
@@ -124,15 +181,33 @@ class Address(NamedTuple):
         if '"' in local or "\\" in local:
             local = re.sub(r'\\(.)|"', r"\1", local, flags=re.DOTALL)
         if not case_sensitive:
-            local = local.lower()
-        stem = re.split(f"[{re.escape(delimiters)}]", local, maxsplit=1)[0] if delimiters else ""
-        domain = domain.lower()
-        return cls(given, local, stem or local, domain[:-1] if domain[-1:] == "." else domain)
+            local = lower(local)
+        domain = lower(domain)
+        domain = domain[:-1] if domain[-1:] == "." else domain
+        return cls(given, local, without_detail(local, delimiters), domain)
+
+    @property
+    def mailbox(self) -> Mailbox:
+        """What a backend is asked about."""
+        return Mailbox(self.user, self.domain)
 
     def names(self) -> list[str]:
         """Give the names by which tables list this address, the most specific first."""
-        local, user = self.local.lower(), self.user.lower()
+        local, user = lower(self.local), lower(self.user)
         return [f"{local}@{self.domain}", f"{user}@{self.domain}", local, user]
+
+
+def without_detail(local: str, delimiters: str) -> str:
+    """Drop what follows the first delimiter, except from the names that Postfix leaves whole.
+
+    With the delimiter `-` these are roles of mailing lists, too: owner-... and ...-request.
+    """
+    name = lower(local)
+    if name in ("postmaster", "mailer-daemon", "double-bounce") or not delimiters:
+        return local
+    if "-" in delimiters and (name.startswith("owner-") or name.endswith("-request")):
+        return local
+    return re.split(f"[{re.escape(delimiters)}]", local, maxsplit=1)[0] or local
 
 
 class Reply(NamedTuple):
@@ -145,12 +220,20 @@ class Reply(NamedTuple):
     @classmethod
     def parse(cls, template: str) -> Reply:
         """Read `452 4.2.2 text`. Raises ArgumentTypeError."""
-        match = re.fullmatch(r"([45]\d\d) (([45])\.\d{1,3}\.\d{1,3}) ([ -~]{1,200})", template)
+        pattern = r"([45][0-9]{2}) (([45])\.[0-9]{1,3}\.[0-9]{1,3}) ([ -~]{1,200})"
+        match = re.fullmatch(pattern, template)
         if not match or match[1][0] != match[3]:
             raise argparse.ArgumentTypeError("is not a code, enhanced code and text: 452 4.2.2 ...")
+        if match[1] == "421":
+            raise argparse.ArgumentTypeError("is a 421, which would end the whole session")
         if re.search(r"[{}%]", match[4].replace("{address}", "")):
             raise argparse.ArgumentTypeError("has a % or a {...} other than {address}")
         return cls(match[1], match[2], match[4])
+
+    @property
+    def is_permanent(self) -> bool:
+        """Say whether the sender will not try again."""
+        return self.code[0] == "5"
 
     def to(self, address: str) -> Reply:
         """Put the address in: printable ASCII without %, which MTAs and libmilter would read."""
@@ -160,38 +243,58 @@ class Reply(NamedTuple):
         return self._replace(text=text[:REPLY_LENGTH])
 
 
-ON_ERROR = Reply("451", "4.3.0", "The mailbox of {address} cannot be checked, try again later")
+DEFERRED = Reply.parse(OVERQUOTA)
+CANNOT_CHECK = Reply("451", "4.3.0", "The mailbox of {address} cannot be checked, try again later")
 
 
 class Answer(NamedTuple):
-    """What a backend said of a mailbox; used and quota in bytes, None where not known."""
+    """What a backend said of a mailbox; figures in bytes, None where not known."""
 
     status: str
-    used: Optional[int]
-    quota: Optional[int]  # 0: no limit
+    used: Optional[int] = None
+    quota: Optional[int] = None  # 0: no limit
+    grace: int = 0  # what the message that fills the mailbox may take beyond the quota
+    changed: Optional[float] = None  # seconds since 1970: a delivery, or the user
+    name: bytes = b""  # of the mailbox, as the answer has it
 
     @classmethod
-    def parse(cls, line: bytes) -> Answer:
-        """Read `STATUS user used quota` (interface section 1). Raises BadAnswer."""
+    def parse(cls, line: bytes, is_whole: bool = True) -> Answer:
+        """Read `STATUS user used quota` (README, Protocol). Raises BadAnswer.
+
+        Of a line that may be cut short the numbers are not known: of 209715200 there is perhaps
+        20 left, which would be a permanent refusal.
+        """
         status, *fields = line.rstrip(b"\r\n").split(b" ")
         if status not in (b"OK", b"OVERQUOTA", b"UNKNOWN"):
             raise BadAnswer(f"no status in the answer {line[:80]!r}: is the URL right?")
-        numbers = fields[-2:] if len(fields) > 2 else [b"", b""]  # a lone number may be either
-        used, quota = (int(number) if number.isdigit() else None for number in numbers)
-        return cls(status.decode(), used, quota)
+        name, numbers = fields[:1], [b"", b""]
+        if len(fields) > 2:  # a lone number may be either
+            name, numbers = fields[:-2], fields[-2:]
+        used, quota = (read_number(number) if is_whole else None for number in numbers)
+        return cls(status.decode(), used, quota, name=b" ".join(name))
 
-    def verdict(self, size: int) -> str:
-        """Judge a message of `size` bytes (0: not declared): ok, overquota, toolarge or unknown."""
-        if self.status == "UNKNOWN":
-            return "unknown"
-        if self.quota and size > self.quota:
-            return "toolarge"
-        full = self.quota and size and self.used is not None and self.used + size > self.quota
-        return "overquota" if full or self.status == "OVERQUOTA" else "ok"
+    @property
+    def most(self) -> int:
+        """How many bytes the mailbox can ever hold, 0 where there is no limit."""
+        return self.quota + self.grace if self.quota else 0
+
+
+def read_number(text: bytes) -> Optional[int]:
+    """Read a plain non-negative integer; None where it is something else."""
+    return int(text) if text.isdigit() and len(text) <= DIGITS else None
+
+
+def read_date(text: str) -> Optional[float]:
+    """Read an HTTP date (RFC 9110, 5.6.7) as seconds since 1970; None for nonsense."""
+    try:
+        seconds = email.utils.parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError, IndexError, OverflowError, OSError):
+        return None
+    return seconds if seconds > 0 else None
 
 
 class Fault(Exception):
-    """A backend did not answer a question; the text says why, for the log."""
+    """A backend or a table did not answer; the text says why, for the log."""
 
 
 class BadAnswer(Fault):
@@ -202,353 +305,678 @@ class Unreachable(Fault):
     """There is no connection to it: that concerns all mailboxes."""
 
 
-class Question:
-    """A question to a backend that is under way, shared by all sessions that want its answer."""
+class Finding(NamedTuple):
+    """What is known of a mailbox now: a fault may come with the last known answer."""
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline  # of those who wait, on the monotonic clock
-        self.late = False  # the deadline was missed, and that has been counted
-        self.cut = False
-        self.socket: Optional[socket.socket] = None
-        self.future: concurrent.futures.Future[Answer]
-
-    def connected(self, sock: socket.socket) -> None:
-        """Note the connection, from now on bounded by `end` rather than by the deadline."""
-        sock.settimeout(LATE_ANSWER)
-        self.socket = sock
-        if self.cut:
-            self.end()
-
-    def end(self) -> None:
-        """Give the place back: what waits for this connection gets an end of file."""
-        self.cut = True
-        if self.socket is not None:
-            try:
-                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
-            except OSError:
-                self.socket = None  # it had ended by itself
-
-
-class HTTPHandler(urllib.request.AbstractHTTPHandler):
-    """Opens http and https, over one connection for each thread of the pool.
-
-    It is kept for the next question where the server offers that by a header Keep-Alive; a server
-    of ten lines, which may know no length and no second client meanwhile, is told to close. With no
-    other handler beside this one urllib follows no redirect, uses no proxy of the environment,
-    opens nothing else and leaves every status to us.
-    """
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def __init__(self, context: ssl.SSLContext) -> None:
-        super().__init__()
-        https = functools.partial(http.client.HTTPSConnection, context=context)
-        self.kinds: dict[str, Any] = {"http": http.client.HTTPConnection, "https": https}
-        self.of_thread = threading.local()  # a connection, and when its last answer was read
-        self.offered = False
-
-    def http_open(self, request: Any) -> Any:
-        """Send a request. Raises Unreachable, OSError, http.client.HTTPException."""
-        connection = self.kept()
-        is_new = connection is None
-        if is_new:
-            connection = self.kinds[request.type](request.host, timeout=request.timeout)
-            try:
-                connection.connect()
-            except (OSError, ValueError) as error:
-                raise Unreachable(f"no connection: {error}") from None
-            self.of_thread.connection = connection
-        request.question.connected(connection.sock)
-        headers = dict(request.header_items())
-        if not self.offered:
-            headers["Connection"] = "close"
-        try:
-            connection.request("GET", request.selector, headers=headers)
-            response = connection.getresponse()
-        except ConnectionError:
-            if is_new or request.question.cut:
-                raise
-            connection.close()  # the server closed what it had kept in this very moment
-            return self.http_open(request)
-        self.offered = "Keep-Alive" in response.headers
-        return response
-
-    https_open = http_open
-
-    def kept(self) -> Any:
-        """Return this thread's connection if it rests, with no end or stray answer in it."""
-        connection = getattr(self.of_thread, "connection", None)
-        if connection is None or connection.sock is None:
-            return None
-        poll = select.poll()
-        poll.register(connection.sock, select.POLLIN)
-        if time.monotonic() - self.of_thread.used < IDLE and not poll.poll(0):
-            return connection
-        connection.close()
-        return None
-
-    def release(self, keep: bool) -> None:
-        """Close this thread's connection, or note that it may be used again."""
-        self.of_thread.used = time.monotonic()
-        if not keep and hasattr(self.of_thread, "connection"):
-            self.of_thread.connection.close()
-
-
-class Heard(NamedTuple):
-    """What can be said of a mailbox now: a fault may come with the last known answer."""
-
-    answer: Optional[Answer]
+    answer: Optional[Answer] = None
     cached: bool = False
     fault: str = ""
 
 
-class Backend:
-    """One URL that is asked: its places, its answers, and whether it is left alone.
+class Decision(NamedTuple):
+    """What is to be done with a recipient, and why."""
 
-    A bounded pool of futures is the mechanism: it holds `max_queries` questions at a time, all
-    sessions that want one mailbox wait for one future, and none waits beyond its deadline. The
-    question itself may go on, so that a mailbox that takes long to count is asked about once.
+    address: Address
+    target: Optional[Address]  # whose mailbox was asked about, None where nothing was
+    verdict: str
+    reply: Optional[Reply]  # None: let it through
+    finding: Finding
+    seconds: float
+
+    def __str__(self) -> str:
+        """Give the line for the log (README, Faults and log)."""
+        answer = self.finding.answer or Answer("")
+        fields = {
+            "recipient": self.address.given,
+            "user": self.target.user if self.target else "-",
+            "verdict": self.verdict,
+            "used": "-" if answer.used is None else answer.used,
+            "quota": "-" if answer.quota is None else answer.quota,
+            "cached": "yes" if self.finding.cached else "no",
+            "ms": round(self.seconds * 1000),
+        }
+        if self.finding.fault:
+            fields["reason"] = self.finding.fault
+        return " ".join(f"{name}={printable(value)}" for name, value in fields.items())
+
+
+# ---- Client: one URL; a mailbox in, an Answer or a Fault out ----
+
+
+class Question:
+    """A question that is under way: what another thread may know of it and do with it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.asked, self.seconds = time.monotonic(), seconds
+        self.deadline = self.asked + seconds  # of the session that waits
+        self.begun: Optional[float] = None  # when it was sent; None: it waits for its turn
+        self.aborted = False
+        self.socket: Optional[socket.socket] = None
+        self.future: concurrent.futures.Future[Answer]
+
+    def attach(self, sock: socket.socket) -> None:
+        """Note the connection. From here on `abort` bounds the time, not the socket."""
+        sock.settimeout(OVERDUE)
+        self.socket = sock
+        if self.aborted:  # between the connection and this line
+            self.abort()
+
+    def abort(self) -> None:
+        """Make it end now: whoever reads from its connection finds the end of file."""
+        self.aborted = True
+        if self.socket is not None:
+            with contextlib.suppress(OSError):  # it has ended by itself
+                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+
+
+class RequestHandler(urllib.request.AbstractHTTPHandler):
+    """Sends a urllib request over the connection that comes with it.
+
+    With no other handler beside this one urllib follows no redirect, uses no proxy of the
+    environment, opens nothing else and leaves every status to us.
     """
 
-    def __init__(self, url: str, options: argparse.Namespace, context: ssl.SSLContext) -> None:
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def http_open(self, request: Any) -> http.client.HTTPResponse:
+        """Send a request. Raises OSError, http.client.HTTPException."""
+        connection: http.client.HTTPConnection = request.connection
+        connection.request("GET", request.selector, headers=dict(request.header_items()))
+        return connection.getresponse()
+
+    https_open = http_open
+
+
+class Client:
+    """Asks one URL. Connections are kept where the server offers that by a header Keep-Alive.
+
+    A server of ten lines, which may know no length and no second client meanwhile, is told to
+    close. A connection is kept after a complete answer about the mailbox that was asked about,
+    and for nothing else: what a server sends too much or too late must not become the answer to
+    the next question, which is another user's.
+    """
+
+    def __init__(self, url: str, context: ssl.SSLContext, timeout: float) -> None:
         parts = urllib.parse.urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-        self.url = urllib.parse.urlunsplit((parts.scheme, host, parts.path or "/", parts.query, ""))
-        self.name = self.url.partition("?")[0]  # for the log
+        self.host = parts.netloc.rpartition("@")[2]
+        self.url = urllib.parse.urlunsplit(
+            (parts.scheme, self.host, parts.path or "/", parts.query, "")
+        )
         self.headers = {"User-Agent": "quota_milter/" + VERSION}
         if parts.username is not None:
             secret = urllib.parse.unquote(parts.username) + ":"
             secret += urllib.parse.unquote(parts.password or "")
             encoded = base64.b64encode(secret.encode()).decode()
             self.headers["Authorization"] = "Basic " + encoded
-        self.timeout: float = options.timeout
-        self.retry_after: float = options.retry_after
-        self.cache_ttl: float = options.cache_ttl
+        self.connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
+        if parts.scheme.lower() == "https":
+            self.connect = functools.partial(http.client.HTTPSConnection, context=context)
+        self.timeout = timeout
         self.opener = urllib.request.OpenerDirector()
-        self.handler = HTTPHandler(context)
-        self.opener.add_handler(self.handler)
-        self.pool = concurrent.futures.ThreadPoolExecutor(options.max_queries)
-        self.lock = threading.Lock()  # guards what follows
-        self.answers: dict[tuple[str, str], tuple[float, Answer]] = {}  # oldest first
-        self.questions: dict[tuple[str, str], Question] = {}
-        self.answered = -math.inf  # when it last did, on the monotonic clock
-        self.out_of_time = 0  # questions in a row
-        self.down = False
-        self.silent_until = 0.0  # on the monotonic clock, while down
+        self.opener.add_handler(RequestHandler())
+        self.offers_to_keep = False
+        self.idle: list[tuple[float, http.client.HTTPConnection]] = []  # the latest at the end
 
-    def ask(self, user: str, domain: str) -> Heard:
-        """Answer for a mailbox, from memory or by a question, within the timeout."""
-        mailbox, now = (user, domain), time.monotonic()
-        with self.lock:
-            at, answer = self.answers.get(mailbox, (-math.inf, None))
-            if now - at < self.cache_ttl:
-                return Heard(answer, cached=True)
-            question = self.questions.get(mailbox)
-            if question is None and not self.is_silent(now):
-                question = Question(now + self.timeout)
-                question.future = self.pool.submit(self.run, mailbox, question)
-                self.questions[mailbox] = question  # not before: submit may find no thread
-        if question is None:
-            fault = LEFT_ALONE
-        else:
+    def ask(self, mailbox: Mailbox, question: Question) -> Answer:
+        """Send the question and read the answer. All that can go wrong raises Fault.
+
+        Trouble on a kept connection says nothing of the server, which may have closed it in that
+        very moment: then the same question goes out once more, on a new one.
+        """
+        request = self.request(mailbox)
+        name = mailbox.user.encode("utf-8", "surrogateescape")
+        may_reuse = True
+        while True:
+            connection, is_kept = self.open_connection(question, may_reuse)
+            request.connection = connection
             try:
-                return Heard(question.future.result(max(0, question.deadline - now)))
-            except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
-                fault = LEFT_ALONE if question.cut else f"no answer within {self.timeout:g} s"
-                self.record_timeout(mailbox, question)
-            except Fault as error:
-                fault = str(error)
-        last_known = answer if now - at < LAST_KNOWN else None
-        return Heard(last_known, cached=last_known is not None, fault=fault)
+                with self.opener.open(request, timeout=self.timeout) as response:
+                    answer, is_complete = read_answer(response)
+            except Exception as error:  # urllib's, http.client's and ssl's have no common base
+                connection.close()
+                retry = is_kept and not isinstance(error, BadAnswer) and not question.aborted
+                if retry and time.monotonic() < question.deadline:
+                    may_reuse = False
+                    continue
+                if isinstance(error, Fault):
+                    raise
+                raise Fault(DOWN if question.aborted else repr(error)) from None
+            self.offers_to_keep = "Keep-Alive" in response.headers
+            if is_complete and answer.name == name and not question.aborted:
+                self.idle.append((time.monotonic(), connection))
+                return answer
+            connection.close()
+            if not is_kept or answer.name == name:
+                return answer
+            may_reuse = False
 
-    def is_silent(self, now: float) -> bool:
-        """Say whether nothing may be asked. When it may again, one question tries the backend."""
-        if not self.down:
-            return False
-        if now < self.silent_until:
-            return True
-        self.silent_until = now + self.retry_after
-        return False
-
-    def run(self, mailbox: tuple[str, str], question: Question) -> Answer:
-        """Ask one question, in a thread of the pool, and learn from what comes. Raises Fault."""
-        outcome: Union[Answer, Fault]
-        try:
-            outcome = self.fetch(mailbox, question)
-        except Fault as fault:
-            outcome = fault
-        with self.lock:
-            current = self.questions.get(mailbox) is question  # not given up meanwhile
-            if current:
-                del self.questions[mailbox]
-            if current and isinstance(outcome, Unreachable):
-                self.leave_alone(str(outcome))
-            elif isinstance(outcome, (Answer, BadAnswer)):
-                self.record_answer()
-            if isinstance(outcome, Answer):
-                self.remember(mailbox, outcome)
-        if isinstance(outcome, Fault):
-            raise outcome
-        return outcome
-
-    def remember(self, mailbox: tuple[str, str], answer: Answer) -> None:
-        """Keep an answer as the newest, and not too many."""
-        self.answers.pop(mailbox, None)
-        self.answers[mailbox] = time.monotonic(), answer
-        if len(self.answers) > CACHE_SIZE:
-            del self.answers[next(iter(self.answers))]
-
-    def fetch(self, mailbox: tuple[str, str], question: Question) -> Answer:
-        """Send the question and read the answer. All that can go wrong raises Fault."""
+    def request(self, mailbox: Mailbox) -> Any:
+        """Make the request about a mailbox (README, Protocol)."""
         user, domain = (urllib.parse.quote(n, safe="", errors="surrogateescape") for n in mailbox)
         query = f"u={user}&d={domain}" if domain else f"u={user}"
         url = self.url + ("&" if "?" in self.url else "?") + query
-        request = urllib.request.Request(url, headers=self.headers)
-        request.question = question  # type: ignore[attr-defined]
-        keep = False
-        try:  # who got a place late may connect late: that is no reason to call it unreachable
-            with self.opener.open(request, timeout=self.timeout) as response:
-                line, end, _ = response.readline(ANSWER_LENGTH).partition(b"\n")
-                keep = response.length == 0 and "Keep-Alive" in response.headers
-                if response.status != 200:
-                    why = line[:80].decode("ascii", "replace") if line[:6] == b"ERROR " else ""
-                    raise BadAnswer(f"status {response.status} {why or response.reason[:80]}")
-                if not end and (response.length or len(line) == ANSWER_LENGTH):
-                    raise Fault("the answer is cut short or too long")
-                return Answer.parse(line)
-        except Fault:
-            raise
-        except Exception as error:  # what urllib, http.client and ssl raise has no common base
-            raise Fault(LEFT_ALONE if question.cut else repr(error)) from None
-        finally:
-            self.handler.release(keep)
+        keep = "keep-alive" if self.offers_to_keep else "close"
+        return urllib.request.Request(url, headers={**self.headers, "Connection": keep})
 
-    def record_timeout(self, mailbox: tuple[str, str], question: Question) -> None:
-        """Count a question that ran out of time, once, however many sessions waited for it."""
-        with self.lock:
-            if question.late:
-                return
-            question.late = True
-            if question.future.cancel():
-                self.questions.pop(mailbox, None)
-                if self.answered > question.deadline - self.timeout:
-                    return  # it never got a place, of a backend that does answer
-            self.out_of_time += 1
-            if self.down or self.out_of_time >= PATIENCE:
-                self.leave_alone(f"{PATIENCE} questions in a row got no answer in time")
+    def open_connection(
+        self, question: Question, may_reuse: bool
+    ) -> tuple[http.client.HTTPConnection, bool]:
+        """Give a connection and whether it was kept. Raises Unreachable."""
+        if not may_reuse:
+            self.close()  # the others are as old as the one that made trouble
+        while self.idle:
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                rested_from, connection = self.idle.pop()
+                if is_quiet(connection.sock) and time.monotonic() - rested_from < IDLE:
+                    question.attach(connection.sock)
+                    return connection, True
+                connection.close()
+        # Who got a turn late connects late, and that is no reason to call the server unreachable.
+        connection = self.connect(self.host, timeout=self.timeout)
+        try:
+            connection.connect()
+        except (OSError, ValueError) as error:  # ValueError: a name that cannot be looked up
+            connection.close()
+            hint = ": see --cafile" if isinstance(error, ssl.SSLCertVerificationError) else ""
+            raise Unreachable(f"no connection: {error}{hint}") from None
+        question.attach(connection.sock)
+        return connection, False
 
-    def leave_alone(self, why: str) -> None:
-        """Ask nothing for a while, and give up what is under way."""
-        self.silent_until = time.monotonic() + self.retry_after
-        if not self.down:
-            log.warning("backend=%s state=down reason=%s", self.name, printable(why))
-        self.down, self.out_of_time = True, 0
-        for question in self.questions.values():
-            question.late = True
-            question.future.cancel()
-            question.end()
-        self.questions.clear()
+    def close(self) -> None:
+        """Close what rests."""
+        while self.idle:
+            with contextlib.suppress(IndexError):
+                self.idle.pop()[1].close()
+
+
+def is_quiet(sock: Any) -> bool:
+    """Say whether a resting connection holds neither an end nor a stray answer."""
+    if sock is None:
+        return False
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return not poll.poll(0)
+
+
+def read_answer(response: http.client.HTTPResponse) -> tuple[Answer, bool]:
+    """Read an answer, and whether it was complete and its connection may be kept.
+
+    Raises Fault, http.client.HTTPException. Proof that the line is whole is its end, the length
+    that the header gives, or the last chunk.
+    """
+    if response.status < 200:  # an interim response, which is no answer
+        raise http.client.HTTPException(f"status {response.status}")
+    line = response.readline(ANSWER_LENGTH)
+    ended = response.length == 0 or response.chunked and response.chunk_left is None
+    is_whole = line.endswith(b"\n") or ended
+    if response.status != 200:
+        why = line[:200].decode("ascii", "replace").strip() if line[:6] == b"ERROR " else ""
+        hint = HINTS.get(response.status)
+        why = f"status {response.status} {why or response.reason[:80]}"
+        raise BadAnswer(why + (f": {hint}" if hint else ""))
+    if not is_whole and (response.length or len(line) >= ANSWER_LENGTH):
+        raise BadAnswer("the answer is cut short or too long")
+    answer = Answer.parse(line, is_whole)
+    grace = response.headers.get("Quota-Grace", "").strip().encode("ascii", "replace")
+    changed = response.headers.get("Last-Modified", "")
+    answer = answer._replace(grace=read_number(grace) or 0, changed=read_date(changed))
+    may_keep = "Keep-Alive" in response.headers and not response.will_close
+    return answer, may_keep and response.length == 0
+
+
+# ---- Breaker: may this backend be asked now? ----
+
+
+class Breaker:
+    """Counts what speaks against a backend; the Backend holds its lock around every call.
+
+    Closed: it is asked. Open: it is not, until `retry_at`. Then one question tries it, and its
+    outcome closes the breaker or opens it for as long again. No question counts against a
+    backend that has answered anybody since it was asked: it works, and what hangs is one mailbox.
+    """
+
+    def __init__(self, name: str, retry_after: float) -> None:
+        self.name = name  # for the log
+        self.retry_after = retry_after
+        self.is_open = False
+        self.retry_at = 0.0  # on the monotonic clock, while open
+        self.answered = 0.0  # when it last did
+        self.timeouts = 0  # in a row
+
+    def allows(self, now: float) -> bool:
+        """Say whether it may be asked."""
+        return not self.is_open or now >= self.retry_at
+
+    def begin_trial(self, now: float) -> None:
+        """Note that a question goes out: while it is open no second one follows at once."""
+        if self.is_open:
+            self.retry_at = now + self.retry_after
 
     def record_answer(self) -> None:
-        """Note that the backend answers."""
-        if self.down:
+        """Close it."""
+        if self.is_open:
             log.warning("backend=%s state=up", self.name)
-        self.down, self.out_of_time, self.answered = False, 0, time.monotonic()
+        self.is_open, self.timeouts, self.answered = False, 0, time.monotonic()
+
+    def record_unreachable(self, asked: float, why: str) -> None:
+        """Open it, unless somebody was answered meanwhile."""
+        if self.answered < asked:
+            self.open(why)
+
+    def record_timeout(self, asked: float) -> None:
+        """Count a question that ran out of time, and open it after a few in a row."""
+        if self.answered < asked:
+            self.timeouts += 1
+            if self.is_open or self.timeouts >= PATIENCE:
+                self.open(f"{PATIENCE} questions in a row got no answer in time")
+
+    def open(self, why: str) -> None:
+        """Let nothing be asked for a while."""
+        if not self.is_open:
+            log.warning("backend=%s state=down reason=%s", self.name, printable(why))
+        self.is_open, self.timeouts = True, 0
+        self.retry_at = time.monotonic() + self.retry_after
+
+
+# ---- Backend: a Client, its Breaker and its bounded pool of questions ----
+
+
+class Backend:
+    """Asks a backend `max_queries` questions at a time, and waits for none beyond its deadline.
+
+    A question goes on when the session that wanted it has given up, so that the answer about a
+    mailbox that takes long to count is remembered. Then it is overdue: it must hold up nobody who
+    could be answered, so when others wait for a turn, the one that is overdue for longest is
+    aborted. Until then its mailbox is not asked about again.
+    """
+
+    def __init__(self, client: Client, options: argparse.Namespace, counters: Counters) -> None:
+        self.client = client
+        self.name = client.url.partition("?")[0]  # for the log
+        self.counters = counters
+        self.max_queries: int = options.max_queries
+        self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
+        self.lock = threading.Lock()  # guards what follows
+        self.breaker = Breaker(self.name, options.retry_after)
+        self.questions: dict[Mailbox, Question] = {}
+
+    def ask(self, mailbox: Mailbox, seconds: float, learn: Callable[[Answer], None]) -> Answer:
+        """Ask about a mailbox and wait for so long. Raises Fault.
+
+        An answer is given to `learn` before it is returned, or later, when it comes too late.
+        """
+        question = Question(seconds)
+        with self.lock:
+            if not self.breaker.allows(question.asked):
+                raise Fault(DOWN)
+            if mailbox in self.questions:
+                raise Fault("the last question about this mailbox still hangs")
+            try:
+                question.future = self.pool.submit(self.run, mailbox, question, learn)
+            except RuntimeError as error:  # the system's limit of threads
+                raise Fault(f"no thread for a question: {error}") from None
+            self.questions[mailbox] = question
+            self.breaker.begin_trial(question.asked)
+            self.make_room(question.asked)
+        try:
+            return question.future.result(seconds)
+        except concurrent.futures.CancelledError:
+            raise Fault(DOWN) from None
+        except concurrent.futures.TimeoutError:
+            self.give_up(mailbox, question)
+            raise Fault(f"no answer within {round(seconds, 1):g} s") from None
+
+    def run(self, mailbox: Mailbox, question: Question, learn: Callable[[Answer], None]) -> Answer:
+        """Ask one question, in a thread of the pool, and learn from what comes. Raises Fault."""
+        question.begun = time.monotonic()
+        outcome: Union[Answer, Fault]
+        try:
+            if question.begun > question.deadline - question.seconds / 10:
+                raise Fault("there was no turn for it in time")
+            outcome = self.client.ask(mailbox, question)
+        except Fault as fault:
+            outcome = fault
+        with self.lock:
+            if self.questions.get(mailbox) is question:
+                del self.questions[mailbox]
+            if isinstance(outcome, Unreachable) and not question.aborted:
+                self.breaker.record_unreachable(question.asked, str(outcome))
+                self.abandon_if_down()
+            elif isinstance(outcome, (Answer, BadAnswer)):
+                self.breaker.record_answer()
+        seconds = time.monotonic() - question.begun
+        self.counters.record_question(self.name, seconds, isinstance(outcome, Fault))
+        if isinstance(outcome, Fault):
+            raise outcome
+        learn(outcome)
+        return outcome
+
+    def give_up(self, mailbox: Mailbox, question: Question) -> None:
+        """Let a question go on for which nobody waits any more, or drop it if it has not begun."""
+        with self.lock:
+            if question.future.cancel():
+                self.questions.pop(mailbox, None)
+            # Who got a turn only at the end of the time does not speak against the backend.
+            waited = (question.asked + question.deadline) / 2
+            if question.begun is not None and question.begun <= waited:
+                self.breaker.record_timeout(question.asked)
+                self.abandon_if_down()
+            self.make_room(time.monotonic())
+
+    def make_room(self, now: float) -> None:
+        """Abort as many overdue questions as there are others that wait for a turn."""
+        waiting = len(self.questions) - self.max_queries
+        if waiting > 0:
+            begun = [q for q in self.questions.values() if q.begun is not None]
+            overdue = sorted((q for q in begun if now >= q.deadline), key=lambda q: q.deadline)
+            for question in overdue[:waiting]:
+                question.abort()
+
+    def abandon_if_down(self) -> None:
+        """Give up all that is under way to a backend that is down."""
+        if self.breaker.is_open:
+            for question in self.questions.values():
+                question.future.cancel()
+                question.abort()
+            self.questions.clear()
 
     def tidy(self) -> None:
-        """Give up questions that have held their places for too long."""
+        """End the questions for which nobody has waited for too long."""
+        now = time.monotonic()
         with self.lock:
             for question in self.questions.values():
-                if time.monotonic() - question.deadline > LATE_ANSWER:
-                    question.end()
+                if now - question.deadline > OVERDUE:
+                    question.abort()
 
-    def forget(self) -> None:
-        """Forget all answers."""
+    def close(self) -> None:
+        """Take no more questions; those under way go on."""
+        self.pool.shutdown(wait=False)
+        self.client.close()
+
+
+# ---- Ledger: what is remembered and what is in flight, for each mailbox ----
+
+
+class Remembered(NamedTuple):
+    """The last answer about a mailbox."""
+
+    at: float  # on the monotonic clock
+    answer: Answer
+    source: str  # the name of the backend that gave it
+
+
+class Flight:
+    """What was taken for a mailbox and is not yet in the figures that its backend gives."""
+
+    def __init__(self) -> None:
+        self.used: Optional[int] = None  # the last figure, from which growth is counted
+        self.parts: collections.deque[tuple[float, int]] = collections.deque()  # until when, bytes
+        self.size = 0  # bytes of all parts
+
+    def drop_old(self, now: float) -> None:
+        """Drop the parts whose time is over: growth by so much is theirs, not that of others."""
+        while self.parts and self.parts[0][0] <= now:
+            size = self.parts.popleft()[1]
+            self.size -= size
+            self.used = None if self.used is None else self.used + size
+
+    def deduct(self, used: int) -> None:
+        """Take away, the oldest first, what the growth of `used` shows to have arrived."""
+        grown = used - (used if self.used is None else self.used)
+        self.used = used
+        while grown > 0 and self.parts:
+            until, size = self.parts.popleft()
+            if size > grown:
+                self.parts.appendleft((until, size - grown))
+            self.size -= min(size, grown)
+            grown -= size
+
+
+class Ledger:
+    """Remembers answers, and counts what is in flight: mail that was taken since.
+
+    Nothing is reserved at RCPT: whoever opens sessions and sends nothing must not fill anybody's
+    mailbox. At the end of the data the Policy decides and adds in one step, holding `lock`, so
+    that of many sessions no two take the same room.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # guards all that follows
+        self.cache_ttl = self.in_flight = 0.0  # seconds
+        self.frontends = 1
+        self.generation = 0  # of the answers: one that was asked for before `forget` is not kept
+        self.answers: dict[Mailbox, Remembered] = {}  # oldest first
+        self.flights: dict[Mailbox, Flight] = {}
+
+    def configure(self, options: argparse.Namespace) -> None:
+        """Take the options and forget the answers, but not what is in flight."""
         with self.lock:
+            self.cache_ttl, self.in_flight = options.cache_ttl, options.in_flight
+            self.frontends = options.frontends
+            self.generation += 1
             self.answers.clear()
 
+    def recall(self, mailbox: Mailbox) -> Optional[Remembered]:
+        """Give the last answer about a mailbox that is under an hour old."""
+        remembered = self.answers.get(mailbox)
+        if remembered and time.monotonic() - remembered.at < max(LAST_KNOWN, self.cache_ttl):
+            return remembered
+        return None
 
-class Aliases:
-    """The files of aliases(5) and virtual(5): to which mailbox does a name lead?"""
+    def is_fresh(self, remembered: Optional[Remembered]) -> bool:
+        """Say whether an answer may be used again without a question."""
+        return remembered is not None and time.monotonic() - remembered.at < self.cache_ttl
 
-    def __init__(self, files: list[str], parse: Callable[[str], Address]) -> None:
-        """Read the files. Raises OSError, ValueError."""
-        self.parse = parse
-        self.stamps = {file: self.stamp(file) for file in files}
-        self.tables = {file: self.read(file) for file in files}
+    def remember(self, mailbox: Mailbox, answer: Answer, source: str, generation: int) -> None:
+        """Keep an answer as the newest, and not too many."""
+        if mailbox.is_long:
+            return
+        with self.lock:
+            if generation != self.generation:
+                return
+            self.answers.pop(mailbox, None)
+            self.answers[mailbox] = Remembered(time.monotonic(), answer, source)
+            if len(self.answers) > ANSWERS:
+                del self.answers[next(iter(self.answers))]
+            flight = self.flights.get(mailbox)
+            if flight and answer.used is not None:
+                flight.drop_old(time.monotonic())
+                flight.deduct(answer.used)
 
-    @staticmethod
-    def stamp(file: str) -> object:
-        """Tell one version of a file from the next, and from none."""
+    def bytes_in_flight(self, mailbox: Mailbox) -> int:
+        """Give the bytes that are on their way to a mailbox."""
+        if mailbox not in self.flights:
+            return 0
+        with self.lock:
+            flight = self.flights.get(mailbox, Flight())
+            flight.drop_old(time.monotonic())
+            return flight.size
+
+    def add(self, mailbox: Mailbox, size: int, answer: Optional[Answer]) -> None:
+        """Count a message of `size` bytes that was taken; `answer` is the last one about it."""
+        if self.in_flight <= 0 or mailbox.is_long:
+            return
+        with self.lock:
+            flight = self.flights.setdefault(mailbox, Flight())
+            if not flight.parts:  # where growth is counted from
+                remembered = self.answers.get(mailbox)
+                answer = remembered.answer if remembered else answer
+                flight.used = answer.used if answer else None
+            until = time.monotonic() + self.in_flight
+            flight.parts.append((until, size * self.frontends))
+            flight.size += size * self.frontends
+
+    def tidy(self) -> tuple[int, int, int]:
+        """Drop what has arrived or is too old; count answers, and messages and bytes in flight."""
+        now, messages, size = time.monotonic(), 0, 0
+        with self.lock:
+            for mailbox, flight in list(self.flights.items()):
+                flight.drop_old(now)
+                size += flight.size
+                messages += len(flight.parts)
+                if not flight.parts:
+                    del self.flights[mailbox]
+            return len(self.answers), messages, size
+
+
+# ---- Mailboxes: the backends of a domain, sharing one question for one mailbox ----
+
+
+class Mailboxes:
+    """The mailboxes of a domain, which may be spread over backends that are asked in order.
+
+    Of all sessions that want to know of a mailbox the first one asks, and the others wait for the
+    same future, none for longer than its own deadline.
+    """
+
+    def __init__(self, backends: Sequence[Backend], ledger: Ledger) -> None:
+        self.backends, self.ledger = backends, ledger
+        self.lock = threading.Lock()
+        self.under_way: dict[Mailbox, concurrent.futures.Future[Answer]] = {}
+
+    def find(self, mailbox: Mailbox, deadline: float) -> Finding:
+        """Say what is known of a mailbox, from memory or by a question."""
+        remembered = self.ledger.recall(mailbox)
+        if remembered and self.ledger.is_fresh(remembered):
+            return Finding(remembered.answer, cached=True)
+        future = self.join(mailbox, deadline)
         try:
-            status = os.stat(file)
+            return Finding(future.result(max(0, deadline - time.monotonic())))
+        except concurrent.futures.TimeoutError:
+            fault = "no answer in time"
+        except Fault as error:
+            fault = str(error)
+        remembered = self.ledger.recall(mailbox)
+        if remembered:
+            return Finding(remembered.answer, cached=True, fault=fault)
+        return Finding(fault=fault)
+
+    def join(self, mailbox: Mailbox, deadline: float) -> concurrent.futures.Future[Answer]:
+        """Give the future of the question that is under way, or ask and give one that is done."""
+        future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
+        with self.lock:
+            if self.under_way.setdefault(mailbox, future) is not future:
+                return self.under_way[mailbox]
+        try:
+            remembered = self.ledger.recall(mailbox)
+            if remembered and self.ledger.is_fresh(remembered):  # it came before the lock
+                future.set_result(remembered.answer)
+            else:
+                future.set_result(self.ask(mailbox, deadline, remembered))
+        except BaseException as error:  # the others must not wait for nothing
+            future.set_exception(error)
+        finally:
+            with self.lock:
+                del self.under_way[mailbox]
+        return future
+
+    def ask(self, mailbox: Mailbox, deadline: float, last: Optional[Remembered]) -> Answer:
+        """Ask the backends in order, whoever knew the mailbox the last time first. Raises Fault.
+
+        Each may take what is left of the time, divided by those that are still to be asked. All
+        that matters is a definite answer: UNKNOWN counts only where every backend says it.
+        """
+        known_by = last.source if last else ""
+        order = sorted(self.backends, key=lambda backend: backend.name != known_by)
+        generation = self.ledger.generation
+        faults = []
+        for number, backend in enumerate(order):
+            seconds = (deadline - time.monotonic()) / (len(order) - number)
+            learn = functools.partial(self.learn, mailbox, backend.name, generation)
+            try:
+                answer = backend.ask(mailbox, max(0, seconds), learn)
+            except Fault as fault:
+                faults.append(fault if len(order) == 1 else f"{backend.name}: {fault}")
+                continue
+            if answer.status != "UNKNOWN":
+                return answer
+        if faults:
+            raise Fault("; ".join(map(str, faults)))
+        if len(order) > 1:
+            self.ledger.remember(mailbox, answer, "", generation)
+        return answer
+
+    def learn(self, mailbox: Mailbox, source: str, generation: int, answer: Answer) -> None:
+        """Remember an answer as soon as it comes, unless the next backend is asked all the same."""
+        if answer.status != "UNKNOWN" or len(self.backends) == 1:
+            self.ledger.remember(mailbox, answer, source, generation)
+
+
+# ---- Aliases and Tables: one name to one mailbox ----
+
+
+class AliasFile:
+    """A file in the form of aliases(5) or virtual(5), read again when it has changed."""
+
+    def __init__(self, path: str) -> None:
+        """Read the file. Raises OSError, ValueError."""
+        self.path = path
+        self.stamp = self.seen = self.look()
+        self.ticks_still = 0
+        self.table, self.bad_lines = self.read()
+
+    def look(self) -> object:
+        """Tell one version of the file from the next, and from none."""
+        try:
+            status = os.stat(self.path)
         except OSError as error:
             return error.errno
         return status.st_mtime_ns, status.st_size, status.st_ino
 
-    def refresh(self, force: bool = False) -> bool:
-        """Read again what has changed, and say if something had; what is unreadable stays."""
-        changed = False
-        for file, old in self.stamps.items():
-            stamp = self.stamp(file)
-            if stamp == old and not force:
-                continue
-            self.stamps[file] = stamp
-            try:
-                self.tables[file] = self.read(file)
-                changed = True
-            except (OSError, ValueError) as error:
-                log.warning("aliases=%s state=kept reason=%s", file, printable(error))
-        return changed
+    def refresh(self) -> bool:
+        """Read the file again if it has changed, and say so; while it is unreadable, keep the old.
 
-    def read(self, file: str) -> dict[str, str]:
-        """Read names and what they stand for; of two lines for a name the first counts."""
+        Called every second. Whoever rewrites the file in place may take a while, and half a file
+        would let mail for full mailboxes through: so it is read when it has held still.
+        """
+        stamp = self.look()
+        self.ticks_still = self.ticks_still + 1 if stamp == self.seen else 0
+        self.seen = stamp
+        if stamp == self.stamp or self.ticks_still < 2:
+            return False
+        try:
+            table, bad_lines = self.read()
+        except (OSError, ValueError) as error:
+            self.stamp = stamp
+            log.warning("aliases=%s state=kept reason=%s", self.path, printable(error))
+            return False
+        if self.look() != stamp:  # it changed while it was read
+            return False
+        self.stamp, self.table, self.bad_lines = stamp, table, bad_lines
+        self.log_state()
+        return True
+
+    def read(self) -> tuple[dict[str, str], list[int]]:
+        """Read names and what they stand for, and the numbers of lines that are neither.
+
+        Of two lines for a name the first counts. Raises OSError, ValueError.
+        """
         table: dict[str, str] = {}
         bad: list[int] = []
-        with open(file, encoding="utf-8", errors="surrogateescape", opener=open_regular) as lines:
+        opener = open_regular
+        with open(self.path, encoding="utf-8", errors="surrogateescape", opener=opener) as lines:
             for number, line in logical_lines(lines):
                 match = ALIAS.fullmatch(line)
                 if match:
-                    name = self.parse(match[1])
+                    name = Address.parse(match[1], "", False)
                     key = f"{name.local}@{name.domain}" if name.domain else name.local
-                    table.setdefault(key.lower(), match[2])
+                    table.setdefault(key, match[2])
                 else:
                     bad.append(number)
+        return table, bad
+
+    def log_state(self) -> None:
+        """Log what was read."""
+        bad = self.bad_lines
         if bad:
-            log.warning("aliases=%s state=incomplete skipped=%d line=%d", file, len(bad), bad[0])
-        log.info("aliases=%s state=read names=%d", file, len(table))
-        return table
+            text = "aliases=%s state=incomplete skipped=%d line=%d"
+            log.warning(text, self.path, len(bad), bad[0])
+        log.info("aliases=%s state=read names=%d", self.path, len(self.table))
 
-    def find(self, name: str) -> list[tuple[str, str]]:
-        """Give the name and what it stands for, in the first file that has it."""
-        return [(name, table[name]) for table in self.tables.values() if name in table][:1]
-
-    def resolve(self, address: Address) -> Optional[Address]:
-        """Follow an address to its mailbox; None where it does not lead to exactly one.
-
-        A name that stands for itself is a mailbox, names that stand for each other are a loop.
-        """
-        seen: set[tuple[str, str, str]] = set()
-        itself = False
-        while True:
-            rules = [rule for name in address.names() for rule in self.find(name)]
-            rules = rules or self.find("@" + address.domain)
-            fresh = [r for r in rules if (r[0], address.local, address.domain) not in seen]
-            if not fresh:
-                return None if rules and not itself else address
-            name, value = fresh[0]
-            seen.add((name, address.local, address.domain))
-            target = TARGET.fullmatch(value)
-            if not target:
-                return None
-            text = address.local + target[2] if target[2][0] == "@" else target[2]
-            following = self.parse(text)
-            if not following.domain:
-                following = following._replace(domain=address.domain)
-            if target[1]:
-                return following
-            itself = following[1:] == address[1:]
-            address = following
+    def find(self, address: Address, deadline: float) -> dict[str, str]:
+        """Give what the file has for the names of an address."""
+        names = [*address.names(), "@" + address.domain]
+        return {name: self.table[name] for name in names if name in self.table}
 
 
 def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -577,162 +1005,616 @@ def open_regular(path: str, flags: int) -> int:
     return file
 
 
-class Decision(NamedTuple):
-    """What is to be done with a recipient, and why."""
+class Table:
+    """Any Postfix table, asked by `postmap -q` as Postfix asks it.
+
+    A bounded pool of futures gives the cap, the deadline and the sharing of one question by all
+    sessions that want the same name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        kind = re.sub("^proxy:", "", name).partition(":")[0]
+        self.takes_whole_address = kind in ("regexp", "pcre", "tcp", "socketmap")
+        self.cache_ttl = 0.0  # seconds
+        self.serves: Callable[[str], bool] = bool  # is this a domain of ours?
+        self.pool = concurrent.futures.ThreadPoolExecutor(TABLE_QUERIES)
+        self.lock = threading.Lock()  # guards what follows
+        self.results: dict[tuple[str, ...], tuple[float, dict[str, str]]] = {}  # oldest first
+        self.under_way: dict[tuple[str, ...], concurrent.futures.Future[dict[str, str]]] = {}
+        self.processes: set[subprocess.Popen[bytes]] = set()
+
+    def keys(self, address: Address) -> dict[str, str]:
+        """Give what Postfix would look up, in its order, and the name that each key stands for.
+
+        Postfix quotes a local part that needs it, and tries it without the quotes after that.
+        """
+        local, user, domain = lower(address.local), lower(address.user), address.domain
+        names = [(local, f"@{domain}" if domain else "")]
+        if not self.takes_whole_address and domain:
+            names.append((user, f"@{domain}"))
+            names += [(user, "")] if self.serves(domain) else []
+            names.append(("", f"@{domain}"))
+        keys: dict[str, str] = {}
+        for name, rest in names:
+            quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"'
+            forms = [name] if re.fullmatch(r'[^\s"(),:;<>@[\\\]]*', name) else [quoted, name]
+            for form in forms[:1] if self.takes_whole_address else forms:
+                # postmap reads a name a line, as UTF-8: what is neither stands in no table.
+                if form + rest and (form + rest).isprintable():
+                    keys.setdefault(form + rest, name + rest)
+        return keys
+
+    def find(self, address: Address, deadline: float) -> dict[str, str]:
+        """Give what the table has for the names of an address. Raises Fault."""
+        names = self.keys(address)
+        keys = tuple(names)
+        if not keys:
+            return {}
+        found = self.ask(keys, deadline)
+        return {names[key]: found[key] for key in reversed(keys) if key in found}
+
+    def ask(self, keys: tuple[str, ...], deadline: float) -> dict[str, str]:
+        """Give what the table has for some keys, from memory or by a question. Raises Fault."""
+        with self.lock:
+            at, result = self.results.get(keys, (0.0, {}))
+            if at and time.monotonic() - at < self.cache_ttl:
+                return result
+            future = self.under_way.get(keys)
+            if future is None:
+                try:
+                    future = self.pool.submit(self.query, keys, deadline)
+                except RuntimeError as error:
+                    raise Fault(f"no thread for table {self.name}: {error}") from None
+                self.under_way[keys] = future
+        try:
+            return future.result(max(0, deadline - time.monotonic()))
+        except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
+            if future.cancel():
+                with self.lock:
+                    self.under_way.pop(keys, None)
+            raise Fault(f"table {self.name} gave no answer in time") from None
+
+    def query(self, keys: tuple[str, ...], deadline: float) -> dict[str, str]:
+        """Ask the table, in a thread of the pool, and remember the result. Raises Fault."""
+        try:
+            result = self.run_postmap(keys, deadline - time.monotonic())
+        except OSError as error:
+            raise Fault(f"postmap cannot be run: {error}") from None
+        finally:
+            with self.lock:
+                self.under_way.pop(keys, None)
+        if sum(map(len, keys)) <= 4 * LONG_NAME:
+            with self.lock:
+                self.results.pop(keys, None)
+                self.results[keys] = time.monotonic(), result
+                if len(self.results) > TABLE_RESULTS:
+                    del self.results[next(iter(self.results))]
+        return result
+
+    def run_postmap(self, keys: tuple[str, ...], seconds: float) -> dict[str, str]:
+        """Ask postmap, which gets `seconds`. Raises OSError, Fault.
+
+        The keys go in on standard input: as an argument the user `-` would mean just that. "Not
+        found" and a fault both end with status 1, but only a fault says why. Signals but KILL are
+        blocked in a child of a libmilter thread.
+        """
+        if seconds <= 0:
+            raise Fault(f"table {self.name} was not asked in time")
+        path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
+        command = [shutil.which("postmap", path=path) or "postmap", "-q", "-", self.name]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
+            self.processes.add(process)
+            try:
+                asked = "".join(key + "\n" for key in keys).encode()
+                output, errors = process.communicate(asked, timeout=seconds)
+            except subprocess.TimeoutExpired:
+                raise Fault(f"table {self.name} gave no answer in time") from None
+            finally:
+                process.kill()
+                self.processes.discard(process)
+        complaint = re.search(
+            rb"postmap: (?:fatal|warning): (?!.*: empty lookup result)(.*)", errors
+        )
+        if process.returncode and (complaint or process.returncode != 1):
+            text = complaint[1] if complaint else b"postmap failed"
+            raise Fault(f"table {self.name}: {text.decode('utf-8', 'replace')}")
+        lines = output.decode("utf-8", "replace").split("\n")[:-1]
+        found = [line.partition("\t")[::2] for line in lines]
+        if [key for key in keys if key in dict(found)] != [key for key, _ in found]:
+            return {keys[0]: ","}  # a value of several lines, which is no mailbox
+        return dict(found)
+
+    def close(self) -> None:
+        """End what is under way."""
+        self.pool.shutdown(wait=False)
+        for process in list(self.processes):
+            process.kill()
+
+
+AliasSource = Union[AliasFile, Table]
+
+
+class Aliases:
+    """Leads an address to its mailbox, as the mail server will when it has taken the mail."""
+
+    def __init__(self, sources: list[AliasSource], parse: Callable[[str], Address]) -> None:
+        self.sources, self.parse = sources, parse
+        self.has_tables = any(isinstance(source, Table) for source in sources)
+
+    def resolve(self, address: Address, deadline: float) -> Optional[Address]:
+        """Follow an address to its mailbox; None where it does not lead to exactly one.
+
+        Raises Fault where a table does not answer.
+        """
+        following = address
+        for _ in range(STEPS):
+            for value in self.rules(address, deadline):
+                target = TARGET.fullmatch(value) if len(value) <= ANSWER_LENGTH else None
+                if not target:
+                    return None
+                text = address.local + target[2] if target[2][0] == "@" else target[2]
+                following = self.parse(text)
+                if not following.domain:
+                    following = following._replace(domain=address.domain)
+                if target[1]:
+                    return following
+                # A name that stands for itself ends virtual(5), but aliases(5), which is read
+                # after it, may lead on from there: so the next, less specific rule is tried.
+                if following[1:] != address[1:]:
+                    break
+            else:
+                return address
+            address = following
+        return None  # names that stand for each other
+
+    def rules(self, address: Address, deadline: float) -> list[str]:
+        """Give what an address stands for, the most specific rule first. Raises Fault."""
+        found = [source.find(address, deadline) for source in self.sources]
+        values = []
+        for name in dict.fromkeys(address.names()):
+            values += [table[name] for table in found if name in table][:1]
+        catch_all = "@" + address.domain
+        return values or [table[catch_all] for table in found if catch_all in table][:1]
+
+
+# ---- Policy: the rule, from a recipient and a size to a Decision ----
+
+
+class Passed:
+    """A mailbox that recipients of a message were let through for."""
+
+    def __init__(self, decision: Decision) -> None:
+        self.first = decision
+        self.targets: set[int] = set()  # hashes: an address may be long, and there may be many
+
+
+class Message:
+    """The message that a session is giving: its size as far as it is known, and its recipients."""
+
+    def __init__(self, declared: int = 0) -> None:
+        self.declared = declared  # bytes (RFC 1870), 0 where they are not
+        self.counted = 0  # bytes of the body until now
+        self.passed: dict[Mailbox, Passed] = {}
+        self.others_passed = False  # somebody who was not asked about, or could not be
+
+    @property
+    def size(self) -> int:
+        """The size in bytes, as far as it is known; never less than the declared one."""
+        return max(self.declared, self.counted)
+
+    def copies(self, target: Address) -> int:
+        """Say how many copies a mailbox gets with this recipient: john, john+a and john+b three."""
+        passed = self.passed.get(target.mailbox)
+        return len(passed.targets | {hash(target[1:])}) if passed else 1
+
+    def let_through(self, decision: Decision) -> None:
+        """Note a recipient who was let through."""
+        if not decision.finding.answer:
+            self.others_passed = True
+        if decision.target and not decision.target.mailbox.is_long:
+            passed = self.passed.setdefault(decision.target.mailbox, Passed(decision))
+            passed.targets.add(hash(decision.target[1:]))
+
+    def wants_body(self) -> bool:
+        """Say whether more of the body can matter.
+
+        It does not where the size was declared, unless the body shows that to be a lie, and not
+        where it is already more than the largest of the mailboxes could hold.
+        """
+        if self.counted <= self.declared:
+            return False
+        answers = (passed.first.finding.answer for passed in self.passed.values())
+        return any(answer and self.counted <= answer.most for answer in answers)
+
+
+class Route(NamedTuple):
+    """Where a recipient leads."""
 
     address: Address
-    mailbox: Optional[Address]  # that was asked about, None where nothing was
-    verdict: str
-    reply: Optional[Reply]  # None: let it through
-    heard: Heard
-    seconds: float
-
-    def __str__(self) -> str:
-        """Give the line for the log (interface section 2, Log)."""
-        answer = self.heard.answer or Answer("", None, None)
-        fields = {
-            "recipient": self.address.given,
-            "user": self.mailbox.user if self.mailbox else "-",
-            "verdict": self.verdict,
-            "used": "-" if answer.used is None else answer.used,
-            "quota": "-" if answer.quota is None else answer.quota,
-            "cached": "yes" if self.heard.cached else "no",
-            "ms": round(self.seconds * 1000),
-        }
-        if self.heard.fault:
-            fields["reason"] = self.heard.fault
-        return " ".join(f"{name}={printable(value)}" for name, value in fields.items())
+    target: Optional[Address]
+    mailboxes: Optional[Mailboxes]  # to be asked, None where nobody is
+    verdict: str  # where nobody is asked
 
 
 class Policy:
-    """The rule: from a recipient and a size to a decision."""
+    """Decides about recipients and messages, by one set of options."""
 
-    def __init__(self, options: argparse.Namespace, backends: dict[Optional[str], Backend]) -> None:
-        """Take the options; the backend None is for all other domains.
-
-        Raises OSError, ValueError where an alias file cannot be read.
-        """
+    def __init__(self, options: argparse.Namespace, ledger: Ledger, counters: Counters) -> None:
+        self.options, self.ledger, self.counters = options, ledger, counters
+        self.timeout: float = options.timeout
+        self.dry_run: bool = options.dry_run
+        self.ignore_size: bool = options.ignore_size
         self.parse = functools.partial(
             Address.parse,
             delimiters=options.recipient_delimiter,
             case_sensitive=options.case_sensitive,
         )
-        self.dry_run: bool = options.dry_run
-        self.log_all: bool = options.verbose
-        self.ignore_size: bool = options.ignore_size
         self.replies: dict[str, Optional[Reply]] = {
             "overquota": options.overquota_reply,
             "toolarge": options.toolarge_reply,
+            "inactive": options.inactive_reply,
             "unknown": options.unknown_reply,
-            "fault": ON_ERROR if options.on_error == "tempfail" else None,
+            "fault": CANNOT_CHECK if options.on_error == "tempfail" else None,
         }
         exempt = ["postmaster", *options.exempt]
         self.exempt = {self.parse(e).names()[0 if "@" in e else 2] for e in exempt}
-        self.backends = backends
+        self.backends: dict[str, Backend] = {}  # by URL
+        self.mailboxes = self.map_domains()
         self.aliases = Aliases(options.aliases, self.parse)
-        self.route = functools.lru_cache(ROUTES)(self.find_route)
-        self.lock = threading.Lock()
-        self.counters = collections.Counter(dict.fromkeys(COUNTERS, 0))
+        for source in options.aliases:
+            if isinstance(source, AliasFile):
+                source.log_state()
+            else:
+                source.cache_ttl, source.serves = options.cache_ttl, self.serves
+        self.remember_routes()
 
-    def decide(self, recipient: str, size: int) -> Decision:
-        """Judge a recipient of a message of `size` bytes (0: not declared)."""
-        start = time.monotonic()
-        address, mailbox, backend, verdict = self.route(recipient)
-        heard = Heard(None)
-        if mailbox and backend:
-            heard = backend.ask(mailbox.user, mailbox.domain)
-            verdict = heard.answer.verdict(size) if heard.answer else "fault"
-        template = self.replies.get(verdict)
-        reply = template and template.to(address.given)
-        return Decision(address, mailbox, verdict, reply, heard, time.monotonic() - start)
+    def map_domains(self) -> dict[Optional[str], Mailboxes]:
+        """Map domains to their backends; None is for all that no option names."""
+        context = self.options.cafile or ssl.create_default_context()
+        by_domain: dict[Optional[str], list[Backend]] = collections.defaultdict(list)
+        for domains, url in self.options.backend or [parse_backend(DEFAULT_BACKEND)]:
+            if url not in self.backends:
+                client = Client(url, context, self.timeout)
+                self.backends[url] = Backend(client, self.options, self.counters)
+            for domain in domains:
+                by_domain[domain].append(self.backends[url])
+        return {domain: Mailboxes(found, self.ledger) for domain, found in by_domain.items()}
 
-    def find_route(
-        self, recipient: str
-    ) -> tuple[Address, Optional[Address], Optional[Backend], str]:
-        """Give the address, its mailbox, the backend to ask, or a verdict where none is asked."""
+    def serves(self, domain: str) -> bool:
+        """Say whether a backend has the mailboxes of this domain."""
+        return domain in self.mailboxes or None in self.mailboxes
+
+    def remember_routes(self) -> None:
+        """Begin to remember where recipients lead, anew: the old memory may get a late entry yet.
+
+        What tables say is remembered by the tables, which know for how long.
+        """
+        memory = functools.lru_cache(0 if self.aliases.has_tables else ROUTES)
+        self.short_route = memory(self.find_route)
+
+    def route(self, recipient: str, deadline: float) -> Route:
+        """Say where a recipient leads. Raises Fault."""
+        if self.aliases.has_tables or len(recipient) > LONG_NAME:
+            return self.find_route(recipient, deadline)
+        return self.short_route(recipient)
+
+    def find_route(self, recipient: str, deadline: float = 0) -> Route:
+        """Find the mailbox of a recipient and the backends that have it. Raises Fault."""
         address = self.parse(recipient)
-        mailbox = self.aliases.resolve(address)
         if not address.local:
-            return address, mailbox, None, "empty"
-        if self.is_exempt(address) or mailbox and self.is_exempt(mailbox):
-            return address, mailbox, None, "exempt"
-        if not mailbox:
-            return address, None, None, "alias"
-        backend = self.backends.get(mailbox.domain, self.backends.get(None))
-        return address, mailbox, backend, "" if backend else "nobackend"
+            return Route(address, None, None, "empty")
+        if self.is_exempt(address):
+            return Route(address, None, None, "exempt")
+        target = self.aliases.resolve(address, deadline)
+        if target is None:
+            return Route(address, None, None, "alias")
+        if self.is_exempt(target):
+            return Route(address, target, None, "exempt")
+        mailboxes = self.mailboxes.get(target.domain, self.mailboxes.get(None))
+        return Route(address, target, mailboxes, "" if mailboxes else "nobackend")
 
     def is_exempt(self, address: Address) -> bool:
         """Say whether an address is one that is never asked about."""
         return not self.exempt.isdisjoint(address.names())
 
-    def report(self, decision: Decision) -> None:
-        """Count a decision, and log it where it is a refusal or a fault."""
-        fault, refused = bool(decision.heard.fault), decision.reply is not None
-        with self.lock:
-            self.counters["recipients"] += 1
-            self.counters["refused"] += refused and not self.dry_run
-            self.counters["cached"] += decision.heard.cached and not fault
-            self.counters["lastknown"] += decision.heard.cached and fault
-            self.counters[decision.verdict] += 1
-        if fault or refused or self.log_all:
+    def decide(self, recipient: str, message: Message) -> Decision:
+        """Decide about a recipient of a message, within the timeout."""
+        start = time.monotonic()
+        deadline = start + self.timeout
+        finding = Finding()
+        try:
+            route = self.route(recipient, deadline)
+        except Fault as fault:  # a table
+            route = Route(self.parse(recipient), None, None, "fault")
+            finding = Finding(fault=str(fault))
+        address, target, mailboxes, verdict = route
+        if target and mailboxes:
+            finding = mailboxes.find(target.mailbox, deadline)
+            verdict = self.judge(target.mailbox, finding, message.size, message.copies(target))
+        else:
+            target = None
+        reply = self.reply(verdict, finding, address)
+        return Decision(address, target, verdict, reply, finding, time.monotonic() - start)
+
+    def judge(self, mailbox: Mailbox, finding: Finding, size: int, copies: int) -> str:
+        """Judge a message of `size` bytes, 0 where not known, by what is known of a mailbox."""
+        answer = finding.answer
+        if answer is None:
+            return "fault"
+        if answer.status == "UNKNOWN":
+            return "unknown"
+        is_full = answer.status == "OVERQUOTA"
+        in_flight = 0
+        if not self.ignore_size:
+            in_flight = self.ledger.bytes_in_flight(mailbox)
+            # A mailbox that does not exist yet has no size in some answers: nothing is in it.
+            expected = (answer.used or 0) + in_flight
+            if answer.quota:
+                if size > answer.most:
+                    return "overquota" if finding.fault else "toolarge"
+                is_full = is_full or expected + size * copies > answer.most
+                is_full = is_full or in_flight > 0 and expected >= answer.quota
+        if not is_full:
+            return "ok"
+        is_dead = self.is_inactive(answer) and not in_flight and not finding.fault
+        return "inactive" if is_dead else "overquota"
+
+    def is_inactive(self, answer: Answer) -> bool:
+        """Say whether nothing has changed a mailbox for --inactive-after."""
+        days: float = self.options.inactive_after
+        return bool(days and answer.changed) and time.time() - (answer.changed or 0) > days * DAY
+
+    def reply(self, verdict: str, finding: Finding, address: Address) -> Optional[Reply]:
+        """Give the reply to a verdict, None to let it through.
+
+        Only a fresh answer refuses for good: a last known one, while the backend gives faults,
+        defers, whatever the options say.
+        """
+        template = self.replies.get(verdict)
+        if template and template.is_permanent and finding.fault:
+            template = CANNOT_CHECK if verdict == "unknown" else DEFERRED
+        return template and template.to(address.given)
+
+    def end_of_data(self, message: Message) -> Optional[Decision]:
+        """Decide about a whole message; None: it is taken, and counts as in flight.
+
+        Taken is what fits into one mailbox at least, or has a recipient who was not asked about:
+        the reply concerns all recipients, and he must get his mail.
+        """
+        if self.ignore_size:
+            return None
+        start = time.monotonic()
+        refusals = []
+        with self.ledger.lock:  # to decide and to count is one step
+            for mailbox, passed in message.passed.items():
+                finding = self.latest(mailbox, passed.first.finding)
+                verdict = self.judge(mailbox, finding, message.size, len(passed.targets))
+                if verdict in REFUSED and not message.others_passed:
+                    refusals.append((verdict, finding))
+            is_refused = 0 < len(refusals) == len(message.passed)
+            if not is_refused or self.dry_run:
+                for mailbox, passed in message.passed.items():
+                    size = (message.size + HEADERS) * len(passed.targets)
+                    self.ledger.add(mailbox, size, passed.first.finding.answer)
+        if not is_refused:
+            return None
+        verdict, finding = refusals[0]
+        first = next(iter(message.passed.values())).first
+        reply = self.reply(verdict, finding, first.address)
+        seconds = time.monotonic() - start
+        return first._replace(verdict=verdict, reply=reply, finding=finding, seconds=seconds)
+
+    def latest(self, mailbox: Mailbox, at_rcpt: Finding) -> Finding:
+        """Give what is known now of a mailbox: perhaps somebody else has asked since RCPT."""
+        remembered = self.ledger.recall(mailbox)
+        if remembered is None or remembered.answer is at_rcpt.answer:
+            return at_rcpt
+        return Finding(remembered.answer, cached=True)
+
+    def report(self, decision: Decision, step: str, message: Message) -> None:
+        """Count a decision of a step, `rcpt` or `data`, and log a refusal or a fault."""
+        fault, is_refusal = bool(decision.finding.fault), decision.reply is not None
+        refused = is_refusal and not self.dry_run
+        self.counters.record_decision(decision, step, message.size if refused else 0, refused)
+        if fault or is_refusal or self.options.verbose:
+            target, in_flight = decision.target, 0
+            if target:
+                in_flight = self.ledger.bytes_in_flight(target.mailbox)
+            dry_run = " dry_run=yes" if self.dry_run and is_refusal else ""
+            text = "%s step=%s size=%d inflight=%d%s"
             level = logging.WARNING if fault else logging.INFO
-            log.log(level, "%s%s", decision, " dry_run=yes" if self.dry_run and refused else "")
+            log.log(level, text, decision, step, message.size, in_flight, dry_run)
 
-    def log_counters(self) -> None:
-        """Log what has been counted since the start."""
-        with self.lock:
-            log.info("counters %s", " ".join(f"{k}={v}" for k, v in self.counters.items()))
-
-    def tidy(self, forget: bool = False) -> None:
-        """Do what is due every second: read changed aliases, end late questions."""
-        if self.aliases.refresh(forget):  # a new memory: the old one may get a late entry yet
-            self.route = functools.lru_cache(ROUTES)(self.find_route)
-        for backend in set(self.backends.values()):
+    def tidy(self) -> None:
+        """Do what is due every second: end overdue questions, read changed aliases."""
+        for backend in self.backends.values():
             backend.tidy()
-            if forget:
-                backend.forget()
+        files = [source for source in self.aliases.sources if isinstance(source, AliasFile)]
+        changed = [file for file in files if file.refresh()]
+        if changed:
+            self.remember_routes()
+
+    def close(self) -> None:
+        """Take no more questions: another set of options is in force."""
+        for backend in self.backends.values():
+            backend.close()
+        for source in self.aliases.sources:
+            if isinstance(source, Table):
+                source.close()
+
+
+# ---- Counters and metrics: what has happened, apart from why ----
+
+FAMILIES = {  # of metrics: type and help
+    "recipients_total": ("counter", "Recipients by verdict."),
+    "cached_total": ("counter", "Recipients decided by a remembered answer."),
+    "lastknown_total": ("counter", "Recipients decided by a last known answer, for a fault."),
+    "refused_total": ("counter", "Refusals by step (rcpt, or data: whole messages) and verdict."),
+    "refused_bytes_total": ("counter", "Bytes of what was refused, as far as known, by step."),
+    "in_flight_messages": ("gauge", "Deliveries under way to mailboxes."),
+    "in_flight_bytes": ("gauge", "Bytes under way to mailboxes."),
+    "remembered_answers": ("gauge", "Answers in the cache."),
+    "backend_up": ("gauge", "Whether the backend is asked."),
+    "backend_questions_total": ("counter", "Questions to the backend."),
+    "backend_faults_total": ("counter", "Questions that ended with a fault."),
+    "backend_seconds": ("histogram", "How long questions took."),
+}
+BUCKETS = (0.005, 0.025, 0.1, 0.5, 1.0, 2.5, 5.0)  # seconds
+
+
+class Counters:
+    """Counts what happens, by the names of Prometheus' text format."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.values: dict[str, float] = collections.defaultdict(int)
+        for verdict in (*VERDICTS, *UNASKED):
+            self.values[f'recipients_total{{verdict="{verdict}"}}'] = 0
+        for step in "rcpt", "data":
+            self.values[f'refused_bytes_total{{step="{step}"}}'] = 0
+            for verdict in (*VERDICTS[1:],):
+                self.values[f'refused_total{{step="{step}",verdict="{verdict}"}}'] = 0
+        self.values.update({"cached_total": 0, "lastknown_total": 0})
+
+    def record_decision(self, decision: Decision, step: str, size: int, refused: bool) -> None:
+        """Count a decision about a recipient, or about a message of `size` bytes."""
+        verdict, finding = decision.verdict, decision.finding
+        with self.lock:
+            if step == "rcpt":
+                self.values[f'recipients_total{{verdict="{verdict}"}}'] += 1
+                if finding.cached:
+                    self.values["lastknown_total" if finding.fault else "cached_total"] += 1
+            if refused:
+                self.values[f'refused_total{{step="{step}",verdict="{verdict}"}}'] += 1
+                self.values[f'refused_bytes_total{{step="{step}"}}'] += size
+
+    def record_question(self, backend: str, seconds: float, is_fault: bool) -> None:
+        """Count a question to a backend that took so many seconds."""
+        label = 'backend="' + backend.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        with self.lock:
+            self.values[f"backend_questions_total{{{label}}}"] += 1
+            self.values[f"backend_faults_total{{{label}}}"] += is_fault
+            for bound in (*BUCKETS, float("inf")):
+                text = "+Inf" if bound == float("inf") else f"{bound:g}"
+                self.values[f'backend_seconds_bucket{{{label},le="{text}"}}'] += seconds <= bound
+            self.values[f"backend_seconds_count{{{label}}}"] += 1
+            self.values[f"backend_seconds_sum{{{label}}}"] += seconds
+
+    def log_line(self) -> None:
+        """Log the sums since the start."""
+        with self.lock:
+            values = dict(self.values)
+        verdicts = {v: values[f'recipients_total{{verdict="{v}"}}'] for v in VERDICTS + UNASKED}
+        refused = sum(value for name, value in values.items() if name[:14] == "refused_total{")
+        sums = {"recipients": sum(verdicts.values()), "refused": refused}
+        sums.update(cached=values["cached_total"], lastknown=values["lastknown_total"], **verdicts)
+        log.info("counters %s", " ".join(f"{name}={value}" for name, value in sums.items()))
+
+    def render(self, gauges: dict[str, int]) -> str:
+        """Give all counters, and gauges, in Prometheus' text format."""
+        with self.lock:
+            values = {**self.values, **gauges}
+        lines = []
+        for family, (kind, text) in FAMILIES.items():
+            lines += [
+                f"# HELP quota_milter_{family} {text}",
+                f"# TYPE quota_milter_{family} {kind}",
+            ]
+            suffixes = "_bucket|_sum|_count" if kind == "histogram" else ""
+            pattern = re.compile(rf"{family}(?:{suffixes})(?:\{{.*)?")
+            lines += [f"quota_milter_{n} {+v}" for n, v in values.items() if pattern.fullmatch(n)]
+        return "".join(line + "\n" for line in lines)
+
+
+def write_whole(path: str, text: str) -> None:
+    """Replace a file, which nobody ever sees half; a link is replaced, not followed.
+
+    Raises OSError.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    file, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    try:
+        with open(file, "w") as stream:
+            stream.write(text)
+            os.fchmod(file, 0o644)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
+# ---- QuotaMilter: the callbacks of libmilter ----
 
 
 class QuotaMilter(Milter.Base):  # type: ignore[misc]
-    """A connection of the MTA."""
+    """A connection of the MTA.
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.size = 0  # bytes that the sender of the current message declares (RFC 1870)
+    pymilter negotiates away the steps that have no method here: HELO, headers and others cost
+    nothing. DATA has one although it only goes on: an MTA sends the macros of DATA in any case,
+    and over an inet socket two packets without a reply between them wait for 40 ms (Nagle's
+    algorithm there, delayed acknowledgement here). For the same reason no step goes without reply.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.message = Message()
 
     def envfrom(self, sender: str, *parameters: str) -> int:
-        """Note the size of a new message."""
-        self.size = 0
-        for parameter in parameters if not self.policy.ignore_size else ():
+        """Begin a message, whose size the sender may declare (RFC 1870)."""
+        declared = 0
+        for parameter in parameters:
             name, _, value = parameter.partition("=")
             if name.upper() == "SIZE" and re.fullmatch("[0-9]{1,20}", value):
-                self.size = int(value)
+                declared = int(value)
+        self.message = Message(declared)
         return int(Milter.CONTINUE)
 
     def envrcpt(self, recipient: str, *parameters: str) -> int:
         """Let a recipient through, defer or reject it."""
-        decision = self.policy.decide(recipient, self.size)
-        self.policy.report(decision)
-        reply = decision.reply
-        if reply is None or self.policy.dry_run:
+        policy = self.service.policy
+        decision = policy.decide(recipient, self.message)
+        policy.report(decision, "rcpt", self.message)
+        if decision.reply is None:
+            self.message.let_through(decision)
             return int(Milter.CONTINUE)
+        return int(Milter.CONTINUE) if policy.dry_run else self.refuse(decision.reply)
+
+    def data(self) -> int:
+        """Only reply, at once: see the class."""
+        return int(Milter.CONTINUE)
+
+    def body(self, chunk: bytes) -> int:
+        """Count the bytes of a message, as long as that can matter."""
+        self.message.counted += len(chunk)
+        more = self.message.wants_body() and not self.service.policy.ignore_size
+        return int(Milter.CONTINUE if more or not self._protocol & Milter.P_SKIP else Milter.SKIP)
+
+    def eom(self) -> int:
+        """Take a message or refuse it, now that its size is known."""
+        message, self.message = self.message, Message()
+        policy = self.service.policy
+        decision = policy.end_of_data(message)
+        if decision is None:
+            return int(Milter.CONTINUE)
+        policy.report(decision, "data", message)
+        if decision.reply is None or policy.dry_run:
+            return int(Milter.CONTINUE)
+        return self.refuse(decision.reply)
+
+    def abort(self) -> int:
+        """Forget the message: what RSET or a lost connection ends is not in flight."""
+        self.message = Message()
+        return int(Milter.CONTINUE)
+
+    def refuse(self, reply: Reply) -> int:
+        """Set the reply and give the return code that fits it, without which it is dropped."""
         self.setreply(*reply)
-        return int(Milter.TEMPFAIL if reply.code[0] == "4" else Milter.REJECT)
+        return int(Milter.REJECT if reply.is_permanent else Milter.TEMPFAIL)
 
 
-def map_backends(options: argparse.Namespace) -> dict[Optional[str], Backend]:
-    """Map domains to backends; None is for all others. Raises ValueError."""
-    context = options.cafile or ssl.create_default_context()
-    by_domain: dict[Optional[str], Backend] = {}
-    by_url: dict[str, Backend] = {}
-    for domains, url in options.backend or [parse_backend(DEFAULT_BACKEND)]:
-        if url not in by_url:
-            by_url[url] = Backend(url, options, context)
-        for domain in domains:
-            if domain in by_domain:
-                raise ValueError(f"{domain or 'all domains'} stands in it twice")
-            by_domain[domain] = by_url[url]
-    return by_domain
+# ---- Options: one table of them, in README's order ----
 
 
 def parse_backend(text: str) -> tuple[list[Optional[str]], str]:
@@ -742,36 +1624,57 @@ def parse_backend(text: str) -> tuple[list[Optional[str]], str]:
         raise argparse.ArgumentTypeError("is not [DOMAIN[,DOMAIN...]=]http[s]://HOST[:PORT]/PATH")
     try:
         parts = urllib.parse.urlsplit(match[2])
-        good = bool(parts.hostname) and parts.port != 0
+        good = bool(parts.hostname) and parts.port != 0 and not parts.fragment
     except ValueError:
         good = False
     if not good:
-        raise argparse.ArgumentTypeError("has no host, or no port from 1 to 65535")
+        hint = ""
+        if "@" in match[2]:
+            hint = "; in a password @ : / ? # % are written %40 %3A %2F %3F %23 %25"
+        raise argparse.ArgumentTypeError(f"has no host, a # or no port from 1 to 65535{hint}")
     if not match[1]:
         return [None], match[2]
-    domains = [domain.strip().lower().rstrip(".") for domain in match[1].split(",")]
+    domains = [lower(domain.strip()).rstrip(".") for domain in match[1].split(",")]
     if "" in domains:
         raise argparse.ArgumentTypeError("has an empty domain")
-    return list(domains), match[2]
+    return list(dict.fromkeys(domains)), match[2]
 
 
 def number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
     """Make a reader of numbers in a range. It raises ArgumentTypeError."""
+    pattern = "[0-9]{1,9}" if kind is int else r"[0-9]{1,9}(\.[0-9]{1,9})?|\.[0-9]{1,9}"
 
     def read(text: str) -> Any:
-        with contextlib.suppress(ValueError):
-            if least <= kind(text) <= most:
-                return kind(text)
+        if re.fullmatch(pattern, text) and least <= kind(text) <= most:
+            return kind(text)
         raise argparse.ArgumentTypeError(f"is not a number from {least:g} to {most:g}")
+
+    return read
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """Make a reader of one of some words. It raises ArgumentTypeError."""
+
+    def read(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError("is not " + " or ".join(words))
+        return text
 
     return read
 
 
 def listen_socket(text: str) -> str:
     """Check libmilter's syntax of a socket. Raises ArgumentTypeError."""
-    match = re.fullmatch(r"inet6?:(\d{1,5})(?:@[^@\s]+)?|(?:unix|local):/.+", text)
+    match = re.fullmatch(r"inet6?:([0-9]{1,5})(?:@[^@\s]+)?|(?:unix|local):/.+", text)
     if not match or match[1] and not 0 < int(match[1]) < 65536:
         raise argparse.ArgumentTypeError("is not inet:PORT@HOST, inet6:PORT@HOST or unix:/PATH")
+    return text
+
+
+def delimiter_characters(text: str) -> str:
+    """Check the characters that may begin an address' detail. Raises ArgumentTypeError."""
+    if re.search(r"""[^!-~]|[0-9A-Za-z@"\\]""", text):
+        raise argparse.ArgumentTypeError('has more than ASCII punctuation, or one of @ " \\')
     return text
 
 
@@ -790,98 +1693,193 @@ def exempt(text: str) -> str:
     return text
 
 
-class OptionParser(argparse.ArgumentParser):
-    """Reads one option and its value from a line of a file, and reports an error in one line."""
+def alias_source(text: str) -> AliasSource:
+    """Read an alias file, or take the name of a table. Raises ArgumentTypeError."""
+    if re.match("[a-z][a-z0-9_-]*:.", text):
+        return Table(text)
+    try:
+        return AliasFile(text)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise argparse.ArgumentTypeError(f"{text} cannot be read: {reason}") from None
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """Split a line of an @FILE; a comment starts the line or follows white space."""
-        line = re.sub(r"(^|\s)#.*", "", arg_line).strip()
-        match = re.fullmatch(r"(--[\w-]+)(?:\s*=\s*|\s+)(.*)", line)
-        if not match or match[1] == "--check":
-            return line.split()
-        value = match[2]
-        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
-        return [f"{match[1]}={value[1:-1] if quoted else value}"]
+
+class Option(NamedTuple):
+    """An option of the command line; a flag where nothing stands for its value."""
+
+    name: str
+    metavar: str
+    read: Callable[[str], Any]  # raises ArgumentTypeError
+    default: Any
+    text: str
+    may_repeat: bool = False
+    nargs: Optional[str] = None
+
+
+SECONDS = number(float, 0, DAY)
+OPTIONS = [
+    Option(
+        *("listen", "SOCKET", listen_socket, "inet:8894@127.0.0.1"),
+        "inet:PORT@HOST, inet6:PORT@HOST or unix:/PATH",
+    ),
+    Option(
+        *("backend", "[DOMAIN[,DOMAIN...]=]URL", parse_backend, None),
+        f"URL to ask ({DEFAULT_BACKEND}); several of a domain are asked in order",
+        may_repeat=True,
+    ),
+    Option("timeout", "SECONDS", number(float, 0.01, DAY), 5, "whole budget of a question"),
+    Option("retry-after", "SECONDS", SECONDS, 10, "how long a backend that failed is not asked"),
+    Option("max-queries", "N", number(int, 1, 9999), 16, "questions to one backend at a time"),
+    Option("cache-ttl", "SECONDS", SECONDS, 60, "how long an answer is used again; 0: never"),
+    Option(
+        *("on-error", "accept|tempfail", one_of("accept", "tempfail"), "accept"),
+        "a recipient whose backend gives a fault",
+    ),
+    Option("overquota-reply", "REPLY", Reply.parse, OVERQUOTA, "for a full mailbox"),
+    Option("toolarge-reply", "REPLY", Reply.parse, TOOLARGE, "for what the quota cannot hold"),
+    Option("unknown-reply", "REPLY", Reply.parse, None, "for UNKNOWN (let through)"),
+    Option("ignore-size", "", bool, False, "sizes do not matter, only the status does"),
+    Option("in-flight", "SECONDS", SECONDS, 60, "how long mail is under way; 0: not at all"),
+    Option("frontends", "N", number(int, 1, 9999), 1, "frontends that share the mail"),
+    Option("inactive-after", "DAYS", number(float, 0, 36500), 0, "a full mailbox is dead; 0: off"),
+    Option("inactive-reply", "REPLY", Reply.parse, INACTIVE, "for a dead mailbox"),
+    Option(
+        *("recipient-delimiter", "CHARS", delimiter_characters, "+"),
+        "john+lists is asked about as john; empty: off",
+    ),
+    Option("case-sensitive", "", bool, False, "do not fold the user to lower case"),
+    Option(
+        *("exempt", "ADDRESS", exempt, None),
+        "user or user@domain that is never asked about",
+        may_repeat=True,
+    ),
+    Option(
+        *("aliases", "FILE|TYPE:NAME", alias_source, None),
+        "as in aliases(5) or virtual(5), or a Postfix table",
+        may_repeat=True,
+    ),
+    Option("cafile", "FILE", trust, None, "certificates to trust for https (the system's)"),
+    Option("dry-run", "", bool, False, "log what would be answered, let everything through"),
+    Option(
+        *("check", "ADDRESS", str, None),
+        "ask now, print the verdicts and exit; without an address: check the options",
+        nargs="*",
+    ),
+    Option("metrics", "FILE", str, None, "counters in Prometheus' text format, every 15 seconds"),
+    Option("syslog", "", bool, False, "log to syslog, facility mail, not to standard error"),
+    Option("verbose", "", bool, False, "log a line for every recipient"),
+]
+
+
+class BadOptions(Exception):
+    """The options cannot be used; the text says which, and where it stands, in one line."""
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Raises BadOptions rather than end the program: a reload must not."""
 
     def error(self, message: str) -> NoReturn:
-        """End the start with one line, that shows no password of a URL, and status 2."""
-        line = re.sub(r"//\S*@", "//...@", " ".join(message.split()))
-        self.exit(2, f"{self.prog}: error: {line}\n")
-
-
-VALUES: list[tuple[str, Any, Callable[[str], Any], str, str]] = [
-    # Options with one value: name, default, type, what stands for the value, help.
-    (
-        "listen",
-        "inet:8894@127.0.0.1",
-        listen_socket,
-        "SOCKET",
-        "inet:PORT@HOST, inet6:..., unix:/PATH",
-    ),
-    ("timeout", 5, number(float, 0.01, DAY), "SECONDS", "whole budget of a question"),
-    (
-        "retry-after",
-        10,
-        number(float, 0, DAY),
-        "SECONDS",
-        "how long a backend that failed is not asked",
-    ),
-    ("max-queries", 16, number(int, 1, 9999), "N", "questions to one backend at a time"),
-    (
-        "cache-ttl",
-        60,
-        number(float, 0, DAY),
-        "SECONDS",
-        "how long an answer is used again; 0: never",
-    ),
-    ("overquota-reply", OVERQUOTA, Reply.parse, "REPLY", "for a full mailbox"),
-    ("toolarge-reply", TOOLARGE, Reply.parse, "REPLY", "for what a whole quota cannot hold"),
-    ("unknown-reply", None, Reply.parse, "REPLY", "for UNKNOWN (let through)"),
-    ("recipient-delimiter", "+", str, "CHARS", "john+lists is asked about as john; empty: off"),
-    ("cafile", None, trust, "FILE", "certificates to trust for https (the system's)"),
-]
-LISTS: list[tuple[str, Callable[[str], Any], str, str]] = [
-    # Options that may be repeated.
-    ("backend", parse_backend, "[DOMAIN[,DOMAIN...]=]URL", f"URL to ask ({DEFAULT_BACKEND})"),
-    ("exempt", exempt, "ADDRESS", "user or user@domain that is never asked about"),
-    ("aliases", str, "FILE", "in the form of aliases(5) or virtual(5)"),
-]
-FLAGS = [
-    ("ignore-size", "do not look at the size that the sender declares"),
-    ("case-sensitive", "do not fold the user to lower case"),
-    ("dry-run", "log what would be answered, let everything through"),
-    ("syslog", "log to syslog, facility mail, rather than to standard error"),
-    ("verbose", "log a line for every recipient"),
-]
+        """Give the reason in one line, without the password of a URL."""
+        raise BadOptions(re.sub(r"//\S*@", "//...@", " ".join(message.split())))
 
 
 def option_parser() -> OptionParser:
-    """Describe the command line (interface section 2)."""
+    """Describe the command line (README, Options)."""
     parser = OptionParser(
+        prog="quota_milter.py",
         usage="%(prog)s [@FILE] [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        fromfile_prefix_chars="@",
         allow_abbrev=False,
     )
-    for name, default, kind, metavar, text in VALUES:
-        text += "" if default is None else " (%(default)s)"
-        parser.add_argument(f"--{name}", default=default, type=kind, metavar=metavar, help=text)
-    for name, kind, metavar, text in LISTS:
-        parser.add_argument(
-            f"--{name}", default=[], type=kind, metavar=metavar, help=text, action="append"
-        )
-    for name, text in FLAGS:
-        parser.add_argument(f"--{name}", help=text, action="store_true")
-    parser.add_argument(
-        "--on-error",
-        choices=("accept", "tempfail"),
-        default="accept",
-        help="a recipient whose backend gives a fault (%(default)s)",
-    )
-    parser.add_argument("--check", nargs="+", metavar="ADDRESS", help="ask now, print the verdicts")
+    for option in OPTIONS:
+        arguments: dict[str, Any] = {"help": option.text, "action": "store_true"}
+        if option.metavar:
+            arguments.update(metavar=option.metavar, type=option.read, action="store")
+            arguments["default"] = [] if option.may_repeat else option.default
+            arguments["action"] = "append" if option.may_repeat else "store"
+            arguments["nargs"] = option.nargs
+            if option.default is not None:
+                arguments["help"] += " (%(default)s)"
+        parser.add_argument("--" + option.name, **arguments)
     parser.add_argument("--version", action="version", version="quota_milter " + VERSION)
     return parser
+
+
+def read_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line and the files that it names. Raises BadOptions.
+
+    argparse reads a line at a time, so that an error can say in which file and line it stands.
+    """
+    parser = option_parser()
+    options = argparse.Namespace()
+    for where, words in option_lines(arguments):
+        try:
+            parser.parse_args(words, options)
+            asked = [(d, url) for domains, url in options.backend for d in domains]
+            if len(set(asked)) < len(asked):
+                parser.error("argument --backend: names one backend twice for a domain")
+        except BadOptions as error:
+            raise BadOptions(f"{where}{error}") from None
+    return options
+
+
+def option_lines(
+    words: Sequence[str], where: str = "", depth: int = 0
+) -> Iterator[tuple[str, list[str]]]:
+    """Give where arguments stand, and them; a word @FILE stands for the lines of that file.
+
+    Raises BadOptions.
+    """
+    plain: list[str] = []
+    for word in words:
+        if word[:1] != "@":
+            plain.append(word)
+            continue
+        yield where, plain
+        plain, path = [], word[1:]
+        if depth > 9:
+            raise BadOptions(f"{where}argument {word}: the file reads itself")
+        try:
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                lines = file.read().splitlines()
+        except (OSError, ValueError) as error:
+            raise BadOptions(f"{where}argument {word}: cannot be read: {error}") from None
+        for number, line in enumerate(lines, 1):
+            yield from option_lines(split_line(line), f"{path} line {number}: ", depth + 1)
+    yield where, plain
+
+
+def split_line(line: str) -> list[str]:
+    """Split a line of an @FILE; a comment starts the line or follows white space."""
+    line = re.sub(r"(^|\s)#.*", "", line).strip()
+    match = re.fullmatch(r"(--[\w-]+)(?:\s*=\s*|\s+)(.*)", line)
+    if not match or match[1] == "--check":
+        return line.split()
+    value = match[2]
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+    return [f"{match[1]}={value[1:-1] if quoted else value}"]
+
+
+def check(policy: Policy, addresses: list[str]) -> int:
+    """Print a verdict for each address and return the exit status of --check."""
+    status = 0
+    if not addresses:
+        print(f"the options are good: {len(policy.backends)} backends")
+    for address in addresses:
+        decision = policy.decide(address, Message())
+        reply = " ".join(decision.reply) if decision.reply else "none"
+        with contextlib.suppress(BrokenPipeError):  # who reads no line may want the status
+            print(decision, f"reply={reply}")
+        if decision.verdict == "nobackend":
+            domain = printable(decision.address.domain)
+            print(f"quota_milter.py: no --backend serves the domain {domain}", file=sys.stderr)
+        cannot_ask = decision.finding.fault or decision.verdict == "nobackend"
+        status = max(status, 2 if cannot_ask else 1 if decision.reply else 0)
+    return status
+
+
+# ---- Process: log, socket, start, reload, signals and stop ----
 
 
 @contextlib.contextmanager
@@ -901,25 +1899,88 @@ def log_to(syslog: bool) -> Iterator[None]:
     log.addHandler(logging.handlers.QueueHandler(lines))
     log.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a line that cannot be written is lost, nothing else
+
+    def end() -> None:
+        with contextlib.suppress(queue.Full):  # nobody reads the log, not even its end
+            listener.stop()
+
     try:
         yield
     finally:  # a full pipe that nobody reads must not hold up the end
-        stopper = threading.Thread(target=listener.stop, daemon=True)
+        stopper = threading.Thread(target=end, daemon=True)
         stopper.start()
         stopper.join(STOPPING)
 
 
-def check(policy: Policy, addresses: list[str]) -> int:
-    """Print a verdict for each address and return the exit status of --check."""
-    status = 0
-    for address in addresses:
-        decision = policy.decide(address, 0)
-        reply = " ".join(decision.reply) if decision.reply else "none"
-        with contextlib.suppress(BrokenPipeError):  # who reads no line may want the status
-            print(decision, f"reply={reply}")
-        found = 2 if decision.heard.fault else 1 if decision.reply else 0
-        status = max(status, found)
-    return status
+class Service:
+    """What lives from start to end, and what a reload replaces: the policy in force."""
+
+    def __init__(self, arguments: Sequence[str], options: argparse.Namespace) -> None:
+        self.arguments, self.options = arguments, options
+        self.counters, self.ledger = Counters(), Ledger()
+        self.ledger.configure(options)
+        self.policy = Policy(options, self.ledger, self.counters)
+        self.retired: list[Policy] = []  # whose last questions have not ended
+        self.wants_reload = threading.Event()
+        self.metrics_due = 0.0  # on the monotonic clock
+        self.metrics_fail = False
+
+    def keep_house(self) -> None:
+        """Do what is due every second, for ever, and what a HUP asks for."""
+        while True:
+            wants_reload = self.wants_reload.wait(TICK)
+            try:
+                if wants_reload:
+                    self.wants_reload.clear()  # a HUP from here on means another reload
+                    self.reload()
+                self.tidy()
+            except Exception as error:  # mail goes on, whatever it was
+                log.error("state=failed reason=%s", printable(repr(error)))
+
+    def reload(self) -> None:
+        """Forget the answers and take the options and aliases anew; bad ones change nothing."""
+        options = self.options
+        try:
+            options = read_options(self.arguments)
+            policy = Policy(options, self.ledger, self.counters)
+        except (BadOptions, OSError, ValueError, SystemExit) as error:
+            log.error("state=kept reason=%s", printable(error))
+            self.ledger.configure(self.options)
+            return
+        self.ledger.configure(options)
+        self.retired.append(self.policy)
+        self.options, self.policy = options, policy
+        log.info("state=reloaded")
+
+    def tidy(self) -> None:
+        """Look after questions and alias files, and write the metrics."""
+        self.policy.tidy()
+        for policy in list(self.retired):
+            policy.tidy()
+            if not any(backend.questions for backend in policy.backends.values()):
+                policy.close()
+                self.retired.remove(policy)
+        answers, messages, size = self.ledger.tidy()
+        if self.options.metrics and time.monotonic() >= self.metrics_due:
+            self.metrics_due = time.monotonic() + METRICS_EVERY
+            gauges = {"in_flight_messages": messages, "in_flight_bytes": size}
+            gauges["remembered_answers"] = answers
+            for backend in self.policy.backends.values():
+                gauges[f'backend_up{{backend="{backend.name}"}}'] = not backend.breaker.is_open
+            self.write_metrics(self.counters.render(gauges))
+
+    def write_metrics(self, text: str) -> None:
+        """Write the metrics; log once where that fails, and once where it works again."""
+        fails = False
+        try:
+            write_whole(self.options.metrics, text)
+        except OSError as error:
+            fails = True
+            if not self.metrics_fail:
+                log.error("metrics=%s state=failed reason=%s", self.options.metrics, error)
+        if self.metrics_fail and not fails:
+            log.info("metrics=%s state=written", self.options.metrics)
+        self.metrics_fail = fails
 
 
 def socket_address(where: str) -> tuple[int, Any]:
@@ -954,7 +2015,17 @@ def claim(where: str) -> None:
         os.unlink(address)
 
 
-def stop(where: str) -> None:
+def start_libmilter(service: Service, where: str) -> threading.Thread:
+    """Start libmilter, in a thread: it blocks the signals where it runs."""
+    Milter.factory = lambda: QuotaMilter(service)
+    Milter.set_exception_policy(Milter.CONTINUE)  # a fault of ours refuses nothing
+    arguments = ("quota_milter", where, 0, False)
+    thread = threading.Thread(target=Milter.runmilter, args=arguments, daemon=True)
+    thread.start()
+    return thread
+
+
+def stop_libmilter(thread: threading.Thread, where: str) -> None:
     """Make libmilter stop, which it does only when somebody connects or five seconds have gone."""
 
     def knock() -> None:
@@ -964,67 +2035,75 @@ def stop(where: str) -> None:
 
     threading.Timer(0.1, knock).start()
     Milter.stop()
+    thread.join(STOPPING)
+    with contextlib.suppress(OSError):
+        claim(where)  # which removes our unix socket, but not one that a successor has made
 
 
-def serve(policy: Policy, where: str) -> threading.Thread:
-    """Start libmilter, in a thread: else it would end at HUP and let no handler run."""
-    Milter.factory = lambda: QuotaMilter(policy)
-    Milter.set_exception_policy(Milter.CONTINUE)  # a fault of ours refuses nothing
-    arguments = ("quota_milter", where, 0, False)
-    thread = threading.Thread(target=Milter.runmilter, args=arguments, daemon=True)
-    thread.start()
-    return thread
+def catch_signals() -> int:
+    """Return a pipe from which the numbers of the signals can be read that the program takes.
+
+    libmilter ends at HUP, TERM and INT, for which a thread of its own waits. The kernel prefers
+    the main thread, but not while a signal is on its way there, and then takes any other thread
+    that lets it in, the oldest first. So some idle threads, older than libmilter's, let it in.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1:
+        signal.signal(number, lambda number, frame: None)
+    for _ in range(8):
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+    return reader
 
 
-def run(policy: Policy, where: str) -> int:
+def serve(service: Service, where: str) -> int:
     """Serve the MTA at a socket until TERM or INT; return the exit status. Raises OSError."""
     claim(where)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # libmilter spins when it has none
-    events: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1:
-        signal.signal(number, lambda number, frame: events.put(number))
-    thread = serve(policy, where)
+    signals, begin, numbers = catch_signals(), time.monotonic(), b""
+    thread = start_libmilter(service, where)
+    threading.Thread(target=service.keep_house, daemon=True).start()
     log.info("listen=%s state=started version=%s", where, VERSION)
-    event = 0
-    while thread.is_alive() and event not in (signal.SIGTERM, signal.SIGINT):
-        if event == signal.SIGUSR1:
-            policy.log_counters()
-        policy.tidy(forget=event == signal.SIGHUP)
-        if event == signal.SIGHUP:
-            log.info("listen=%s state=reloaded options=unchanged", where)
-        try:
-            event = events.get(timeout=TICK)
-        except queue.Empty:
-            event = 0
+    while thread.is_alive() and not {signal.SIGTERM, signal.SIGINT} & set(numbers):
+        numbers = os.read(signals, 4096) if select.select([signals], [], [], TICK)[0] else b""
+        if signal.SIGHUP in numbers:
+            service.wants_reload.set()
+        if signal.SIGUSR1 in numbers:
+            service.counters.log_line()
     ended_by_itself = not thread.is_alive()
-    stop(where)
-    thread.join(STOPPING)
-    with contextlib.suppress(OSError):
-        claim(where)  # which removes our unix socket, but not one that a successor has made
-    policy.log_counters()
+    stop_libmilter(thread, where)
+    service.metrics_due = 0
+    service.tidy()
+    service.policy.close()
+    service.counters.log_line()
     log.info("listen=%s state=stopped", where)
+    if ended_by_itself and time.monotonic() - begin > TICK:  # libmilter got the signal after all
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     return int(ended_by_itself)
 
 
-def main(argv: Optional[list[str]] = None) -> int:
-    """Run the program and return its exit status. Raises SystemExit where an option is bad."""
-    parser = option_parser()
-    option = "@FILE"
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the program and return its exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it serves: no traceback
+    arguments = sys.argv[1:] if argv is None else argv
+    option = ""
     try:
-        options = parser.parse_args(argv)
-        option = "--syslog"
+        options = read_options(arguments)
+        option = "argument --syslog: "
         with log_to(options.syslog):
-            option = "--backend"
-            backends = map_backends(options)
-            option = "--aliases"
-            policy = Policy(options, backends)
-            option = "--check" if options.check else f"--listen: {options.listen}"
-            return check(policy, options.check) if options.check else run(policy, options.listen)
-    except RecursionError:
-        parser.error("argument @FILE: the file reads itself")
-    except (OSError, ValueError) as error:
-        parser.error(f"argument {option}: {error}")
+            service = Service(arguments, options)
+            if options.check is not None:
+                return check(service.policy, options.check)
+            option = f"argument --listen: {options.listen}: "
+            return serve(service, options.listen)
+    except SystemExit as end:  # --help and --version
+        return int(end.code or 0)
+    except (BadOptions, OSError) as error:
+        hint = ": may this user write there?" if isinstance(error, PermissionError) else ""
+        print(f"quota_milter.py: error: {option}{error}{hint}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
