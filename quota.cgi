@@ -46,6 +46,7 @@ import time
 TYPE_CHECKING = False  # as in `typing`, without its import
 if TYPE_CHECKING:
     import socket
+    import socketserver
     from collections.abc import Callable, Iterator
     from typing import Any, Optional
 
@@ -527,10 +528,8 @@ def application(environ: "dict[str, Any]", start_response: "Callable[..., Any]")
 
 # ---- --serve ----
 
-REQUEST_SECONDS = 10  # from a connection, or its last answer, to the end of the next request
-REQUEST_LENGTH = 16384  # bytes of a request's line and header
-WAITING = 500  # connections without a whole request; the oldest makes way for the next
-ANSWERING = 500  # requests at a time, each in a thread; few but those that a disk holds up
+REQUEST_SECONDS = 10  # for a request, however it drips, and for the pause before the next
+CONNECTIONS = 1500  # that wait for a whole request, a thread each; the oldest makes way
 PATIENCE = 2  # seconds from which on a mailbox that is being measured counts as hanging
 
 
@@ -562,237 +561,163 @@ def read_once() -> "Callable[[bytes, set[bytes]], dict[bytes, bytes]]":
     import threading
 
     lock = threading.Lock()
-    kept: tuple[object, dict[bytes, bytes], Optional[Problem]] = None, {}, None
+    kept: tuple[object, dict[bytes, bytes]] = None, {}
 
     def look_up(path: bytes, wanted: "set[bytes]") -> "dict[bytes, bytes]":
         nonlocal kept
         with lock:
             status = posix.stat(path)
-            stamp = path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+            stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
             if stamp != kept[0]:
-                kept = None, {}, None
-                try:
-                    kept = stamp, read_all(path), None
-                except Problem as error:
-                    kept = stamp, {}, error
-            _, limits, problem = kept
-        if problem:
-            raise Problem(problem.status, problem.why, problem.detail)
-        return limits
+                kept = None, {}  # not two of them in memory
+                names: list[bytes] = []
+                limits: list[bytes] = []
+                same: dict[bytes, bytes] = {}  # limits are few: each is kept once
+                for some_names, some_limits in read_users(path):
+                    names += some_names
+                    limits += map(same.setdefault, some_limits, some_limits)
+                # Of two lines for a name the first counts.
+                kept = stamp, dict(zip(reversed(names), reversed(limits)))
+            return kept[1]
 
     return look_up
 
 
-def read_all(path: bytes) -> "dict[bytes, bytes]":
-    """Read the limits of all in QUOTA_USERS. Raises OSError, Problem."""
-    names: list[bytes] = []
-    limits: list[bytes] = []
-    same: dict[bytes, bytes] = {}  # limits are few: each is kept once
-    for some_names, some_limits in read_users(path):
-        names += some_names
-        limits += map(same.setdefault, some_limits, some_limits)
-    return dict(zip(reversed(names), reversed(limits)))  # of two lines the first counts
+def http_handler() -> "type":
+    """Make the class that answers one HTTP connection, in a thread of its own."""
+    import http.server
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # which keeps connections: a new one costs four times as much
+        wbufsize = -1  # header and body in one packet
+        error_message_format, error_content_type = "ERROR %(message)s\n", "text/plain"
+
+        def __getattr__(self, name: str) -> "Any":
+            """Answer any method ourselves: http.server would say 501 where 405 is due."""
+            if name.startswith("do_"):
+                return self.answer
+            raise AttributeError(name)
+
+        def handle_one_request(self) -> None:
+            """Wait for a request, but not for ever, and answer it."""
+            self.server.expect(self.connection)  # type: ignore[attr-defined]
+            super().handle_one_request()
+
+        def answer(self) -> None:
+            """Answer one request. A body is not read: what follows it could not be told from it."""
+            self.server.waiting.pop(self.connection, None)  # type: ignore[attr-defined]
+            query = self.path.partition("?")[2].encode("latin-1")
+            method = self.command.encode("latin-1")
+            status, header, body = respond(method, query, posix.environ, None)
+            if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+                self.close_connection = True
+            header.append(("Keep-Alive", f"timeout={REQUEST_SECONDS}"))  # an offer, to any client
+            if self.close_connection:
+                header.append(("Connection", "close"))
+            self.send_response_only(status, REASONS[status])
+            for name, value in header:
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            """Log no request: what is worth a line has gone to standard error."""
+
+    return Handler
 
 
-def split_request(data: bytes) -> "Optional[tuple[bytes, bytes]]":
-    """Split the first request off; None where it is not whole yet. A body is not looked for."""
-    line, newline, rest = data.partition(b"\n")
-    if newline and len(line.split()) == 2:  # HTTP/0.9
-        return line, rest
-    for end in b"\r\n\r\n", b"\n\n":
-        head, found, rest = data.partition(end)
-        if found:
-            return head, rest
-    return None
+def http_server(where: str, networks: "Optional[list[str]]") -> "socketserver.TCPServer":
+    """Make a server at [HOST:]PORT that no silent or slow client holds up.
 
-
-def http_answer(head: bytes, env: "Env") -> "tuple[bytes, bool]":
-    """Answer a request's first line and header; the answer, and whether more may follow it."""
-    line, *fields = head.split(b"\n")
-    words = line.split()
-    if len(head) > REQUEST_LENGTH:
-        return refusal(Problem(414, "Request-URI Too Long")), False
-    if len(words) not in (2, 3) or words[2:] and words[2][:5] != b"HTTP/":
-        return refusal(Problem(400, "this is no HTTP request")), False
-    status, header, body = respond(words[0], words[1].partition(b"?")[2], env, None)
-    if len(words) == 2:
-        return body, False
-    given = {name.strip().lower(): text for name, _, text in (f.partition(b":") for f in fields)}
-    # A body is not read, and what follows it could not be told from it.
-    keep = words[2] == b"HTTP/1.1" and b"close" not in given.get(b"connection", b"").lower()
-    keep = keep and b"content-length" not in given and b"transfer-encoding" not in given
-    return http_message(status, header, body, keep), keep
-
-
-def http_message(status: int, header: "Header", body: bytes, keep: bool) -> bytes:
-    """Put an HTTP answer together."""
-    lines = [f"HTTP/1.1 {status} {REASONS[status]}"]
-    lines += [f"{name}: {value}" for name, value in header]
-    lines += [f"Keep-Alive: timeout={REQUEST_SECONDS}"]  # an offer, to any client
-    lines += ["Connection: close"] * (not keep) + ["", ""]
-    return "\r\n".join(lines).encode() + body
-
-
-def refusal(problem: Problem) -> bytes:
-    """Return the HTTP answer for a connection that is not going to be kept."""
-    status, line, _ = report(problem)
-    return http_message(status, fields_of(status, line), line, False)
-
-
-class Server:
-    """Serves HTTP: one thread reads requests, however slowly they come, others answer them.
-
-    A connection is the reader's while it is in `waiting`, else that of the thread that answers.
-    So a thread is held by a disk, never by a client.
+    Raises OSError, ValueError, Problem.
     """
+    import socket
+    import socketserver
 
-    def __init__(
-        self, listener: "socket.socket", env: "Env", networks: "Optional[list[str]]"
-    ) -> None:
-        import selectors
-        import threading
-        from concurrent.futures import ThreadPoolExecutor
+    host, _, port = where.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    family, *_, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+    loopback = network_bits("127.0.0.0/8"), network_bits("::1")
+    if networks is None and not network_bits(str(address[0])).startswith(loopback):
+        raise ValueError("beyond loopback it wants QUOTA_ALLOW, the addresses that may ask")
 
-        self.listener, self.env, self.networks = listener, env, networks
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(listener, selectors.EVENT_READ)
-        self.waiting: dict[socket.socket, float] = {}  # with the deadline, the oldest first
-        self.lock = threading.Lock()  # of `waiting`
-        self.places = threading.Semaphore(ANSWERING)
-        self.threads = ThreadPoolExecutor(ANSWERING)
+    class Server(socketserver.ThreadingTCPServer):
+        address_family = family
+        allow_reuse_address = daemon_threads = True
+        request_queue_size = 1024
+        waiting: "dict[socket.socket, float]" = {}  # for a request, until when; the oldest first
 
-    def run(self) -> None:
-        """Serve until a signal raises KeyboardInterrupt."""
-        while True:
-            for key, _ in self.selector.select(1):
-                if key.fileobj is self.listener:
-                    self.accept()
-                elif key.fileobj in self.waiting:  # else it has just made way for another
-                    self.read(key.fileobj, key.data)
-            while overdue := self.oldest(time.monotonic()):
-                self.drop(overdue)
-
-    def accept(self) -> None:
-        """Take a new connection, or refuse it before a byte of it is read."""
-        try:
-            connection, address = self.listener.accept()
-        except OSError as error:
-            log(f"no connection can be accepted: {error}")
-            time.sleep(0.1)  # out of descriptors, this would come back at once
-            return
-        connection.setblocking(False)
-        try:
-            check_peer(address[0], self.networks)
-        except Problem as problem:
+        def verify_request(self, request: "Any", client_address: "Any") -> bool:
+            """Refuse who may not ask before a byte is read."""
             try:
-                connection.send(refusal(problem))
-                connection.recv(REQUEST_LENGTH)  # unread, it would turn the end into a reset
+                check_peer(client_address[0], networks)
+            except Problem as problem:
+                status, line, _ = report(problem)
+                length = b"Content-Length: %d\r\nConnection: close" % len(line)
+                head = b"HTTP/1.1 %d Forbidden\r\nContent-Type: text/plain\r\n" % status
+                request.sendall(head + length + b"\r\n\r\n" + line)
+                request.setblocking(False)
+                try:
+                    request.recv(1 << 16)  # unread, it would turn the answer into a reset
+                except OSError:
+                    pass
+                return False
+            return True
+
+        def expect(self, connection: "socket.socket") -> None:
+            """Let a connection wait for its next request; too many end the one that waits longest.
+
+            Its thread finds the end of file.
+            """
+            self.waiting[connection] = time.monotonic() + REQUEST_SECONDS
+            for oldest in list(self.waiting)[:-CONNECTIONS]:
+                self.end(oldest)
+
+        def service_actions(self) -> None:
+            """End, some times a second, what has waited for too long."""
+            for connection, until in list(self.waiting.items()):
+                if until > time.monotonic():
+                    break
+                self.end(connection)
+
+        def end(self, connection: "socket.socket") -> None:
+            """End a connection, under whatever thread reads from it."""
+            self.waiting.pop(connection, None)
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
-            connection.close()
-            return
-        oldest = self.oldest(float("inf"))
-        if oldest and len(self.waiting) >= WAITING:
-            self.drop(oldest)
-        self.wait(connection, bytearray())
 
-    def oldest(self, before: float) -> "Optional[socket.socket]":
-        """Return the connection that has waited longest, if its deadline is before that time."""
-        with self.lock:
-            for connection, deadline in self.waiting.items():
-                return connection if deadline < before else None
-        return None
+        def shutdown_request(self, request: "Any") -> None:
+            """Forget a connection that has ended."""
+            self.waiting.pop(request, None)
+            super().shutdown_request(request)
 
-    def wait(self, connection: "socket.socket", data: "Optional[bytearray]") -> None:
-        """Give a connection to the reader; `data` is what it has sent, None where it is to end."""
-        with self.lock:
-            self.waiting[connection] = time.monotonic() + REQUEST_SECONDS
-            self.selector.register(connection, 1, data)  # EVENT_READ
+        def handle_error(self, request: object, client_address: object) -> None:
+            """Log a fault of ours in one line; that a client went away is none."""
+            if not isinstance(sys.exc_info()[1], OSError):
+                log(f"request failed: {sys.exc_info()[1]!r}")
 
-    def take(self, connection: "socket.socket") -> None:
-        """Take a connection from the reader."""
-        with self.lock:
-            del self.waiting[connection]
-            self.selector.unregister(connection)
-
-    def drop(self, connection: "socket.socket") -> None:
-        """End a connection of the reader's."""
-        self.take(connection)
-        connection.close()
-
-    def read(self, connection: "socket.socket", data: "Optional[bytearray]") -> None:
-        """Read what has come, and have a request answered when it is whole."""
-        try:
-            more = connection.recv(REQUEST_LENGTH)
-        except BlockingIOError:
-            return
-        except OSError:
-            more = b""
-        if data is None or not data and not more:
-            if not more:
-                self.drop(connection)
-            return
-        data += more
-        if more and len(data) <= REQUEST_LENGTH and split_request(bytes(data)) is None:
-            return
-        if not self.places.acquire(blocking=False):
-            self.drop(connection)
-            return
-        self.take(connection)
-        try:
-            self.threads.submit(self.answer, connection, bytes(data))
-        except RuntimeError:
-            pass  # the system gives no more threads; one of those that there are will do it
-
-    def answer(self, connection: "socket.socket", data: bytes) -> None:
-        """Answer the requests in `data`. What is no whole one was cut off, or is too long."""
-        try:
-            keep = True
-            found: Optional[tuple[bytes, bytes]] = split_request(data) or (data, b"")
-            while keep and found:
-                message, keep = http_answer(found[0], self.env)
-                connection.sendall(message)
-                data = found[1]
-                found = split_request(data)
-            if not keep:  # whoever still sends would get a reset before the answer
-                connection.shutdown(1)  # SHUT_WR
-            self.wait(connection, bytearray(data) if keep else None)
-        except Exception as error:
-            if not isinstance(error, OSError):  # else the client has gone
-                log(f"request failed: {error!r}")
-            connection.close()
-        finally:
-            self.places.release()
+    return Server((str(address[0]), int(port)), http_handler())
 
 
 def serve(where: str) -> int:
     """Answer over HTTP at [HOST:]PORT until TERM or INT. Raises OSError, ValueError, Problem."""
     import resource
     import signal
-    import socket
+    import threading
 
-    host, _, port = where.rpartition(":")
-    if not 0 <= int(port) < 1 << 16:
-        raise ValueError("not a port")
-    host = host.strip("[]") or "127.0.0.1"
-    family, *_, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
-    networks = allowed_networks(posix.environ)
-    loopback = network_bits("127.0.0.0/8"), network_bits("::1")
-    if networks is None and not network_bits(str(address[0]).partition("%")[0]).startswith(
-        loopback
-    ):
-        raise ValueError("beyond loopback it wants QUOTA_ALLOW, the addresses that may ask")
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    dual = family == socket.AF_INET6
-    listener = socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=dual)
+    threading.stack_size(1 << 18)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     globals().update(measure=one_at_a_time(measure), look_up=read_once())
-    log("serving on {} port {}".format(*listener.getsockname()))
-    try:
-        Server(listener, posix.environ, networks).run()
-    except KeyboardInterrupt:
-        pass
+    with http_server(where, allowed_networks(posix.environ)) as server:
+        log("serving on {} port {}".format(*server.server_address))
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return 0
     return 0
 
 
@@ -827,7 +752,10 @@ def main() -> int:
         posix.write(2, text.encode())
     except Problem as problem:
         log(f"--serve: {problem.why}: {str(problem.detail)!a}")
-    except (OSError, ValueError) as error:
+    except OSError as error:  # of --serve: the address may come later
+        log(f"{' '.join(sys.argv[1:])}: {error}")
+        return 1
+    except (OverflowError, ValueError) as error:
         log(f"{' '.join(sys.argv[1:])}: {error}")
     return 2
 
