@@ -106,7 +106,7 @@ STOPPING = 1.5  # seconds that libmilter, and then the log, get to stop
 
 OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
 TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
-INACTIVE = "552 5.2.2 Mailbox {address} is full and has not been used for a long time"
+INACTIVE = "552 5.2.2 Mailbox of {address} is full and not in use"
 VERDICTS = ("ok", "overquota", "toolarge", "inactive", "unknown", "fault")
 DOWN = "the backend is down and is left alone for a while"
 UNASKED = ("empty", "exempt", "alias", "nobackend")
@@ -477,7 +477,8 @@ class Client:
             connection.connect()
         except (OSError, ValueError) as error:  # ValueError: a name that cannot be looked up
             connection.close()
-            raise Unreachable(f"no connection: {error}") from None
+            hint = ": see --cafile" if isinstance(error, ssl.SSLCertVerificationError) else ""
+            raise Unreachable(f"no connection: {error}{hint}") from None
         question.attach(connection.sock)
         return connection, False
 
@@ -977,9 +978,6 @@ class AliasFile:
         names = [*address.names(), "@" + address.domain]
         return {name: self.table[name] for name in names if name in self.table}
 
-    def close(self) -> None:
-        """There is nothing to end."""
-
 
 def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Join continuation lines and drop comments. Raises ValueError where it is no text."""
@@ -1431,19 +1429,24 @@ class Policy:
 
     def tidy(self) -> None:
         """Do what is due every second: end overdue questions, read changed aliases."""
-        for backend in self.backends.values():
-            backend.tidy()
+        self.end_overdue()
         files = [source for source in self.aliases.sources if isinstance(source, AliasFile)]
         changed = [file for file in files if file.refresh()]
         if changed:
             self.remember_routes()
+
+    def end_overdue(self) -> None:
+        """End the questions for which nobody has waited for too long."""
+        for backend in self.backends.values():
+            backend.tidy()
 
     def close(self) -> None:
         """Take no more questions: another set of options is in force."""
         for backend in self.backends.values():
             backend.close()
         for source in self.aliases.sources:
-            source.close()
+            if isinstance(source, Table):
+                source.close()
 
 
 # ---- Counters and metrics: what has happened, apart from why ----
@@ -1714,6 +1717,7 @@ class Option(NamedTuple):
     default: Any
     text: str
     may_repeat: bool = False
+    nargs: Optional[str] = None
 
 
 SECONDS = number(float, 0, DAY)
@@ -1760,6 +1764,11 @@ OPTIONS = [
     ),
     Option("cafile", "FILE", trust, None, "certificates to trust for https (the system's)"),
     Option("dry-run", "", bool, False, "log what would be answered, let everything through"),
+    Option(
+        *("check", "ADDRESS", str, None),
+        "ask now, print the verdicts and exit; without an address: check the options",
+        nargs="*",
+    ),
     Option("metrics", "FILE", str, None, "counters in Prometheus' text format, every 15 seconds"),
     Option("syslog", "", bool, False, "log to syslog, facility mail, not to standard error"),
     Option("verbose", "", bool, False, "log a line for every recipient"),
@@ -1793,11 +1802,10 @@ def option_parser() -> OptionParser:
             arguments.update(metavar=option.metavar, type=option.read, action="store")
             arguments["default"] = [] if option.may_repeat else option.default
             arguments["action"] = "append" if option.may_repeat else "store"
+            arguments["nargs"] = option.nargs
             if option.default is not None:
                 arguments["help"] += " (%(default)s)"
         parser.add_argument("--" + option.name, **arguments)
-    text = "ask now, print the verdicts and exit; without an address: check the options"
-    parser.add_argument("--check", nargs="*", metavar="ADDRESS", help=text)
     parser.add_argument("--version", action="version", version="quota_milter " + VERSION)
     return parser
 
@@ -1867,6 +1875,9 @@ def check(policy: Policy, addresses: list[str]) -> int:
         reply = " ".join(decision.reply) if decision.reply else "none"
         with contextlib.suppress(BrokenPipeError):  # who reads no line may want the status
             print(decision, f"reply={reply}")
+        if decision.verdict == "nobackend":
+            domain = printable(decision.address.domain)
+            print(f"quota_milter.py: no --backend serves the domain {domain}", file=sys.stderr)
         cannot_ask = decision.finding.fault or decision.verdict == "nobackend"
         status = max(status, 2 if cannot_ask else 1 if decision.reply else 0)
     return status
@@ -1949,7 +1960,7 @@ class Service:
         """Look after questions and alias files, and write the metrics."""
         self.policy.tidy()
         for policy in list(self.retired):
-            policy.tidy()
+            policy.end_overdue()
             if not any(backend.questions for backend in policy.backends.values()):
                 policy.close()
                 self.retired.remove(policy)
@@ -2067,10 +2078,13 @@ def serve(service: Service, where: str) -> int:
             service.counters.log_line()
     ended_by_itself = not thread.is_alive()
     stop_libmilter(thread, where)
+    service.metrics_due = 0
+    service.tidy()
     service.policy.close()
     service.counters.log_line()
     log.info("listen=%s state=stopped", where)
     if ended_by_itself and time.monotonic() - begin > TICK:  # libmilter got the signal after all
+        os.closerange(3, hard)
         os.execv(sys.executable, [sys.executable, *sys.argv])
     return int(ended_by_itself)
 
@@ -2092,7 +2106,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except SystemExit as end:  # --help and --version
         return int(end.code or 0)
     except (BadOptions, OSError) as error:
-        print(f"quota_milter.py: error: {option}{error}", file=sys.stderr)
+        hint = ": may this user write there?" if isinstance(error, PermissionError) else ""
+        print(f"quota_milter.py: error: {option}{error}{hint}", file=sys.stderr)
         return 2
 
 

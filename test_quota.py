@@ -15,6 +15,7 @@ import email.utils
 import errno
 import functools
 import http.client as http_client
+import imaplib
 import importlib.machinery
 import importlib.util
 import os
@@ -3148,9 +3149,213 @@ def test_the_room_is_what_dovecot_says_and_what_its_lmtp_takes(
         if room:
             assert server.deliver(user, sized(server, room + 1)) == 552
             assert server.deliver(user, sized(server, room)) == 250
-        assert room_here(path, **settings) == server.room(user, most) == 0
-        assert answer_here(path, **settings)[0][0] == "OVERQUOTA"
-    assert points >= 40
+        left = server.room(user, most)  # the maildir driver without a grace has not added up all
+        assert room_here(path, **settings) == left
+        assert left == 0 or (judge.driver, judge.grace) == ("maildir", "0")
+    assert points == 40
+
+
+# ---- who keeps it, and when it was changed ----
+
+KEEPERS = (
+    # (uidlist and maildirsize: seconds since they were written, those in a message's name, keeper)
+    (None, None, 0, "courier"),
+    (None, 9000, 0, "courier"),
+    (9000, None, 9000, "dovecot-count"),
+    (0, 0, 0, "dovecot"),
+    (0, 9000, 9000, "dovecot"),  # somebody has read
+    (9000, 9000, 0, "dovecot"),  # another program has delivered
+    (0, 9000, 0, "dovecot-count"),
+    (50, 100, 50, "dovecot"),
+    (0, 100, 0, "dovecot-count"),
+    (0, 9000, -(10**10), "dovecot"),  # in the year 2342
+    (0, 9000, None, "dovecot"),
+    (-(10**10), 9000, 0, "dovecot-count"),
+    (0, -(10**10), 0, "dovecot"),
+    (0, 3 * 10**9, 0, "dovecot-count"),  # 1931
+    (3 * 10**9, None, 0, "dovecot-count"),
+)
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_who_keeps_a_maildir_is_seen_by_its_files(tmp_path: pathlib.Path, control: bool) -> None:
+    now = time.time()
+    cgi = load(MAILDIR_CGI)
+    for number, (uidlist, maildirsize, message, keeper) in enumerate(KEEPERS):
+        stamp = "x" if message is None else str(int(now - message))
+        path = make_maildir(tmp_path / str(number), Maildir(None, 0, {f".a/new/{stamp}.M1P1.x": 1}))
+        place = tmp_path / f"{number}.john" if control else path
+        place.mkdir(exist_ok=True)
+        for name, age in ("dovecot-uidlist", uidlist), ("maildirsize", maildirsize):
+            if age is not None:
+                (place / name).write_bytes(b"9S\n")
+                os.utime(place / name, (now - age, now - age))
+        if control and uidlist is None:  # CONTROL is Dovecot's
+            keeper = "dovecot" if maildirsize else "dovecot-count"
+        assert cgi.keeper_of(bytes(path), bytes(place)) == keeper.encode(), KEEPERS[number]
+        settings: dict[str, Path] = {"QUOTA_CONTROL": tmp_path / f"{number}.%n"} if control else {}
+        grace = {} if keeper == "courier" else {"Quota-Grace": "1000"}
+        headers = answer_here(path, QUOTA_USERS="", QUOTA_LIMIT="10000", **settings)[1]
+        if keeper == "dovecot":  # which has another limit
+            assert headers.get("Quota-Grace") is None
+        elif dovecot_is_old():
+            assert headers.get("Quota-Grace") == grace.get("Quota-Grace"), KEEPERS[number]
+
+
+@pytest.mark.parametrize("control", [False, True])
+@pytest.mark.parametrize("driver", ["maildir", "count"])
+def test_auto_is_right_for_a_stock_dovecot_also_after_it_has_changed_its_driver(
+    dovecot: Callable[..., Any], driver: str, control: bool
+) -> None:
+    if driver == "maildir" and not dovecot_is_old():
+        return  # nobody has it there without having looked for it
+    server = dovecot(10**6, driver, "", control, protocols="lmtp")
+    path, settings = server.path_of("john"), {"QUOTA_LIMIT": "1000000"}
+    if control:
+        settings["QUOTA_CONTROL"] = str(server.base / "control" / "%n")
+        (server.base / "control").mkdir()
+        os.chown(server.base / "control", MAIL_UID, MAIL_UID)
+    for _ in range(3):
+        assert server.deliver("john", lines_of(10**5, 9, b"\r\n")) == 250
+        assert room_here(path, **settings) == server.room("john", 2 * 10**7)
+    if driver == "count":
+        return
+    place = server.base / "control" / "john" if control else path
+    then = time.time() - 7200
+    for file in path.glob("new/*"):
+        file.rename(file.with_name(f"{then:.0f}{file.name[10:]}"))
+    for file in place.glob("**/*"):
+        os.utime(file, (then, then))
+    moved = dovecot(10**6, "count", "", control, protocols="lmtp")
+    (moved.base / "john").symlink_to(path.parent)
+    if control:
+        (moved.base / "control").symlink_to(server.base / "control")
+    by_name = {**settings, "QUOTA_KEEPER": "dovecot-count"}
+    assert room_here(path, **by_name) == moved.room("john", 2 * 10**7) < room_here(path, **settings)
+    assert moved.deliver("john", lines_of(10**5, 9, b"\r\n")) == 250
+    room = moved.room("john", 2 * 10**7)
+    assert room_here(path, **by_name) == room_here(path, **settings) == room
+
+
+def test_auto_is_right_for_a_maildir_of_couriers(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "Maildir"
+    maker = need("maildirmake", "maildrop")
+    subprocess.run([maker, path], check=True)
+    subprocess.run([maker, "-q", "9000S", path], check=True)  # alone it would never end
+    deliverquota_refuses(path, message=message_of_size(2000))
+    assert room_here(path) == 7000
+    assert deliverquota_refuses(path, message=message_of_size(7001))
+    assert not deliverquota_refuses(path, message=message_of_size(7000))
+    assert answer_here(path)[0] == ["OVERQUOTA", "9000", "9000"]
+
+
+def test_grace_is_a_setting_or_what_the_keeper_has_by_default(tmp_path: pathlib.Path) -> None:
+    cgi = load(MAILDIR_CGI)
+    conf = tmp_path / "dovecot.conf"
+    cgi.DOVECOT_CONF = bytes(conf)
+    texts = (
+        "",
+        "#dovecot_config_version = 2.4.0\n",
+        "!include x\n",
+        "a\ndovecot_config_version = 2\n",
+    )
+    for text, count in [(None, 50), *((text, 50) for text in texts[:3]), (texts[3], 10 << 20)]:
+        if text is not None:
+            conf.write_text(text)
+        for keeper, grace in (b"courier", 0), (b"dovecot", 50), (b"dovecot-count", count):
+            assert cgi.find_grace(keeper, 500, {}) == grace
+            assert cgi.find_grace(keeper, 500, {b"QUOTA_GRACE": b"1000%"}) == 5000
+            assert cgi.find_grace(keeper, 500, {b"QUOTA_GRACE": b"2K"}) == 2048
+
+
+@pytest.mark.parametrize("driver", ["maildir", "count"])
+def test_last_modified_is_when_a_message_came_or_was_read_or_deleted(
+    dovecot: Callable[..., Any], driver: str
+) -> None:
+    if driver == "maildir" and not dovecot_is_old():
+        return
+    server = dovecot(10**5, driver, "0", protocols="lmtp imap")
+    path = server.path_of("john")
+    for name in "one", "two", "three":
+        assert server.deliver("john", f"Subject: {name}\r\n\r\n".encode()) == 250
+    client = imaplib.IMAP4("127.0.0.1", server.imap_port)
+    client.login("john", "x")
+    client.create("Lists")
+    client.select("INBOX")
+
+    def expunge() -> Any:
+        client.store("1", "+FLAGS", "\\Deleted")
+        return client.expunge()
+
+    steps: tuple[tuple[str, Callable[[], Any], bool], ...] = (
+        ("read", lambda: client.fetch("1", "(BODY[])"), True),
+        ("looked at again", lambda: client.fetch("1", "(BODY[])"), False),
+        ("moved", lambda: client.xatom("MOVE", "1", "Lists"), True),
+        ("deleted", expunge, True),
+        ("in a folder", lambda: (client.select("Lists"), expunge()), True),
+        ("delivered", lambda: server.deliver("john", b"Subject: four\r\n\r\n"), True),
+        ("refused", lambda: server.deliver("john", b"x: y\r\n" * 10**5), False),
+        ("asked about", lambda: server.refuses("john"), False),
+    )
+    for what, step, changes in steps:
+        then = time.time() - 3 * 86400
+        for name in [path, *path.glob("**/*")]:
+            os.utime(name, (then, then))
+        step()
+        client.noop()
+        headers = answer_here(path, QUOTA_LIMIT="100000")[1]
+        seen = email.utils.parsedate_to_datetime(headers["Last-Modified"]).timestamp()
+        assert (time.time() - seen < 60) == changes, what
+    client.logout()
+
+
+# ---- a busy reader ----
+
+BUSY_READER = """
+import os, sys
+for line in sys.stdin:
+    names = sorted(name.split(":")[0] for name in os.listdir("new") + os.listdir("cur"))
+    for name in names:
+        if line == "move\\n":
+            os.rename("new/" + name, "cur/" + name + ":2,")
+        else:
+            os.rename("cur/" + name + ":2,", "cur/" + name + ":2,S")
+            os.rename("cur/" + name + ":2,S", "cur/" + name + ":2,")
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("what", ["move", "mark"])
+@pytest.mark.parametrize("keeper", ["courier", "dovecot", "dovecot-count"])
+def test_a_busy_reader_does_not_change_what_is_counted(
+    tmp_path: pathlib.Path, keeper: str, what: str
+) -> None:
+    files = {f"new/17{n:08}.M1P1.x,S=100,W=100": 1 for n in range(400)}
+    path = make_maildir(tmp_path / "Maildir", Maildir(None, 0, files))
+    cgi, link = load(MAILDIR_CGI), johns(path)
+    env = {b"QUOTA_MAILDIR": bytes(link), b"QUOTA_KEEPER": keeper.encode()}
+    with subprocess.Popen(
+        [PYTHON, "-c", BUSY_READER], cwd=path, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as reader:
+        assert reader.stdin and reader.stdout
+        try:
+            for _ in range(20):
+                for name in os.listdir(path / "cur" if what == "move" else path / "new"):
+                    if what == "move":
+                        os.rename(path / "cur" / name, path / "new" / name[:-3])
+                    else:
+                        os.rename(path / "new" / name, path / "cur" / f"{name}:2,")
+                reader.stdin.write(what.encode() + b"\n")
+                reader.stdin.flush()
+                while not select.select([reader.stdout], [], [], 0)[0]:
+                    line = cgi.answer(b"john", None, {**env, b"QUOTA_LIMIT": b"42000"})[1]
+                    assert line.startswith(b"OK "), line
+                    if what == "move":  # one that is marked while it is listed may be missed
+                        line = cgi.answer(b"john", None, {**env, b"QUOTA_LIMIT": b"39000"})[1]
+                        assert line == b"OVERQUOTA john 40000 39000\n"
+                reader.stdout.readline()
+        finally:
+            reader.kill()
 
 
 # ---- what can be wrong with a Maildir ----
@@ -3201,7 +3406,7 @@ def circle_of_folders(path: pathlib.Path) -> None:
 
 EVERY_BYTE = bytes(range(256)) * 10
 # Each with QUOTA_LIMIT=1500 and a message of 2000 bytes, unless it stands otherwise.
-BAD_MAILDIRS = (
+BAD_MAILDIRS: tuple[tuple[str, Callable[[pathlib.Path], Any], str], ...] = (
     ("maildirsize is a folder", lambda p: (p / "maildirsize").mkdir(), "OVERQUOTA john 2000 1500"),
     ("is a FIFO", lambda p: os.mkfifo(p / "maildirsize"), "OVERQUOTA john 2000 1500"),
     ("is a link", linked_maildirsize, "OK john 10 1000"),
@@ -3242,6 +3447,50 @@ def test_a_bad_maildir_gets_a_verdict_by_counting_or_500(
     assert line.startswith(expected.encode())
     if expected == "500":
         assert b" ERROR cannot read the mailbox: " in line and bytes(path) not in line
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_maildirsize_that_is_no_file_is_not_opened(tmp_path: pathlib.Path, linked: bool) -> None:
+    path = make_maildir(tmp_path / "Maildir", Maildir(None, 0, {"cur/1": 20}))
+    pipe = tmp_path / "pipe" if linked else path / "maildirsize"
+    os.mkfifo(pipe)
+    if linked:
+        (path / "maildirsize").symlink_to(pipe)
+    writer = Process([PYTHON, "-c", f"open({str(pipe)!r}, 'wb')"], tmp_path / "log")
+    try:
+        proc = pathlib.Path(f"/proc/{writer.popen.pid}/wchan")
+        wait_for(lambda: "fifo" in proc.read_text() or "pipe" in proc.read_text(), "the writer", 2)
+    except AssertionError:
+        time.sleep(1)  # a kernel that does not say where it waits
+    try:
+        assert ask_there(path, QUOTA_LIMIT="100") == b"OK john 20 100"
+        with pytest.raises(subprocess.TimeoutExpired):  # it still waits for a reader
+            writer.popen.wait(1)
+    finally:
+        writer.stop(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("setting", ["QUOTA_KEEPER=exim", "QUOTA_TRASH=yes", "QUOTA_KEEPER="])
+def test_a_word_that_is_none_of_a_settings_is_an_error(
+    tmp_path: pathlib.Path, setting: str
+) -> None:
+    name, _, value = setting.partition("=")
+    missing_one = tmp_path / "Maildir"  # whether there is a Maildir or not
+    line = ask_there(missing_one, **{name: value})
+    assert line.startswith(f"500 ERROR {name} is not one of auto, ".encode())
+
+
+def test_a_control_folder_is_a_path_with_placeholders(tmp_path: pathlib.Path) -> None:
+    path = make_maildir(tmp_path / "Maildir", Maildir(b"9S\n9 1\n", 0, {"cur/1": 20}))
+    make_maildir(tmp_path / "control" / "john", Maildir(b"70S\n7 1\n", 0, BY_DOVECOT))
+    assert ask_there(path) == b"OVERQUOTA john 9 9"
+    assert ask_there(path, QUOTA_CONTROL=tmp_path / "control" / "%n") == b"OK john 7 70"
+    assert ask_there(path, QUOTA_CONTROL=tmp_path / "control" / "%n.none", QUOTA_LIMIT="50") == (
+        b"OK john 20 50"
+    )
+    assert ask_there(path, QUOTA_CONTROL=tmp_path / "%q").startswith(b"500 ERROR QUOTA_")
+    assert ask_there(path, QUOTA_CONTROL="control/%n").startswith(b"500 ERROR QUOTA_")
+    assert ask_there(path, QUOTA_CONTROL=tmp_path / "%d").startswith(b"400 ERROR no domain")
 
 
 def frugal_cgi(folder: pathlib.Path) -> pathlib.Path:
@@ -5872,9 +6121,9 @@ def stock_apache(site: Site, http: int, https: int) -> dict[str, str]:
     copy = stock(site, "apache2", ports)
     (site.folder / "socks").mkdir()  # as apache2ctl does
     shutil.chown(site.folder / "socks", "www-data")
-    kind = f"PID_FILE={site.folder}/apache.pid RUN_DIR={site.folder} LOCK_DIR={site.folder} LOG_DIR={site.folder}"
     with open(copy / "envvars", "a") as file:
-        file.writelines(f"export APACHE_{one}\n" for one in kind.split())
+        file.write(f"export APACHE_PID_FILE={site.folder}/apache.pid\n")
+        file.writelines(f"export APACHE_{x}_DIR={site.folder}\n" for x in ("RUN", "LOCK", "LOG"))
     return {"APACHE_CONFDIR": str(copy), "APACHE_STATE_DIRECTORY": str(site.folder / "state")}
 
 
@@ -6255,7 +6504,7 @@ MISTAKES = {
         "500 ERROR .*QUOTA_MAILBOX",
     ),
     "a placeholder that there is not": Mistake(
-        PATH, "QUOTA_MAILBOX={spool}/%l", "500 ERROR .*QUOTA_MAILBOX.*%n.*%d.*%u.*%h"
+        PATH, "QUOTA_MAILBOX={spool}/%n.%l", "500 ERROR .*QUOTA_MAILBOX.*%n.*%d.*%u.*%h"
     ),
     "a path that is not absolute": Mistake(PATH, "QUOTA_MAILBOX=mail/%n", "500 ERROR .*begin with"),
     "a limit with a unit of its own": Mistake(
@@ -6664,22 +6913,26 @@ def run_folder() -> Iterator[pathlib.Path]:
         yield path
 
 
-def unpack_sendmail(files: pathlib.Path) -> pathlib.Path:
-    """Unpack Sendmail's packages into a folder: to install them would remove Postfix."""
+def unpack(files: pathlib.Path, names: list[str]) -> pathlib.Path:
+    """Unpack Debian packages into a folder: to install them would remove Postfix."""
     need_root()
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = pathlib.Path(home) / "quota_milter"
     cache.mkdir(parents=True, exist_ok=True)
-    names = ["sendmail-bin", "sendmail-base", "sendmail-cf"]
     if not all(list(cache.glob(f"{name}_*.deb")) for name in names):
         download = [need("apt-get", "apt"), "download", *names]
         done = subprocess.run(download, cwd=cache, capture_output=True, text=True)
         if done.returncode:
-            missing(f"Sendmail cannot be had: apt-get update; {done.stderr.strip()[:200]}")
+            missing(f"{names[0]} cannot be had: apt-get update; {done.stderr.strip()[:200]}")
     for name in names:
         newest = max(cache.glob(f"{name}_*.deb"), key=lambda file: file.stat().st_mtime)
         subprocess.run([need("dpkg", "dpkg"), "-x", newest, files], check=True)
     return files
+
+
+def unpack_sendmail(files: pathlib.Path) -> pathlib.Path:
+    """Unpack Sendmail into a folder."""
+    return unpack(files, ["sendmail-bin", "sendmail-base", "sendmail-cf"])
 
 
 @pytest.fixture(scope="session")
@@ -6733,6 +6986,186 @@ def test_sendmail_defers_mail_for_a_full_mailbox_and_accepts_it_without_the_milt
     ]
     assert process.stop() == 0
     assert send(port, *recipients) == ["", "", ""]
+
+
+# ---- Exim ----
+
+# Debian's answers to its own questions: a frontend that relays for its domains.
+EXIM_SETTINGS = """
+dc_eximconfig_configtype='internet'
+dc_local_interfaces='127.0.0.1.{port}'
+dc_relay_domains='example.com;example.org'
+dc_other_hostnames=''
+dc_relay_nets=''
+dc_readhost=''
+dc_smarthost=''
+dc_minimaldns='false'
+dc_use_split_config='false'
+dc_hide_mailname=''
+dc_mailname_in_oh='true'
+dc_localdelivery='mail_spool'
+CFILEMODE='644'
+"""
+# Exim's user exists only here, in a view of its own of /etc; then README's commands, then Exim.
+EXIM_START = """
+mount --bind {folder}/passwd /etc/passwd
+mount --bind {folder}/group /etc/group
+chown Debian-exim:Debian-exim {folder}/spool {folder}/log
+{commands}
+exec {program} -C {folder}/exim.conf -bdf -odq
+"""
+EXIM_UID = 29_999
+
+
+@pytest.fixture(scope="session")
+def exim_files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Give Exim's packages, unpacked, and see that the libraries are there."""
+    names = ["exim4-daemon-light", "exim4-base", "exim4-config"]
+    files = unpack(tmp_path_factory.mktemp("exim"), names)
+    linked = subprocess.run(["ldd", files / "usr/sbin/exim4"], capture_output=True, text=True)
+    for library, package in ("libidn.so", "libidn12"), ("libgnutls-dane.so", "libgnutls-dane0"):
+        if re.search(rf"{library}.* not found", linked.stdout):
+            missing(f"{library} is missing: apt-get install {package}")
+    return files
+
+
+class Exim:
+    """Debian's Exim with README's lines, in a folder and at a port of its own."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        start: Callable[..., Process],
+        files: pathlib.Path,
+        replacements: Mapping[str, Path],
+    ) -> None:
+        self.folder, self.port = folder / "exim", free_port()
+        self.etc = self.folder / "exim4"
+        for name in "spool", "log":
+            (self.folder / name).mkdir(parents=True)
+        shutil.copytree(files / "etc/exim4", self.etc)
+        for name in "passwd", "group":
+            line = f"Debian-exim:x:{EXIM_UID}:" + f"{EXIM_UID}::/:/bin/sh" * (name == "passwd")
+            (self.folder / name).write_text(f"{pathlib.Path('/etc', name).read_text()}{line}\n")
+        (self.etc / "update-exim4.conf.conf").write_text(EXIM_SETTINGS.format(port=self.port))
+        (self.etc / "hubbed_hosts").write_text("example.com: 192.0.2.1\nexample.org: 192.0.2.1\n")
+        (self.etc / "exim4.conf.localmacros").write_text(
+            f"log_file_path = {self.folder}/log/%slog\n"
+        )
+        (self.etc / "quota_acl").write_text(readme_block("/etc/exim4/quota_acl", replacements))
+        self.put_folders_into(self.etc / "exim4.conf.template")
+        script = self.start_script(files)
+        unshare = [need("unshare", "util-linux"), "--mount", "sh", "-euc", script]
+        process = start(*unshare)
+        process.wait_ready(lambda: answers_at(self.port), "Exim")
+
+    def put_folders_into(self, path: pathlib.Path) -> None:
+        """Let a file of Debian's name this folder instead of the system's."""
+        text = path.read_text().replace("/var/spool/exim4", f"{self.folder}/spool")
+        text = text.replace("/etc/mailname", "/etc/hostname")
+        path.write_text(text.replace("/etc/exim4", str(self.etc)))
+
+    def start_script(self, files: pathlib.Path) -> str:
+        """Return the commands that configure and start Exim."""
+        program = files / "usr/sbin/exim4"
+        update = self.folder / "update-exim4.conf"
+        shutil.copy(files / "usr/sbin/update-exim4.conf", update)
+        self.put_folders_into(update)
+        path = f"PATH={program.parent}:$PATH"
+        own: dict[str, Path] = {
+            "/etc/exim4": self.etc,
+            "\nupdate-exim4.conf": f"\n{path} {update} -d {self.etc} -o {self.folder}/exim.conf",
+            "systemctl reload exim4": "",
+        }
+        commands = readme_block("Exim: use it", own)
+        return EXIM_START.format(folder=self.folder, commands=commands, program=program)
+
+    def replies(self, *recipients: str) -> list[str]:
+        """Send a message as a stranger; return the reply to each recipient, "" where accepted."""
+        found = []
+        stranger = (STRANGER, 0)  # Debian's Exim takes anything from 127.0.0.1
+        with smtplib.SMTP("127.0.0.1", self.port, timeout=60, source_address=stranger) as client:
+            client.ehlo("client.example.net")
+            assert client.mail("sender@example.net")[0] == 250
+            for recipient in recipients:
+                code, text = client.docmd(f"RCPT TO:<{recipient}>")
+                found.append("" if code == 250 else f"{code} {text.decode()}")
+            if "" in found:
+                assert client.data(b"Subject: test\r\n\r\ntest\r\n")[0] == 250
+        return found
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_exim_defers_mail_for_a_full_mailbox_until_it_is_emptied(
+    site: Site, server: Callable[[Site], None], exim_files: pathlib.Path
+) -> None:
+    server(site)
+    own: dict[str, Path] = {
+        "192.0.2.10:8025": f"127.0.0.1:{site.port}",
+        "/quota.cgi": urllib.parse.urlsplit(site.url).path,
+    }
+    exim = Exim(site.folder, site.start, exim_files, own)
+    recipients = ["john@example.com", "mary@example.com", "John+lists@example.org"]
+    full = [quota_exceeded("john@example.com"), "", quota_exceeded("john+lists@example.org")]
+    assert exim.replies(*recipients, "nobody@example.com") == [*full, ""]
+    assert exim.replies("postmaster@example.com") == [""]
+    site.fill("john", 7)
+    assert exim.replies(*recipients) == ["", "", ""]
+
+
+def test_exim_accepts_what_it_cannot_ask_about(
+    folder: pathlib.Path,
+    start: Callable[..., Process],
+    exim_files: pathlib.Path,
+    backend: Backend,
+) -> None:
+    need_root()
+    released = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        while not released.wait(0.2):
+            connection.sendall(b"H")
+
+    backend.default = FULL
+    page = b"HTTP/1.1 %s\r\nServer: x\r\n\r\n%sOVERQUOTA john 101 100\n"
+    backend.answers = {
+        b"room": b"OK OVERQUOTA 1 100\n",
+        b"unknown": b"UNKNOWN unknown\n",
+        b"error": page % (b"500 Internal Server Error", b""),
+        b"moved": page % (b"302 Found", b""),
+        b"page": page % (b"200 OK", b"<p>no such page</p>\n"),
+        b"nothing": b"HTTP/1.1 200 OK\r\n\r\n",
+        b"hanging": lambda connection: released.wait(60) and None,
+        b"dripping": drip,
+    }
+    own = {"192.0.2.10:8025": f"127.0.0.1:{backend.port}", "{5s:": "{2s:"}
+    exim = Exim(folder, start, exim_files, own)
+    for user in backend.answers:
+        begin = time.monotonic()
+        assert exim.replies(f"{user.decode()}@example.com") == [""], user
+        assert time.monotonic() - begin < 15
+    released.set()
+    assert [user.encode() for user in backend.users()] == list(backend.answers)
+    before = len(backend.asked)
+    strange = [
+        "Postmaster",
+        "+x",
+        "a=b",
+        "j$h",
+        "{john}",
+        "x" * 65,
+        '"a b"',
+        "a~b",
+        '"a\\"b"',
+        "-x",
+    ]
+    assert exim.replies(*(f"{user}@example.com" for user in strange)) == [""] * len(strange)
+    refused = exim.replies("john@example.net", "a%b@example.com", "../john@example.com")
+    assert {reply[:4] for reply in refused} == {"550 "}, "by Exim itself"
+    assert backend.asked[before:] == []
+    assert exim.replies("john@example.com") == [quota_exceeded("john@example.com")]
+    backend.close()
+    assert exim.replies("john@example.com") == [""]
 
 
 # ---- two rows of servers: a burst ----
@@ -7101,13 +7534,9 @@ def test_the_figures_and_queries_of_the_readme_are_there(
     backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
 ) -> None:
     file = tmp_path / "quota.prom"
-    link = {"/run/quota-milter/quota.prom": file, "/var/lib/prometheus/node-exporter": tmp_path}
+    link: dict[str, Path] = {"/run/quota-milter/quota.prom": file}
     link["/var/lib/prometheus/node-exporter/quota.prom"] = tmp_path / "seen.prom"
-    run_commands(
-        readme_block("Frontend: figures for Prometheus")
-        .replace("/var/lib/prometheus/node-exporter/quota.prom", str(tmp_path / "seen.prom"))
-        .replace("/run/quota-milter/quota.prom", str(file))
-    )
+    run_block("Frontend: figures for Prometheus", link)
     running = milter(backend, "--metrics", file)
     assert running.rcpt("<john@example.com>") == ""
     running.process.stop()
@@ -7289,8 +7718,8 @@ def test_the_systemd_units_are_valid(folder: pathlib.Path) -> None:
                 extra.write_text(block)
             for script in MILTER, MBOX_CGI, MAILDIR_CGI:
                 shutil.copy(script, folder)
-            verify: list[Path] = [analyze, "verify", "--man=no", path]
-            done = subprocess.run(verify, capture_output=True, text=True)
+            command = [analyze, "verify", "--man=no", str(path)]
+            done = subprocess.run(command, capture_output=True, text=True)
             assert (done.returncode, done.stderr) == (0, ""), (unit, name)
 
 
@@ -7471,7 +7900,7 @@ NO_DEFAULTS = {"", "off", "off: standard error", "none: let through", "the syste
 
 
 def test_readme_and_the_help_give_every_option_its_default() -> None:
-    rows = re.findall(r"^\| `--([a-z-]+).*?\| (.*?) \|", README.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `--([a-z-]+).*?` \| ?(.*?) ?\|", README.read_text(), re.M)
     printed = run_milter("--help")[1].partition("\noptions:")[2]
     helps = dict(re.findall(r"^  --([a-z-]+)(.*?)(?=^  -|\Z)", printed, re.MULTILINE | re.DOTALL))
     assert [name for name, _ in rows] == list(helps)  # in the same order
