@@ -1429,12 +1429,16 @@ class Policy:
 
     def tidy(self) -> None:
         """Do what is due every second: end overdue questions, read changed aliases."""
-        for backend in self.backends.values():
-            backend.tidy()
+        self.end_overdue()
         files = [source for source in self.aliases.sources if isinstance(source, AliasFile)]
         changed = [file for file in files if file.refresh()]
         if changed:
             self.remember_routes()
+
+    def end_overdue(self) -> None:
+        """End the questions for which nobody has waited for too long."""
+        for backend in self.backends.values():
+            backend.tidy()
 
     def close(self) -> None:
         """Take no more questions: another set of options is in force."""
@@ -1956,7 +1960,7 @@ class Service:
         """Look after questions and alias files, and write the metrics."""
         self.policy.tidy()
         for policy in list(self.retired):
-            policy.tidy()
+            policy.end_overdue()
             if not any(backend.questions for backend in policy.backends.values()):
                 policy.close()
                 self.retired.remove(policy)
@@ -2080,6 +2084,7 @@ def serve(service: Service, where: str) -> int:
     service.counters.log_line()
     log.info("listen=%s state=stopped", where)
     if ended_by_itself and time.monotonic() - begin > TICK:  # libmilter got the signal after all
+        os.closerange(3, hard)
         os.execv(sys.executable, [sys.executable, *sys.argv])
     return int(ended_by_itself)
 
