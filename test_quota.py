@@ -1744,6 +1744,21 @@ def test_a_table_that_comes_back_is_used_at_once(
     assert aliased.mailbox("sales@example.com") == "john@example.com"
 
 
+def test_what_postmap_only_warns_about_is_no_fault(
+    aliased: AliasedMilter, tmp_path: pathlib.Path
+) -> None:
+    table = indexed_table("hash", tmp_path / "table", TABLE_ROWS)
+    os.utime(tmp_path / "table")  # somebody has changed the source since
+    os.utime(tmp_path / "table.db", (0, 0))
+    patterns = tmp_path / "patterns"
+    patterns.write_text("/(/ broken\n" + PATTERNS)
+    os.utime(patterns, (0, 0))
+    aliased.start(table, f"regexp:{patterns}", options=(*NO_CACHE, "--on-error", "tempfail"))
+    assert aliased.mailbox("nobody@example.com") == "nobody@example.com"
+    assert aliased.mailbox("sales@example.com") == "john@example.com"
+    assert aliased.mailbox("plus+x@example.com") == "mary@example.com"
+
+
 def test_what_a_table_said_is_remembered_until_the_cache_ttl_or_hup(
     aliased: AliasedMilter, table_server: TableServer
 ) -> None:
@@ -1804,6 +1819,27 @@ def test_what_a_table_said_to_a_question_from_before_hup_is_not_remembered(
         assert session.receive()[0] in (b"c", b"y")
     running.rcpt("<sales@example.com>")
     assert aliased.backend.users()[-1] == "mary"
+
+
+def test_a_reload_changes_the_tables_and_ends_what_the_old_one_holds(
+    aliased: AliasedMilter, table_server: TableServer, tmp_path: pathlib.Path
+) -> None:
+    table_server.answers[b"*"] = table_server.hang
+    options = tmp_path / "options"
+    options.write_text(f"--aliases tcp:127.0.0.1:{table_server.port}\n")
+    running = aliased.start(options=(f"@{options}", "--timeout", "3", "--on-error", "tempfail"))
+    assert running.rcpt("<sales@example.com>")[:10] == CANNOT_CHECK
+    table = indexed_table("hash", tmp_path / "table", TABLE_ROWS)
+    options.write_text(f"--aliases {table}\n")
+    with running.session() as session:
+        session.mail()
+        session.send(b"R", b"<support@example.com>\0")
+        wait_for(aliased.children, "the question")
+        running.process.popen.send_signal(signal.SIGHUP)
+        running.log("state=reloaded")
+        assert aliased.mailbox("sales@example.com") == "john@example.com"
+        assert session.receive()[0] in (b"c", b"y")
+    wait_for(lambda: not aliased.children(), "the end of postmap")
 
 
 def test_a_hanging_table_holds_nobody_longer_than_the_timeout(
