@@ -1744,6 +1744,21 @@ def test_a_table_that_comes_back_is_used_at_once(
     assert aliased.mailbox("sales@example.com") == "john@example.com"
 
 
+def test_what_postmap_only_warns_about_is_no_fault(
+    aliased: AliasedMilter, tmp_path: pathlib.Path
+) -> None:
+    table = indexed_table("hash", tmp_path / "table", TABLE_ROWS)
+    os.utime(tmp_path / "table")  # somebody has changed the source since
+    os.utime(tmp_path / "table.db", (0, 0))
+    patterns = tmp_path / "patterns"
+    patterns.write_text("/(/ broken\n" + PATTERNS)
+    os.utime(patterns, (0, 0))
+    aliased.start(table, f"regexp:{patterns}", options=(*NO_CACHE, "--on-error", "tempfail"))
+    assert aliased.mailbox("nobody@example.com") == "nobody@example.com"
+    assert aliased.mailbox("sales@example.com") == "john@example.com"
+    assert aliased.mailbox("plus+x@example.com") == "mary@example.com"
+
+
 def test_what_a_table_said_is_remembered_until_the_cache_ttl_or_hup(
     aliased: AliasedMilter, table_server: TableServer
 ) -> None:
@@ -1804,6 +1819,27 @@ def test_what_a_table_said_to_a_question_from_before_hup_is_not_remembered(
         assert session.receive()[0] in (b"c", b"y")
     running.rcpt("<sales@example.com>")
     assert aliased.backend.users()[-1] == "mary"
+
+
+def test_a_reload_changes_the_tables_and_ends_what_the_old_one_holds(
+    aliased: AliasedMilter, table_server: TableServer, tmp_path: pathlib.Path
+) -> None:
+    table_server.answers[b"*"] = table_server.hang
+    options = tmp_path / "options"
+    options.write_text(f"--aliases tcp:127.0.0.1:{table_server.port}\n")
+    running = aliased.start(options=(f"@{options}", "--timeout", "3", "--on-error", "tempfail"))
+    assert running.rcpt("<sales@example.com>")[:10] == CANNOT_CHECK
+    table = indexed_table("hash", tmp_path / "table", TABLE_ROWS)
+    options.write_text(f"--aliases {table}\n")
+    with running.session() as session:
+        session.mail()
+        session.send(b"R", b"<support@example.com>\0")
+        wait_for(aliased.children, "the question")
+        running.process.popen.send_signal(signal.SIGHUP)
+        running.log("state=reloaded")
+        assert aliased.mailbox("sales@example.com") == "john@example.com"
+        assert session.receive()[0] in (b"c", b"y")
+    wait_for(lambda: not aliased.children(), "the end of postmap")
 
 
 def test_a_hanging_table_holds_nobody_longer_than_the_timeout(
@@ -7830,6 +7866,182 @@ def test_check_is_a_probe_for_the_monitoring(site: Site) -> None:
     assert "verdict=fault" in lines[0]
 
 
+# ---- an upgrade ----
+
+RELEASE_1_0 = "f093676"  # the commit
+SCRIPTS = [MILTER.name, MBOX_CGI.name, MAILDIR_CGI.name]
+
+
+@pytest.fixture(scope="session")
+def release_1_0(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Give a folder with README and the scripts of 1.0, from git or from where .ci/fresh puts them.
+
+    A checkout without history has none: `git fetch --unshallow` gets it.
+    """
+    folder = pathlib.Path(tmp_path_factory.mktemp("1.0"))
+    for name in *SCRIPTS, "README.md":
+        exported = HERE / ".ci/1.0" / name
+        if exported.exists():
+            shutil.copy(exported, folder)
+            continue
+        show = [need("git", "git"), "-c", f"safe.directory={HERE}", "-C", str(HERE), "show"]
+        done = subprocess.run([*show, f"{RELEASE_1_0}:{name}"], capture_output=True)
+        if done.returncode:
+            missing(f"the history is missing: git fetch --unshallow; {done.stderr.decode()[:200]}")
+        (folder / name).write_bytes(done.stdout)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+class Upgrade(NamedTuple):
+    """A frontend and a backend of different releases: their folders of scripts."""
+
+    frontend: pathlib.Path
+    backend: pathlib.Path
+    start: Callable[..., Process]
+
+    def serve(self, script: str, port: int, settings: Mapping[str, Path]) -> Process:
+        """Start the backend's script."""
+        environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+        return self.start(self.backend / script, "--serve", str(port), port=port, env=environment)
+
+    def milter(self, url: str, *options: Path) -> RunningMilter:
+        """Start the frontend's milter."""
+        port = free_port()
+        arguments: list[Path] = ["--listen", f"inet:{port}@127.0.0.1", "--backend", url, *options]
+        program = self.frontend / MILTER.name
+        return RunningMilter(port, self.start(PYTHON, program, *arguments, port=port))
+
+
+@pytest.fixture(params=["the backend first", "the frontend first"])
+def upgrade(
+    request: pytest.FixtureRequest, release_1_0: pathlib.Path, start: Callable[..., Process]
+) -> Upgrade:
+    """Give what runs while one of two servers has 2.0 and the other still 1.0."""
+    frontend, backend = release_1_0, HERE
+    if request.param == "the frontend first":
+        frontend, backend = backend, frontend
+    return Upgrade(frontend, backend, start)
+
+
+def fill_mailboxes(folder: pathlib.Path, script: str) -> dict[str, Path]:
+    """Make mailboxes with 0, 90 and 200 of 100 bytes; return the settings that name them."""
+    users = folder / "users"
+    users.write_text("jane doe 1K\n")
+    common: dict[str, Path] = {"QUOTA_LIMIT": "100", "QUOTA_USERS": users, "QUOTA_UNKNOWN": "1"}
+    sizes = {"empty": 0, "mary": 90, "john": 200, "jane doe": 200}
+    for user, size in sizes.items():
+        if script == MBOX_CGI.name:
+            (folder / user).write_bytes(b"x" * size)
+        else:
+            for name in "cur", "new", "tmp":
+                (folder / user / name).mkdir(parents=True)
+            (folder / user / "cur" / f"1.1.host,S={size}:2,S").write_bytes(b"x" * size)
+    if script == MBOX_CGI.name:
+        (folder / "broken").mkdir()
+        return {**common, "QUOTA_MAILBOX": f"{folder}/%n"}
+    (folder / "broken").touch()
+    return {**common, "QUOTA_MAILDIR": f"{folder}/%n"}
+
+
+UPGRADE_REPLIES = [
+    # (user, declared size, how the reply begins)
+    ("mary", 0, ""),
+    ("mary", 10, ""),
+    ("mary", 11, "452 4.2.2 "),
+    ("mary", 101, "552 5.2.3 "),
+    ("john", 0, "452 4.2.2 "),
+    ("john+lists", 0, "452 4.2.2 "),
+    ("empty", 100, ""),
+    ("empty", 101, "552 5.2.3 "),
+    ('"jane doe"', 800, ""),
+    ('"jane doe"', 900, "452 4.2.2 "),
+    ("nobody", 0, "550 5.1.1 "),
+    ("broken", 0, "451 4.3.0 "),
+    ("postmaster", 0, ""),
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_a_milter_of_one_release_works_with_the_scripts_of_the_other(
+    upgrade: Upgrade, tmp_path: pathlib.Path, script: str
+) -> None:
+    settings = fill_mailboxes(tmp_path, script)
+    port = free_port()
+    upgrade.serve(script, port, settings)
+    options = ["--unknown-reply", "550 5.1.1 No such user here", "--on-error", "tempfail"]
+    url = f"http://127.0.0.1:{port}/quota.cgi"
+    for ttl in "0", "60":  # on kept connections, and from the memory
+        running = upgrade.milter(url, *options, "--cache-ttl", ttl)
+        for _ in range(2):
+            replies = [
+                (user, size, running.rcpt(f"<{user}@example.com>", f"SIZE={size}")[:10])
+                for user, size, _ in UPGRADE_REPLIES
+            ]
+            assert replies == UPGRADE_REPLIES
+        assert "Traceback" not in running.process.output()
+        assert running.process.stop() == 0
+
+
+def test_a_running_milter_does_not_mind_that_its_backend_is_upgraded(
+    upgrade: Upgrade, tmp_path: pathlib.Path
+) -> None:
+    settings = fill_mailboxes(tmp_path, MBOX_CGI.name)
+    port = free_port()
+    options = "--cache-ttl", "0", "--retry-after", "0", "--on-error", "tempfail"
+    running = upgrade.milter(f"http://127.0.0.1:{port}/quota.cgi", *options)
+    for backend in upgrade.frontend, upgrade.backend, upgrade.frontend:
+        server = upgrade._replace(backend=backend).serve(MBOX_CGI.name, port, settings)
+        assert running.rcpt("<john@example.com>")[:10] == "452 4.2.2 "
+        assert running.rcpt("<mary@example.com>", "SIZE=10") == ""
+        server.stop()
+        assert running.rcpt("<empty@example.com>")[:10] == "451 4.3.0 "
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_the_settings_of_1_0_give_the_answers_of_1_0(
+    release_1_0: pathlib.Path, tmp_path: pathlib.Path, script: str
+) -> None:
+    settings = fill_mailboxes(tmp_path, script)
+    queries = ["", "u=", "u=john%2Fx", "u=a%0Ab", "u=.john", "u=john&d=", "d=example.com"]
+    queries += [f"u={user}&d=example.com" for user in ("john", "mary", "empty", "jane+doe")]
+    queries += ["u=nobody", "u=broken", "john", "--serve", "u=john&u=mary", "u=%FF"]
+    for query in queries:
+        old, new = (
+            ask_cgi(folder / script, query, **settings)[:2] for folder in (release_1_0, HERE)
+        )
+        assert (new[0], new[1].split()[:1]) == (old[0], old[1].split()[:1]), query
+        if old[0] == 200:
+            assert new == old, query
+
+
+def test_the_option_files_of_1_0_are_understood(
+    release_1_0: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    aliases, options = tmp_path / "aliases", tmp_path / "options"
+    aliases.write_text("sales: john\n")
+    text = (release_1_0 / "README.md").read_text()
+    block = re.findall(r"^# /etc/quota_milter.conf\n(.*?)^```", text, re.M | re.S)[0]
+    values = {"aliases": aliases, "cafile": "/etc/ssl/certs/ca-certificates.crt"}
+    given = {"max-queries": "8", "cache-ttl": "30", "timeout": "2.5", "retry-after": "9"}
+    words = {"exempt": "abuse@example.com", "recipient-delimiter": "+-", "on-error": "tempfail"}
+    replies = {"overquota": "452 4.2.2", "toolarge": "552 5.2.3", "unknown": "550 5.1.1"}
+    lines = [f"--{name} {value}" for name, value in {**values, **given, **words}.items()]
+    lines += [f"--{name}-reply {code} no {{address}}" for name, code in replies.items()]
+    lines += ["--ignore-size", "--case-sensitive", "--dry-run", "--verbose"]
+    options.write_text(block + "\n".join(lines) + "\n")
+    help_of_1_0 = subprocess.run(
+        [PYTHON, release_1_0 / MILTER.name, "--help"], capture_output=True, text=True
+    ).stdout
+    named = set(re.findall(r"^  (--[a-z-]+)", help_of_1_0, re.MULTILINE))
+    assert named - set(re.findall(r"^--[a-z-]+", options.read_text(), re.M)) == {
+        "--check",
+        "--version",
+    }
+    status, _, errors = run_milter(f"@{options}", "--check")
+    assert (status, errors) == (0, "")
+
+
 # ---- the repository ----
 
 
@@ -7876,6 +8088,7 @@ def test_readmes_second_command_installs_what_the_tests_need() -> None:
     text = pathlib.Path(__file__).read_text()
     packages = set(re.findall(r'need\("[^"]+", "([a-z0-9-]+)"\)', text))
     packages -= {"apt", "dpkg", "util-linux"}  # every Debian has these
+    packages -= {"git"}  # a checkout comes from it, or has what is wanted of it
     assert len(packages) > 8
     assert packages <= set(command.split())
 
