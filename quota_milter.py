@@ -1114,9 +1114,7 @@ class Table:
             finally:
                 process.kill()
                 self.processes.discard(process)
-        complaint = re.search(
-            rb"postmap: (?:fatal|warning): (?!.*: empty lookup result)(.*)", errors
-        )
+        complaint = re.search(rb"postmap: fatal: (.*)", errors)
         if process.returncode and (complaint or process.returncode != 1):
             text = complaint[1] if complaint else b"postmap failed"
             raise Fault(f"table {self.name}: {text.decode('utf-8', 'replace')}")
@@ -1149,7 +1147,9 @@ class Aliases:
         Raises Fault where a table does not answer.
         """
         following = address
-        for _ in range(STEPS):
+        visited: set[tuple[str, ...]] = set()
+        while address[1:] not in visited and len(visited) < STEPS:
+            visited.add(address[1:])
             for value in self.rules(address, deadline):
                 target = TARGET.fullmatch(value) if len(value) <= ANSWER_LENGTH else None
                 if not target:
@@ -1874,10 +1874,8 @@ def check(policy: Policy, addresses: list[str]) -> int:
         decision = policy.decide(address, Message())
         reply = " ".join(decision.reply) if decision.reply else "none"
         with contextlib.suppress(BrokenPipeError):  # who reads no line may want the status
-            print(decision, f"reply={reply}")
-        if decision.verdict == "nobackend":
-            domain = printable(decision.address.domain)
-            print(f"quota_milter.py: no --backend serves the domain {domain}", file=sys.stderr)
+            hint = ' reason="no --backend serves this domain"'
+            print(f"{decision}{hint * (decision.verdict == 'nobackend')} reply={reply}")
         cannot_ask = decision.finding.fault or decision.verdict == "nobackend"
         status = max(status, 2 if cannot_ask else 1 if decision.reply else 0)
     return status
