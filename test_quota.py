@@ -2525,6 +2525,8 @@ class Dovecot:
     ) -> None:
         need_root()
         program = need("dovecot", "dovecot-core")
+        if "lmtp" in protocols:
+            need("/usr/lib/dovecot/lmtp", "dovecot-lmtpd")
         self.base, self.config, self.port = base, base / "dovecot.conf", free_port()
         self.lmtp_port, self.imap_port = free_port(), free_port()
         old = dovecot_is_old()
@@ -7267,7 +7269,8 @@ class TwoRows:
         self.homes, port = folder / "homes", free_port()
         self.homes.mkdir()
         os.chown(self.homes, MAIL_UID, MAIL_UID)
-        self.dovecot = Dovecot(start, self.homes, BURST_QUOTA, protocols="lmtp")
+        driver = "maildir" if dovecot_is_old() else "count"  # as most have it in either release
+        self.dovecot = Dovecot(start, self.homes, BURST_QUOTA, driver, protocols="lmtp")
         self.backend = self.postfix("backend", BURST_BACKEND_CF, self.dovecot.lmtp_port)
         settings = {"QUOTA_LIMIT": str(BURST_QUOTA), "QUOTA_GRACE": "0"}  # as Dovecot has them
         settings["QUOTA_MAILDIR"] = f"{self.homes}/%u/Maildir"
