@@ -3277,7 +3277,7 @@ def test_auto_is_right_for_a_maildir_of_couriers(tmp_path: pathlib.Path) -> None
     path = tmp_path / "Maildir"
     maker = need("maildirmake", "maildrop")
     subprocess.run([maker, path], check=True)
-    subprocess.run([maker, "-q", "9000S", path], check=True)  # alone it would never end
+    subprocess.run([maker, "-q", "9000S", path], check=True)
     deliverquota_refuses(path, message=message_of_size(2000))
     assert room_here(path) == 7000
     assert deliverquota_refuses(path, message=message_of_size(7001))
