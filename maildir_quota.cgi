@@ -611,13 +611,7 @@ def check_name(what: str, name: bytes) -> None:
 
 def check_template(template: bytes) -> bytes:
     """Return the folder that a path of mailboxes begins with. Raises Problem where it is none."""
-    if template[:1] != b"/" and template[:2] != b"%h":
-        raise Problem(500, f"{PATH_SETTING} does not begin with /", template)
     first, *rest = template.replace(b"%%", b"\0").split(b"%")
-    for part in rest:
-        if part.lstrip(b"0123456789.")[:1] not in (b"n", b"d", b"u", b"h"):
-            why = f"has a placeholder that is none of: {PLACEHOLDERS}"
-            raise Problem(500, f"{PATH_SETTING} {why}", template)
     if not any(part[:1] in (b"n", b"u", b"h") for part in rest):
         why = "names no user (%n, %u or %h); systemd and uWSGI want each % doubled"
         raise Problem(500, f"{PATH_SETTING} {why}", template)
@@ -634,7 +628,7 @@ def expand(template: bytes, user: bytes, domain: "Optional[bytes]") -> "Optional
     for part in rest:
         text = part.lstrip(b"0123456789.")
         name, (skip, _, width) = text[:1], part[: len(part) - len(text)].rpartition(b".")
-        if b"." in skip or skip + width[:1] == b"0":
+        if name not in (b"n", b"d", b"u", b"h") or b"." in skip or skip + width[:1] == b"0":
             why = f"has a placeholder that is none of: {PLACEHOLDERS}"
             raise Problem(500, f"{PATH_SETTING} {why}", template)
         value = home_of(user) if name == b"h" else user
@@ -647,6 +641,8 @@ def expand(template: bytes, user: bytes, domain: "Optional[bytes]") -> "Optional
         start, length = int(skip or b"0"), int(width or b"0")
         parts += value[start : start + length if length else None], text[1:]
     path = b"".join(parts).replace(b"\0", b"%")
+    if path[:1] != b"/":
+        raise Problem(500, f"{PATH_SETTING} does not begin with /", template)
     if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):  # %1.2n of a..b
         raise Problem(400, "no mailbox has such a user")
     return path
@@ -707,8 +703,8 @@ def verdict(
     limit = parse_limit("QUOTA_LIMIT", setting("QUOTA_LIMIT", env))
     given = user_limit(user, domain, env)
     template = setting(PATH_SETTING, env)
-    folder = check_template(template)
     path = expand(template, user, domain)
+    folder = check_template(template)
     status = b"UNKNOWN" if unknown == b"1" or path is None else b"OK"
     used, quota, changed = 0, limit if given is None else given, 0.0
     grace = parse_grace(setting("QUOTA_GRACE", env), quota)
