@@ -97,8 +97,7 @@ def measure(
     """
     keeper = choose("QUOTA_KEEPER", env, b"auto", *KEEPERS)
     trash = choose("QUOTA_TRASH", env, b"auto", b"count", b"skip")
-    template = setting("QUOTA_CONTROL", env)
-    control = template and expand(template, env[b"u"], env[b"d"] or None) or path
+    control = control_of(path, env)
     posix.stat(path)  # no Maildir is FileNotFoundError; from here on that is one of its files
     if keeper == b"auto":
         keeper = keeper_of(path, control)
@@ -129,6 +128,18 @@ def choose(name: str, env: "Env", *choices: bytes) -> bytes:
     if value not in choices:
         raise Problem(500, f"{name} is not one of {b', '.join(choices).decode()}", value)
     return value
+
+
+def control_of(path: bytes, env: "Env") -> bytes:
+    """Return the folder that has `maildirsize` and `dovecot-uidlist`. Raises Problem."""
+    template = setting("QUOTA_CONTROL", env)
+    if not template:
+        return path
+    try:
+        return expand(template, env[b"u"], env[b"d"] or None) or path
+    except Problem as problem:
+        why = problem.why.replace(PATH_SETTING, "QUOTA_CONTROL")
+        raise Problem(problem.status, why, problem.detail) from None
 
 
 def keeper_of(path: bytes, control: bytes) -> bytes:

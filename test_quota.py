@@ -3516,8 +3516,8 @@ def test_a_control_folder_is_a_path_with_placeholders(tmp_path: pathlib.Path) ->
     assert ask_there(path, QUOTA_CONTROL=tmp_path / "control" / "%n.none", QUOTA_LIMIT="50") == (
         b"OK john 20 50"
     )
-    assert ask_there(path, QUOTA_CONTROL=tmp_path / "%q").startswith(b"500 ERROR QUOTA_")
-    assert ask_there(path, QUOTA_CONTROL="control/%n").startswith(b"500 ERROR QUOTA_")
+    assert ask_there(path, QUOTA_CONTROL=tmp_path / "%q").startswith(b"500 ERROR QUOTA_CONTROL")
+    assert ask_there(path, QUOTA_CONTROL="control/%n").startswith(b"500 ERROR QUOTA_CONTROL")
     assert ask_there(path, QUOTA_CONTROL=tmp_path / "%d").startswith(b"400 ERROR no domain")
 
 
