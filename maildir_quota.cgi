@@ -136,7 +136,9 @@ def control_of(path: bytes, env: "Env") -> bytes:
     if not template:
         return path
     try:
-        return expand(template, env[b"u"], env[b"d"] or None) or path
+        control = expand(template, env[b"u"], env[b"d"] or None)
+        check_folder(check_template(template))
+        return control or path
     except Problem as problem:
         why = problem.why.replace(PATH_SETTING, "QUOTA_CONTROL")
         raise Problem(problem.status, why, problem.detail) from None
