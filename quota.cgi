@@ -116,32 +116,32 @@ def setting(name: str, env: "Env") -> bytes:
 
 
 def network_bits(text: str) -> str:
-    """Return the leading bits of an address or network. Raises ValueError, OSError, IndexError.
+    """Return the leading bits of an address or network. Raises ValueError, OSError.
 
-    Before them stands its family: an IPv4 address inside IPv6 is an IPv4 address.
+    Before them stands 4 or 6; an IPv4 address inside IPv6 is an IPv4 address.
     """
     from _socket import inet_pton  # `socket` or `ipaddress` would take as long as all the rest
 
     address, _, length = text.partition("/")
     family, size = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
     bits = f"{int.from_bytes(inet_pton(family, address), 'big'):0{size}b}"
-    bits = bits[: range(size + 1)[int(length or size)]]
-    if size == 32 or bits.startswith(MAPPED):
-        return "4" + bits[size - 128 or None :] if size == 32 else "4" + bits[96:]
-    return "6" + bits
+    bits = bits[: range(size + 1).index(int(length or size))]
+    if bits.startswith(MAPPED):
+        return "4" + bits[len(MAPPED) :]
+    return ("4" if size == 32 else "6") + bits
 
 
 def check_peer(peer: str, env: "Env") -> None:
     """Raise Problem where QUOTA_ALLOW is set and this address is not in it."""
-    networks = []
-    for text in setting("QUOTA_ALLOW", env).replace(b",", b" ").split():
+    allow, networks = setting("QUOTA_ALLOW", env), []
+    for text in allow.replace(b",", b" ").split():
         try:
             networks.append(network_bits(text.decode()))
-        except (OSError, ValueError, IndexError):
+        except (OSError, ValueError):
             why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
             raise Problem(500, why, text) from None
     try:
-        if not networks or network_bits(peer.partition("%")[0]).startswith(tuple(networks)):
+        if not allow or network_bits(peer.partition("%")[0]).startswith(tuple(networks)):
             return
     except (OSError, ValueError):
         peer = "an address that is not known"
@@ -337,11 +337,9 @@ def explain(error: OSError, template: bytes) -> None:
         try:
             posix.stat(fixed.rpartition(b"/")[0] or b"/")
             return
-        except FileNotFoundError as missing:
-            why, detail = (
-                f"{PATH_SETTING} begins with a folder that does not exist: {TWICE}",
-                str(missing),
-            )
+        except FileNotFoundError:
+            why = f"{PATH_SETTING} begins with a folder that is not there: {TWICE}"
+            detail = str(template)
     raise Problem(500, why, detail)
 
 
