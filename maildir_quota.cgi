@@ -637,7 +637,7 @@ def explain(error: OSError, template: bytes) -> None:
             posix.stat(fixed.rpartition(b"/")[0] or b"/")
             return
         except FileNotFoundError:
-            why = f"{PATH_SETTING} begins with a folder that is not there: {TWICE}"
+            why = f"{PATH_SETTING} begins with a folder that does not exist: {TWICE}"
             detail = str(template)
     raise Problem(500, why, detail)
 

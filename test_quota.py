@@ -2081,11 +2081,11 @@ def test_a_limit_is_bytes_or_a_power_of_1024(
 
 UNKNOWN_PLACEHOLDER = "has a placeholder that does not exist; known are %n user, %d domain"
 NO_USER = "names no user (%n, %u or %h): in systemd and uWSGI each % is written twice"
-NO_FOLDER = "begins with a folder that is not there: in systemd and uWSGI each % is written twice"
+NO_FOLDER = "begins with a folder that does not exist: in systemd and uWSGI each % is written twice"
 NO_ROOT = "does not begin with /"
 
 TEMPLATES = [
-    # (QUOTA_MAILBOX below the folder, or from the root; the file that it is for john@x.org, or the error)
+    # (QUOTA_MAILBOX below the folder, or from the root; the file for john@x.org, or the error)
     ("%d/%n", "x.org/john"),
     ("%u", "john@x.org"),
     ("100%%/%n", "100%/john"),
