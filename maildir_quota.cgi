@@ -948,6 +948,7 @@ def main() -> int:
         return 0
     except (OSError, ValueError, IndexError) as error:
         log(f"{' '.join(sys.argv[1:])}: {error}")
+        return 1 if isinstance(error, OSError) else 2  # an address may come later
     return 2
 '''  # end of REST
 
