@@ -3518,7 +3518,7 @@ def test_a_control_folder_is_a_path_with_placeholders(tmp_path: pathlib.Path) ->
     )
     assert ask_there(path, QUOTA_CONTROL=tmp_path / "%q").startswith(b"500 ERROR QUOTA_CONTROL")
     assert ask_there(path, QUOTA_CONTROL="control/%n").startswith(b"500 ERROR QUOTA_CONTROL")
-    assert ask_there(path, QUOTA_CONTROL=tmp_path / "%d").startswith(b"400 ERROR no domain")
+    assert ask_there(path, QUOTA_CONTROL=tmp_path / "%d").startswith(b"500 ERROR QUOTA_CONTROL")
 
 
 def frugal_cgi(folder: pathlib.Path) -> pathlib.Path:
