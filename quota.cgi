@@ -38,26 +38,23 @@ SECURITY
 # A CGI's cost is its start, and `os`, `re`, `urllib` or `typing` would make that longer: `posix` is
 # what `os` wraps. Names are not always UTF-8, so all text is bytes. `--serve` and the shell import
 # what they like.
-import errno
 import posix
 import sys
 import time
 
 TYPE_CHECKING = False  # as in `typing`, without its import
 if TYPE_CHECKING:
-    import socket
-    import socketserver
     from collections.abc import Callable, Iterator
     from typing import Any, Optional
 
     Env = dict[bytes, bytes]
     Header = list[tuple[str, str]]
-    Measure = Callable[..., tuple[bool, int, int, int, float]]
+    Measure = tuple[bool, int, int, int, float]
 
 QUOTA_LIMIT = "200M"  # bytes, or with K, M, G, T (powers of 1024); 0: no limit
 QUOTA_MAILBOX = "/var/mail/%n"  # %n user, %d domain, %u user@domain, %h the user's home, %% percent
 QUOTA_USERS = ""  # a file of lines `user limit` or `user@domain limit`, which beat QUOTA_LIMIT
-QUOTA_ALLOW = ""  # addresses and networks that may ask, as `192.0.2.25 2001:db8::/32`; none: all
+QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/32; none: all
 QUOTA_GRACE = "auto"  # what the message that fills the mailbox may take beyond its quota: 1M, 10%
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
@@ -84,15 +81,15 @@ def measure(
 # ---- From here to the end the text is the same in quota.cgi and maildir_quota.cgi. ----
 
 NAME_LENGTH = 255  # bytes in a user or a domain, as in a file's name
-LONGEST_LIMIT = 20  # digits and a letter; more than any disk has
+QUERY_LENGTH = 8192  # bytes, more than two such names can take
 BLOCK = 1 << 16  # bytes of QUOTA_USERS that are in memory at a time
 S_IFMT, S_IFREG = 0o170000, 0o100000  # from stat.h: a regular file
-AF_INET, AF_INET6 = 2, 10  # as on Linux
+AF_INET, AF_INET6, ENAMETOOLONG = 2, 10, 36  # as on Linux
 MAPPED = "0" * 80 + "1" * 16  # what an IPv6 address that stands for an IPv4 address begins with
 HEX = b"0123456789abcdefABCDEF"
-SHAPE = bytes.maketrans(b"123456789kmgtMGT", b"000000000KKKKKKK")  # of a limit: 200M is 000K
+SHAPE = bytes.maketrans(b"123456789kmgtMGT", b"000000000KKKKKKK")  # makes 200M 000K
 PLACEHOLDERS = "%n user, %d domain, %u user@domain, %h home, %1n or %1.2n a part, %% percent"
-WEEKDAYS, MONTHS = "MonTueWedThuFriSatSun", "JanFebMarAprMayJunJulAugSepOctNovDec"
+TWICE = "in systemd and uWSGI each % is written twice"
 END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
 REASONS = {
     200: "OK",
@@ -118,88 +115,56 @@ def setting(name: str, env: "Env") -> bytes:
     return str(globals()[name]).encode() if given is None else given
 
 
-# ---- who may ask ----
-
-
 def network_bits(text: str) -> str:
-    """Return the leading bits of an address or network, behind a letter for its family.
+    """Return the leading bits of an address or network. Raises ValueError, OSError.
 
-    An IPv4 address inside IPv6, as a socket for both has it, is an IPv4 address. Raises ValueError,
-    OSError.
+    Before them stands 4 or 6; an IPv4 address inside IPv6 is an IPv4 address.
     """
-    from _socket import inet_pton  # `socket` and `ipaddress` take as long as all the rest
+    from _socket import inet_pton  # `socket` or `ipaddress` would take as long as all the rest
 
-    address, slash, length = text.partition("/")
+    address, _, length = text.partition("/")
     family, size = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
     bits = f"{int.from_bytes(inet_pton(family, address), 'big'):0{size}b}"
-    if slash:
-        if not length.isdigit() or int(length) > size:
-            raise ValueError(text)
-        bits = bits[: int(length)]
-    if size == 32:
-        return "4" + bits
-    return "4" + bits[96:] if bits.startswith(MAPPED) else "6" + bits
+    bits = bits[: range(size + 1).index(int(length or size))]
+    if bits.startswith(MAPPED):
+        return "4" + bits[len(MAPPED) :]
+    return ("4" if size == 32 else "6") + bits
 
 
-def allowed_networks(env: "Env") -> "Optional[list[str]]":
-    """Return the bits of what QUOTA_ALLOW names; None where all may ask. Raises Problem."""
-    allow = setting("QUOTA_ALLOW", env)
-    if not allow:
-        return None
-    networks = []
+def check_peer(peer: str, env: "Env") -> None:
+    """Raise Problem where QUOTA_ALLOW is set and this address is not in it."""
+    allow, networks = setting("QUOTA_ALLOW", env), []
     for text in allow.replace(b",", b" ").split():
         try:
             networks.append(network_bits(text.decode()))
         except (OSError, ValueError):
-            raise Problem(
-                500, "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`", text
-            ) from None
-    return networks
-
-
-def check_peer(peer: str, networks: "Optional[list[str]]") -> None:
-    """Raise Problem where there are networks that may ask and this address is in none."""
-    if networks is None:
-        return
+            why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
+            raise Problem(500, why, text) from None
     try:
-        bits = network_bits(peer.partition("%")[0])  # what follows is the interface
+        if not allow or network_bits(peer.partition("%")[0]).startswith(tuple(networks)):
+            return
     except (OSError, ValueError):
-        raise Problem(403, "QUOTA_ALLOW is set and the address of who asks is not known") from None
-    if not any(map(bits.startswith, networks)):
-        raise Problem(403, f"{peer} may not ask: it is not in QUOTA_ALLOW")
-
-
-# ---- limits ----
-
-
-def to_bytes(text: bytes) -> "Optional[int]":
-    """Read a limit like 200M in bytes; None where it is none."""
-    text = text.strip().upper()
-    power = b"KMGT".find(text[-1:]) + 1
-    digits = text[:-1] if power else text
-    if not digits.isdigit() or len(text) > LONGEST_LIMIT:
-        return None
-    return int(digits) << 10 * power
+        peer = "an address that is not known"
+    raise Problem(403, peer + " is not in QUOTA_ALLOW")
 
 
 def parse_limit(name: str, text: bytes) -> int:
-    """Read the limit in a setting in bytes. Raises Problem where it is none."""
-    limit = to_bytes(text)
-    if limit is None:
-        raise Problem(500, f"{name} has a limit that is not like 200M", text)
-    return limit
+    """Read a limit like 200M in bytes. Raises Problem where it is none."""
+    text = text.strip().upper()
+    power = b"KMGT".find(text[-1:]) + 1
+    digits = text[:-1] if power else text
+    if not digits.isdigit() or len(digits) > 20:
+        raise Problem(500, name + " has a limit that is not like 200M", text)
+    return int(digits) << 10 * power
 
 
 def parse_grace(text: bytes, quota: int) -> int:
     """Read a grace in bytes: written like a limit, or `10%` of the quota. Raises Problem."""
-    text = text.strip()
-    percent = to_bytes(text[:-1]) if text[-1:] == b"%" and text[-2:-1].isdigit() else None
-    grace = 0 if text == b"auto" else to_bytes(text)
-    if percent is not None:
-        grace = quota * percent // 100
-    if grace is None:
-        raise Problem(500, "QUOTA_GRACE is not like 10%, 10M or auto", text)
-    return grace
+    if text == b"auto":
+        return 0
+    if text[-1:] == b"%":
+        return quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
+    return parse_limit("QUOTA_GRACE, which is neither auto nor like 10%,", text)
 
 
 def user_limit(user: bytes, domain: "Optional[bytes]", env: "Env") -> "Optional[int]":
@@ -209,84 +174,78 @@ def user_limit(user: bytes, domain: "Optional[bytes]", env: "Env") -> "Optional[
         return None
     wanted = [user] if domain is None else [user + b"@" + domain, user, b"@" + domain]
     try:
-        found = look_up(path, set(wanted))
+        found = look_up(path, wanted)
     except OSError as error:
         raise Problem(500, "the file QUOTA_USERS cannot be read", error) from None
     for name in wanted:
         if name in found:
-            return to_bytes(found[name])
+            return parse_limit("QUOTA_USERS", found[name])
     return None
 
 
-def look_up(path: bytes, wanted: "set[bytes]") -> "dict[bytes, bytes]":
-    """Return the limits that QUOTA_USERS has for these names. Raises OSError, Problem."""
+def look_up(path: bytes, wanted: "list[bytes]") -> "dict[bytes, bytes]":
+    """Read the limits of these names in QUOTA_USERS. Raises OSError, Problem."""
     found: dict[bytes, bytes] = {}
     for names, limits in read_users(path):
-        for name in wanted.intersection(names):
+        for name in set(wanted).intersection(names):
             found.setdefault(name, limits[names.index(name)])
     return found
 
 
 def read_users(path: bytes) -> "Iterator[tuple[list[bytes], list[bytes]]]":
-    """Read QUOTA_USERS; yield some names and their limits at a time. Raises OSError, Problem."""
-    file = posix.open(path, posix.O_RDONLY | posix.O_NONBLOCK)  # which does not wait for a pipe
+    """Read QUOTA_USERS and yield names with their limits. Raises OSError, Problem."""
+    file = posix.open(path, posix.O_RDONLY | posix.O_NONBLOCK)  # a pipe is not waited for
     try:
         before = posix.fstat(file)
         if before.st_mode & S_IFMT != S_IFREG:
             raise OSError("not a file")
         number, rest = 1, b""
         while block := posix.read(file, BLOCK):
-            whole, newline, rest = (rest + block).rpartition(b"\n")
-            if len(rest) > BLOCK:
-                break
-            yield from parse_users(whole + newline, number)
-            number += whole.count(b"\n") + len(newline)
-        if rest:
-            raise Problem(500, f"QUOTA_USERS: line {number}, the last, has no newline at its end")
+            lines, newline, rest = (rest + block).rpartition(b"\n")
+            yield from parse_users(lines + newline, number)
+            number += lines.count(b"\n") + len(newline)
         after = posix.fstat(file)
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise Problem(500, "QUOTA_USERS changed while it was read: replace it with mv")
     finally:
         posix.close(file)
+    if rest:
+        raise Problem(500, f"QUOTA_USERS: line {number}, the last, does not end in a newline")
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise Problem(500, "QUOTA_USERS changed while it was read: replace it with mv")
+
+
+def are_limits(texts: "list[bytes]") -> bool:
+    """Say whether each is a limit like 200M, for many at once."""
+    shapes = (b" ".join(texts) + b" ").translate(SHAPE)
+    return shapes.replace(b"0K ", b"0 ").replace(b" ", b"").isdigit()
 
 
 def parse_users(text: bytes, number: int) -> "Iterator[tuple[list[bytes], list[bytes]]]":
-    """Read whole lines of QUOTA_USERS, of which the first has this number. Raises Problem.
+    """Yield the names and limits in whole lines, the first of which has this number.
 
-    Line by line, a million would take a second. So many at once are tried first: where each is two
-    fields and nothing is special in any, they are done; else each half is tried.
+    One by one, a million lines would take a second. So all are tried at once: where each has two
+    fields and none anything special, they are done; else each half is tried. Raises Problem.
     """
     text = text.replace(b"\t", b" ")
-    lines = text.count(b"\n")
     fields = text.replace(b"\n", b" \0 ").split()
-    names, limits = fields[::3], fields[1::3]
-    shape = b" %s " % b" ".join(limits).translate(SHAPE)
     if (
-        len(fields) == 3 * lines > 0
+        len(fields) == 3 * text.count(b"\n")
         and set(fields[2::3]) == {b"\0"}
+        and are_limits(fields[1::3])
         and not any(special in text for special in (b"#", b"\0", b": ", b"@ "))
-        and not any(wrong in shape for wrong in (b"K0", b"KK", b" K"))
-        and not shape.strip(b" 0K")
-        and len(max(limits, key=len)) <= LONGEST_LIMIT
     ):
-        yield names, limits
-    elif lines > 8:
-        middle = text.rfind(b"\n", 0, len(text) // 2) + 1 or text.find(b"\n") + 1
+        yield fields[::3], fields[1::3]
+    elif middle := text.rfind(b"\n", 0, len(text) // 2) + 1:
         yield from parse_users(text[:middle], number)
         yield from parse_users(text[middle:], number + text.count(b"\n", 0, middle))
     else:
-        for line in text.split(b"\n"):
+        for this, line in enumerate(text.split(b"\n"), number):
             line = line.partition(b" #")[0].strip()
             if line and line[:1] != b"#":
                 name, *limit = line.rsplit(None, 1)
-                if not limit or name[-1:] in (b":", b"@") or to_bytes(limit[0]) is None:
-                    why = "is not `user limit`, `user@domain limit` or `@domain limit`"
-                    raise Problem(500, f"QUOTA_USERS: line {number} {why}", line)
+                if name[-1:] in (b":", b"@") or not are_limits(limit):
+                    why = "`user limit`, `user@domain limit` or `@domain limit`, without a colon"
+                    raise Problem(500, f"QUOTA_USERS: line {this} is not {why}", line)
                 yield [name], limit
-            number += 1
-
-
-# ---- the question ----
 
 
 def unquote(text: bytes) -> bytes:
@@ -319,43 +278,33 @@ def check_name(what: str, name: bytes) -> None:
         raise Problem(400, "control character in the " + what)
 
 
-# ---- the mailbox ----
-
-
-def check_template(template: bytes) -> bytes:
-    """Return the folder that a path of mailboxes begins with. Raises Problem where it is none."""
-    first, *rest = template.replace(b"%%", b"\0").split(b"%")
-    if not any(part[:1] in (b"n", b"u", b"h") for part in rest):
-        why = "names no user (%n, %u or %h); systemd and uWSGI want each % doubled"
-        raise Problem(500, f"{PATH_SETTING} {why}", template)
-    return first[: first.rfind(b"/") + 1].replace(b"\0", b"%")
-
-
 def expand(template: bytes, user: bytes, domain: "Optional[bytes]") -> "Optional[bytes]":
     """Put the names into a path. None where it asks for the home of a user that the system lacks.
 
     Raises Problem where the path needs a domain and there is none, or is a bad setting.
     """
+    if template[:1] != b"/" and template[:2] != b"%h":
+        raise Problem(500, PATH_SETTING + " does not begin with /", template)
     first, *rest = template.replace(b"%%", b"\0").split(b"%")
-    parts = [first]
+    values = {b"n": user, b"d": domain or b"", b"u": user + b"@" + (domain or b"")}
+    parts, names = [first], b""
     for part in rest:
         text = part.lstrip(b"0123456789.")
         name, (skip, _, width) = text[:1], part[: len(part) - len(text)].rpartition(b".")
-        if name not in (b"n", b"d", b"u", b"h") or b"." in skip or skip + width[:1] == b"0":
-            why = f"has a placeholder that is none of: {PLACEHOLDERS}"
-            raise Problem(500, f"{PATH_SETTING} {why}", template)
-        value = home_of(user) if name == b"h" else user
-        if name in (b"d", b"u"):
-            if domain is None:
-                raise Problem(400, "no domain (d=) given")
-            value = domain if name == b"d" else user + b"@" + domain
+        value = home_of(user) if name == b"h" else values.get(name, b"")
+        if name not in (b"n", b"d", b"u", b"h") or b"." in skip or not skip and width[:1] == b"0":
+            why = f"{PATH_SETTING} has a placeholder that does not exist; known are {PLACEHOLDERS}"
+            raise Problem(500, why, template)
         if value is None:
             return None
-        start, length = int(skip or b"0"), int(width or b"0")
-        parts += value[start : start + length if length else None], text[1:]
+        begin, length = int(skip or b"0"), int(width or b"0")
+        parts += value[begin : begin + length if length else None], text[1:]
+        names += part[:1] + name
+    if not any(name in names for name in (b"nn", b"uu", b"hh")):
+        raise Problem(500, f"{PATH_SETTING} names no user (%n, %u or %h): {TWICE}", template)
+    if domain is None and (b"d" in names or b"u" in names):
+        raise Problem(400, "no domain (d=) given")
     path = b"".join(parts).replace(b"\0", b"%")
-    if path[:1] != b"/":
-        raise Problem(500, f"{PATH_SETTING} does not begin with /", template)
     if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):  # %1.2n of a..b
         raise Problem(400, "no mailbox has such a user")
     return path
@@ -374,31 +323,24 @@ def home_of(user: bytes) -> "Optional[bytes]":
         except KeyError:
             raise Problem(500, "the users of the system cannot be looked up") from None
         return None
-    if home[:1] != "/":
-        raise Problem(500, "the user's home does not begin with /", home)
     return home.encode(encoding, "surrogateescape")
 
 
-def check_folder(folder: bytes) -> None:
-    """Raise Problem where the folder of all mailboxes is missing: then no answer is true."""
-    try:
-        if folder:
-            posix.stat(folder)
-    except FileNotFoundError as error:
-        why = "begins with a folder that does not exist; systemd and uWSGI want each % doubled"
-        raise Problem(500, f"{PATH_SETTING} {why}", error) from None
-
-
-def unreadable(error: OSError) -> Problem:
-    """Return what ends a request where a mailbox cannot be read; the log gets what to do."""
-    detail = str(error)
-    if error.errno == errno.EACCES:
+def explain(error: OSError, template: bytes) -> None:
+    """Raise what it means that a mailbox cannot be measured; nothing where there is none yet."""
+    why, detail = f"cannot read the mailbox: {error.strerror}", str(error)
+    if isinstance(error, PermissionError):
         who = f"user {posix.geteuid()}, group {posix.getegid()}"
-        detail += f"; let {who} search (x) all folders above it, and read a Maildir's (rx)"
-    return Problem(500, f"cannot read the mailbox: {error.strerror}", detail)
-
-
-# ---- the answer ----
+        detail += f"; let {who} search (x) the folders above it, and read a Maildir's (rx)"
+    if isinstance(error, FileNotFoundError) or error.errno == ENAMETOOLONG:
+        fixed = template.replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
+        try:
+            posix.stat(fixed.rpartition(b"/")[0] or b"/")
+            return
+        except FileNotFoundError:
+            why = f"{PATH_SETTING} begins with a folder that does not exist: {TWICE}"
+            detail = str(template)
+    raise Problem(500, why, detail)
 
 
 def verdict(
@@ -413,89 +355,63 @@ def verdict(
     unknown = setting("QUOTA_UNKNOWN", env)
     if unknown not in (b"", b"0", b"off", b"1"):
         raise Problem(500, "QUOTA_UNKNOWN is neither 1 nor off", unknown)
+    env = {**env, b"u": user, b"d": domain or b""}  # for another path that measure() may need
     limit = parse_limit("QUOTA_LIMIT", setting("QUOTA_LIMIT", env))
     given = user_limit(user, domain, env)
-    template = setting(PATH_SETTING, env)
-    path = expand(template, user, domain)
-    folder = check_template(template)
+    path = expand(setting(PATH_SETTING, env), user, domain)
     status = b"UNKNOWN" if unknown == b"1" or path is None else b"OK"
     used, quota, changed = 0, limit if given is None else given, 0.0
     grace = parse_grace(setting("QUOTA_GRACE", env), quota)
     try:
         if path is not None:
-            asked = {**env, b"u": user, b"d": domain or b""}
-            over, used, quota, grace, changed = measure(path, limit, given, asked)
+            over, used, quota, grace, changed = measure(path, limit, given, env)
             status = b"OVERQUOTA" if over else b"OK"
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
-            raise unreadable(error) from None
-        check_folder(folder)
+        explain(error, setting(PATH_SETTING, env))
     header = [("Quota-Grace", str(grace))] * (grace > 0)
     if 0 < changed < END_OF_9999:
-        header.append(("Last-Modified", http_date(changed)))
+        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(changed))
+        header.append(("Last-Modified", date))
     return b"%s %s %d %d\n" % (status, user, used, quota), header
 
 
-def http_date(seconds: float) -> str:
-    """Write a time as HTTP does (RFC 9110, 5.6.7), in whatever language the server runs."""
-    year, month, day, hour, minute, second, weekday, *_ = time.gmtime(seconds)
-    date = f"{day:02} {MONTHS[month * 3 - 3 : month * 3]} {year}"
-    clock = f"{hour:02}:{minute:02}:{second:02} GMT"
-    return f"{WEEKDAYS[weekday * 3 : weekday * 3 + 3]}, {date} {clock}"
-
-
 def log(text: str) -> None:
-    """Write a line to standard error; where it is closed or full, the client gets its answer."""
+    """Write a line to standard error, if that is possible."""
     try:
-        if sys.stderr:
-            print(f"quota: {text}", file=sys.stderr, flush=True)
+        posix.write(2, f"quota: {text}\n".encode())
     except OSError:
-        pass
-
-
-def report(problem: Problem) -> "tuple[int, bytes, Header]":
-    """Return the answer that a problem makes; its detail goes to standard error."""
-    if problem.detail is not None:
-        log(f"{problem.why}: {str(problem.detail)!a}")
-    return problem.status, b"ERROR %s\n" % problem.why.encode(), []
+        pass  # it is closed, or a disk is full
 
 
 def answer(
-    user: "Optional[bytes]", domain: "Optional[bytes]", env: "Env"
+    user: "Optional[bytes]",
+    domain: "Optional[bytes]",
+    env: "Env",
+    method: bytes = b"GET",
+    peer: "Optional[str]" = None,
 ) -> "tuple[int, bytes, Header]":
-    """Answer with an HTTP status, a line and header fields."""
-    try:
-        return 200, *verdict(user, domain, env)
-    except Problem as problem:
-        return report(problem)
-
-
-def respond(
-    method: bytes, query: bytes, env: "Env", peer: "Optional[str]"
-) -> "tuple[int, Header, bytes]":
-    """Answer a request with an HTTP status, header fields and a body. No proxy may keep it.
-
-    Without a `peer`, who asks has been checked before.
-    """
+    """Answer with an HTTP status, a line and header fields; details go to standard error."""
     try:
         if peer is not None:
-            check_peer(peer, allowed_networks(env))
+            check_peer(peer, env)
         if method not in (b"GET", b"HEAD"):
             raise Problem(405, "only GET and HEAD are answered")
-        fields = parse_query(query)
-        status, line, more = answer(fields.get(b"u"), fields.get(b"d"), env)
+        return 200, *verdict(user, domain, env)
     except Problem as problem:
-        status, line, more = report(problem)
-    return status, fields_of(status, line) + more, b"" if method == b"HEAD" else line
+        if problem.detail is not None:
+            log(f"{problem.why}: {str(problem.detail)!a}")
+        return problem.status, b"ERROR %s\n" % problem.why.encode(), []
 
 
-def fields_of(status: int, line: bytes) -> "Header":
-    """Return the header fields that each answer has. No proxy may keep it."""
+def respond(method: bytes, query: bytes, env: "Env", peer: str) -> "tuple[int, Header, bytes]":
+    """Answer a request with an HTTP status, header fields and a body. No proxy may keep it."""
+    fields = parse_query(query)
+    status, line, more = answer(fields.get(b"u"), fields.get(b"d"), env, method, peer)
+    if len(query) > QUERY_LENGTH:
+        status, line = 414, b"ERROR the query is Too Long\n"
     header = [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))]
-    return header + [("Cache-Control", "no-store")] + [("Allow", "GET, HEAD")] * (status == 405)
-
-
-# ---- CGI and WSGI ----
+    header += [("Cache-Control", "no-store")] + [("Allow", "GET, HEAD")] * (status == 405)
+    return status, header + more, b"" if method == b"HEAD" else line
 
 
 def run_cgi(env: "Env") -> int:
@@ -517,246 +433,230 @@ def application(environ: "dict[str, Any]", start_response: "Callable[..., Any]")
             env[name.encode("latin-1")] = value.encode("latin-1")
     method = environ["REQUEST_METHOD"].encode("latin-1")
     query = environ.get("QUERY_STRING", "").encode("latin-1")
-    status, header, body = respond(method, query, env, environ.get("REMOTE_ADDR", ""))
+    status, header, body = respond(method, query, env, environ.get("REMOTE_ADDR") or "")
     start_response(f"{status} {REASONS[status]}", header)
     return [body]
 
 
-# ---- --serve ----
+# ---- What a CGI never runs is text until it is wanted: compiled, it would cost a fifth of a start.
 
-REQUEST_SECONDS = 10  # for a request, however it drips, and for the pause before the next
-CONNECTIONS = 1500  # that wait for a whole request, a thread each; the oldest makes way
-PATIENCE = 2  # seconds from which on a mailbox that is being measured counts as hanging
+REST = r'''
+if TYPE_CHECKING:
+    import socket
+    from typing import Union
+
+# ---- --serve: HTTP without a web server ----
+
+REQUEST_SECONDS = 10  # from a connection, or its last answer, to the end of the next request
+REQUEST_LENGTH = 16384  # bytes of a request's first line and header
+WAITING = 500  # connections without a whole request; the longest makes way for the next
+THREADS = 1000  # of which few do not wait, but for what a disk holds up
+PATIENCE = 1  # seconds to wait for a mailbox that is being measured
+
+# Connections whose request is not whole, and since when; who waits longest is the first. Who waits
+# too long, or longest when another comes and all places are taken, is hung up on: no client holds
+# a thread, only a disk can. Who takes a connection out, with one atomic pop(), decides about it.
+waiting: "dict[socket.socket, float]" = {}
 
 
-def one_at_a_time(measure: "Measure") -> "Measure":
+def one_at_a_time(measure: "Callable[..., Measure]") -> "Callable[..., Measure]":
     """Wrap measure() so that a mailbox whose disk hangs holds one thread, however often asked."""
     import threading
 
-    busy: dict[bytes, float] = {}  # mailboxes, and since when each is being measured
-    done = threading.Condition()
+    locks: dict[bytes, threading.Lock] = {}  # of the mailboxes that are being measured
 
-    def measure_alone(path: bytes, *arguments: "Any") -> "tuple[bool, int, int, int, float]":
-        with done:
-            rest = busy.get(path, time.monotonic()) + PATIENCE - time.monotonic()
-            if not done.wait_for(lambda: path not in busy, max(rest, 0)):
-                raise Problem(500, "the mailbox hangs: no answer from its disk", path)
-            busy[path] = time.monotonic()
+    def measure_alone(path: bytes, *arguments: "Any") -> "Measure":
+        lock = locks.setdefault(path, threading.Lock())
+        if not lock.acquire(timeout=PATIENCE):
+            raise Problem(500, "the mailbox hangs, its disk does not answer", path)
         try:
             return measure(path, *arguments)
         finally:
-            with done:
-                del busy[path]
-                done.notify_all()
+            locks.pop(path, None)
+            lock.release()
 
     return measure_alone
 
 
-def read_once() -> "Callable[[bytes, set[bytes]], dict[bytes, bytes]]":
+def read_once() -> "Callable[[bytes, list[bytes]], dict[bytes, bytes]]":
     """Make a look_up() that reads QUOTA_USERS once for each change and keeps all of it."""
     import threading
 
     lock = threading.Lock()
-    kept: tuple[object, dict[bytes, bytes]] = None, {}
+    stamp: tuple[object, ...] = ()
+    found: Union[dict[bytes, bytes], Problem] = {}
 
-    def look_up(path: bytes, wanted: "set[bytes]") -> "dict[bytes, bytes]":
-        nonlocal kept
+    def look_up_kept(path: bytes, wanted: "list[bytes]") -> "dict[bytes, bytes]":
+        nonlocal stamp, found
         with lock:
             status = posix.stat(path)
-            stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
-            if stamp != kept[0]:
-                kept = None, {}  # not two of them in memory
-                names: list[bytes] = []
-                limits: list[bytes] = []
-                same: dict[bytes, bytes] = {}  # limits are few: each is kept once
-                for some_names, some_limits in read_users(path):
-                    names += some_names
-                    limits += map(same.setdefault, some_limits, some_limits)
-                # Of two lines for a name the first counts.
-                kept = stamp, dict(zip(reversed(names), reversed(limits)))
-            return kept[1]
-
-    return look_up
-
-
-def http_handler() -> "type":
-    """Make the class that answers one HTTP connection, in a thread of its own."""
-    import http.server
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # which keeps connections: a new one costs four times as much
-        wbufsize = -1  # header and body in one packet
-        error_message_format, error_content_type = "ERROR %(message)s\n", "text/plain"
-
-        def __getattr__(self, name: str) -> "Any":
-            """Answer any method ourselves: http.server would say 501 where 405 is due."""
-            if name.startswith("do_"):
-                return self.answer
-            raise AttributeError(name)
-
-        def handle_one_request(self) -> None:
-            """Wait for a request, but not for ever, and answer it."""
-            self.server.expect(self.connection)  # type: ignore[attr-defined]
-            super().handle_one_request()
-
-        def answer(self) -> None:
-            """Answer one request. A body is not read: what follows it could not be told from it."""
-            self.server.waiting.pop(self.connection, None)  # type: ignore[attr-defined]
-            query = self.path.partition("?")[2].encode("latin-1")
-            method = self.command.encode("latin-1")
-            status, header, body = respond(method, query, posix.environ, None)
-            if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
-                self.close_connection = True
-            header.append(("Keep-Alive", f"timeout={REQUEST_SECONDS}"))  # an offer, to any client
-            if self.close_connection:
-                header.append(("Connection", "close"))
-            self.send_response_only(status, REASONS[status])
-            for name, value in header:
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args: object) -> None:
-            """Log no request: what is worth a line has gone to standard error."""
-
-    return Handler
-
-
-def http_server(where: str, networks: "Optional[list[str]]") -> "socketserver.TCPServer":
-    """Make a server at [HOST:]PORT that no silent or slow client holds up.
-
-    Raises OSError, ValueError, Problem.
-    """
-    import socket
-    import socketserver
-
-    host, _, port = where.rpartition(":")
-    host = host.strip("[]") or "127.0.0.1"
-    family, *_, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
-    loopback = network_bits("127.0.0.0/8"), network_bits("::1")
-    if networks is None and not network_bits(str(address[0])).startswith(loopback):
-        raise ValueError("beyond loopback it wants QUOTA_ALLOW, the addresses that may ask")
-
-    class Server(socketserver.ThreadingTCPServer):
-        address_family = family
-        allow_reuse_address = daemon_threads = True
-        request_queue_size = 1024
-        waiting: "dict[socket.socket, float]" = {}  # for a request, until when; the oldest first
-
-        def verify_request(self, request: "Any", client_address: "Any") -> bool:
-            """Refuse who may not ask before a byte is read."""
-            try:
-                check_peer(client_address[0], networks)
-            except Problem as problem:
-                status, line, _ = report(problem)
-                length = b"Content-Length: %d\r\nConnection: close" % len(line)
-                head = b"HTTP/1.1 %d Forbidden\r\nContent-Type: text/plain\r\n" % status
-                request.sendall(head + length + b"\r\n\r\n" + line)
-                request.setblocking(False)
+            now = path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+            if stamp != now:
+                stamp, found = (), {}
                 try:
-                    request.recv(1 << 16)  # unread, it would turn the answer into a reset
-                except OSError:
-                    pass
-                return False
-            return True
+                    found = read_all(path)
+                except Problem as problem:
+                    found = problem
+                stamp = now
+            if isinstance(found, Problem):
+                raise found.with_traceback(None)
+            return found
 
-        def expect(self, connection: "socket.socket") -> None:
-            """Let a connection wait for its next request; too many end the one that waits longest.
+    return look_up_kept
 
-            Its thread finds the end of file.
-            """
-            self.waiting[connection] = time.monotonic() + REQUEST_SECONDS
-            for oldest in list(self.waiting)[:-CONNECTIONS]:
-                self.end(oldest)
 
-        def service_actions(self) -> None:
-            """End, some times a second, what has waited for too long."""
-            for connection, until in list(self.waiting.items()):
-                if until > time.monotonic():
-                    break
-                self.end(connection)
+def read_all(path: bytes) -> "dict[bytes, bytes]":
+    """Read all limits in QUOTA_USERS. Raises OSError, Problem."""
+    found: dict[bytes, bytes] = {}
+    same: dict[bytes, bytes] = {}  # many users have the same limit
+    for names, limits in read_users(path):
+        for name, limit in zip(names, limits):
+            found.setdefault(name, same.setdefault(limit, limit))
+    return found
 
-        def end(self, connection: "socket.socket") -> None:
-            """End a connection, under whatever thread reads from it."""
-            self.waiting.pop(connection, None)
+
+def http_answer(head: bytes, peer: str) -> "tuple[bytes, bool]":
+    """Answer a request's first line and header; the answer, and whether another may follow."""
+    line, *fields = head.split(b"\n")
+    method, target, version, *_ = line.split() + [b"", b"", b""]
+    status, header, body = respond(method, target.partition(b"?")[2], posix.environ, peer)
+    keep = version == b"HTTP/1.1" and status != 403
+    for field in fields:
+        name, _, value = field.lower().partition(b":")
+        if name in (b"content-length", b"transfer-encoding"):
+            keep = False  # the body is not read, and what follows it could not be told from it
+        elif name == b"connection" and b"close" in value:
+            keep = False
+    header.append(("Keep-Alive", f"timeout={REQUEST_SECONDS}"))  # an offer, to any client
+    header += [("Connection", "close")] * (not keep)
+    text = "".join(f"{name}: {value}\r\n" for name, value in header)
+    return f"HTTP/1.1 {status} {REASONS[status]}\r\n{text}\r\n".encode() + body, keep
+
+
+def hang_up(before: float) -> None:
+    """End who has waited since before then, and who waits longest where all places are taken."""
+    for connection, since in list(waiting.items()):
+        if since >= before and len(waiting) < WAITING:
+            break
+        if waiting.pop(connection, None) is not None:
             try:
-                connection.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(2)  # its thread notices, and closes it
             except OSError:
-                pass
-
-        def shutdown_request(self, request: "Any") -> None:
-            """Forget a connection that has ended."""
-            self.waiting.pop(request, None)
-            super().shutdown_request(request)
-
-        def handle_error(self, request: object, client_address: object) -> None:
-            """Log a fault of ours in one line; that a client went away is none."""
-            if not isinstance(sys.exc_info()[1], OSError):
-                log(f"request failed: {sys.exc_info()[1]!r}")
-
-    return Server((str(address[0]), int(port)), http_handler())
+                pass  # the client has gone
 
 
-def serve(where: str) -> int:
-    """Answer over HTTP at [HOST:]PORT until TERM or INT. Raises OSError, ValueError, Problem."""
-    import resource
-    import signal
+def talk(connection: "socket.socket", peer: str) -> None:
+    """Answer the requests of a connection. One that is cut off or too long is the last."""
+    data, keep = b"", True
+    try:
+        while keep:
+            head, end, rest = data.replace(b"\r\n", b"\n").partition(b"\n\n")
+            more = b"" if end or len(data) >= REQUEST_LENGTH else connection.recv(REQUEST_LENGTH)
+            if more:
+                data += more
+                continue
+            if not data or waiting.pop(connection, None) is None:
+                return
+            message, keep = http_answer(head, peer)
+            waiting[connection] = time.monotonic()  # before the next request can be there
+            connection.sendall(message)
+            data = rest
+        connection.shutdown(1)  # so that the answer is read, by one who may still be sending
+        while connection.recv(REQUEST_LENGTH):
+            pass
+    except OSError:
+        pass  # the client has gone
+    except Exception as error:
+        log(f"a request failed: {error!r}")
+    finally:
+        waiting.pop(connection, None)
+        connection.close()
+
+
+def accept(listener: "socket.socket") -> None:
+    """Give a new connection to a thread; who may not ask is refused before a byte is read."""
     import threading
 
+    connection, (peer, *_) = listener.accept()
+    try:
+        check_peer(peer, posix.environ)
+    except Problem:
+        connection.setblocking(False)
+        connection.send(http_answer(b"", peer)[0])
+        connection.recv(REQUEST_LENGTH)  # what is left unread would make the end a reset
+        return
+    connection.settimeout(REQUEST_SECONDS)
+    if threading.active_count() < THREADS:
+        waiting[connection] = time.monotonic()
+        threading.Thread(target=talk, args=(connection, peer), daemon=True).start()
+
+
+def serve(where: str) -> None:
+    """Answer over HTTP at [HOST:]PORT until TERM or INT. Raises OSError, ValueError."""
+    import resource
+    import signal
+    import socket
+
+    host, _, port = where.rpartition(":")
+    host, number = host.strip("[]") or "127.0.0.1", range(1 << 16)[int(port)]
+    family, *_, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+    loopback = network_bits("127.0.0.0/8"), network_bits("::1")
+    here = network_bits(str(address[0]).partition("%")[0]).startswith(loopback)
+    if not here and not setting("QUOTA_ALLOW", posix.environ):
+        raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    threading.stack_size(1 << 18)
+    dual = family == socket.AF_INET6
+    listener = socket.create_server(address, family=family, backlog=1024, dualstack_ipv6=dual)
+    listener.settimeout(1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     globals().update(measure=one_at_a_time(measure), look_up=read_once())
-    with http_server(where, allowed_networks(posix.environ)) as server:
-        log("serving on {} port {}".format(*server.server_address))
+    log("serving on {} port {}".format(*listener.getsockname()))
+    while True:
+        hang_up(time.monotonic() - REQUEST_SECONDS)
         try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            return 0
-    return 0
+            accept(listener)
+        except socket.timeout:
+            pass  # nobody has come for a second
+        except (OSError, RuntimeError) as error:  # no descriptor or no thread is left
+            log(f"a connection failed: {error}")
+            time.sleep(0.1)
 
 
 # ---- the process ----
 
-USAGE = "usage: {0} (USER[@DOMAIN] | --serve [[HOST:]PORT])\n"
-
-
-def ask(mailbox: str) -> int:
-    """Print the answer for USER[@DOMAIN] and return the exit status."""
-    name = mailbox.encode(sys.getfilesystemencoding(), "surrogateescape")
-    local, at, domain = name.rpartition(b"@")
-    status, line, _ = answer(local if at else domain, domain if at else None, posix.environ)
-    posix.write(1 if status == 200 else 2, line)
-    return int(status != 200)
-
 
 def main() -> int:
-    """Do what the environment or the command line asks for and return the exit status."""
-    if b"GATEWAY_INTERFACE" in posix.environ or b"REQUEST_METHOD" in posix.environ:
-        return run_cgi(posix.environ)
+    """Do what the command line asks for and return the exit status."""
     first, *more = sys.argv[1:] or [""]
+    usage = f"usage: {sys.argv[0]} (USER[@DOMAIN] | --serve [[HOST:]PORT])\n"
     try:
         if first == "--serve" and len(more) < 2:
-            return serve(*more or ["127.0.0.1:8025"])
-        if first and first[0] != "-" and not more:
-            return ask(first)
-        text = USAGE.format(sys.argv[0])
-        if first in ("-h", "--help"):
-            posix.write(1, f"{text}\n{__doc__}".encode())
+            serve(*more or ["127.0.0.1:8025"])
+        elif first in ("-h", "--help"):
+            posix.write(1, f"{usage}\n{__doc__}".encode())
             return 0
-        posix.write(2, text.encode())
-    except Problem as problem:
-        log(f"--serve: {problem.why}: {str(problem.detail)!a}")
-    except OSError as error:  # of --serve: the address may come later
+        elif first[:1] in ("", "-") or more:
+            posix.write(2, usage.encode())
+        else:
+            name = first.encode(sys.getfilesystemencoding(), "surrogateescape")
+            local, at, domain = name.rpartition(b"@")
+            user = local if at else domain
+            status, line, _ = answer(user, domain if at else None, posix.environ)
+            posix.write(1 if status == 200 else 2, line)
+            return int(status != 200)
+    except KeyboardInterrupt:
+        return 0
+    except (OSError, ValueError, IndexError) as error:
         log(f"{' '.join(sys.argv[1:])}: {error}")
-        return 1
-    except (OverflowError, ValueError) as error:
-        log(f"{' '.join(sys.argv[1:])}: {error}")
+        return 1 if isinstance(error, OSError) else 2  # an address may come later
     return 2
-
+'''  # end of REST
 
 if __name__ == "__main__":
-    # An orderly end would take as long as the answer, wait for threads that a disk holds, and turn
-    # the status into 120 where standard error is full.
-    posix._exit(main())
+    # An orderly end would take as long as the answer, would wait for threads that a disk holds, and
+    # would turn the status into 120 where standard error is full.
+    if b"GATEWAY_INTERFACE" in posix.environ or b"REQUEST_METHOD" in posix.environ:
+        posix._exit(run_cgi(posix.environ))
+    exec(REST)
+    posix._exit(globals()["main"]())

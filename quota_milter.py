@@ -102,6 +102,7 @@ LOG_LENGTH = 10_000  # lines that may wait to be written
 TICK = 1  # seconds between two looks at the alias files and at overdue questions
 METRICS_EVERY = 15  # seconds
 DAY = 86400  # seconds: the most that an option takes
+AGAIN = -1  # instead of an exit status: start anew
 STOPPING = 1.5  # seconds that libmilter, and then the log, get to stop
 
 OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
@@ -349,7 +350,7 @@ class Question:
     def __init__(self, seconds: float) -> None:
         self.asked, self.seconds = time.monotonic(), seconds
         self.deadline = self.asked + seconds  # of the session that waits
-        self.begun: Optional[float] = None  # when it was sent; None: it waits for its turn
+        self.begun: Optional[float] = None  # when a thread took it; None: it waits for its turn
         self.aborted = False
         self.socket: Optional[socket.socket] = None
         self.future: concurrent.futures.Future[Answer]
@@ -366,6 +367,7 @@ class Question:
         self.aborted = True
         if self.socket is not None:
             with contextlib.suppress(OSError):  # it has ended by itself
+                # Not SSLSocket.shutdown, which would drop the TLS state under the reader.
                 socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
 
@@ -446,7 +448,7 @@ class Client:
                 self.idle.append((time.monotonic(), connection))
                 return answer
             connection.close()
-            if not is_kept or answer.name == name:
+            if not is_kept or answer.name == name:  # a new one may spell the name in its own way
                 return answer
             may_reuse = False
 
@@ -654,17 +656,17 @@ class Backend:
     def give_up(self, mailbox: Mailbox, question: Question) -> None:
         """Let a question go on for which nobody waits any more, or drop it if it has not begun."""
         with self.lock:
-            if question.future.cancel():
-                self.questions.pop(mailbox, None)
-            # Who got a turn only at the end of the time does not speak against the backend.
-            waited = (question.asked + question.deadline) / 2
-            if question.begun is not None and question.begun <= waited:
+            if question.future.cancel() and self.questions.get(mailbox) is question:
+                del self.questions[mailbox]
+            # Who got a turn only in the second half of the time does not speak against the backend.
+            halfway = (question.asked + question.deadline) / 2
+            if question.begun is not None and question.begun <= halfway:
                 self.breaker.record_timeout(question.asked)
                 self.abandon_if_down()
             self.make_room(time.monotonic())
 
     def make_room(self, now: float) -> None:
-        """Abort as many overdue questions as there are others that wait for a turn."""
+        """Abort as many overdue questions as others wait for a turn. The lock is held."""
         waiting = len(self.questions) - self.max_queries
         if waiting > 0:
             begun = [q for q in self.questions.values() if q.begun is not None]
@@ -673,7 +675,7 @@ class Backend:
                 question.abort()
 
     def abandon_if_down(self) -> None:
-        """Give up all that is under way to a backend that is down."""
+        """Give up all that is under way to a backend that is down. The lock is held."""
         if self.breaker.is_open:
             for question in self.questions.values():
                 question.future.cancel()
@@ -722,7 +724,7 @@ class Flight:
 
     def deduct(self, used: int) -> None:
         """Take away, the oldest first, what the growth of `used` shows to have arrived."""
-        grown = used - (used if self.used is None else self.used)
+        grown = 0 if self.used is None else used - self.used
         self.used = used
         while grown > 0 and self.parts:
             until, size = self.parts.popleft()
@@ -839,7 +841,7 @@ class Mailboxes:
         remembered = self.ledger.recall(mailbox)
         if remembered and self.ledger.is_fresh(remembered):
             return Finding(remembered.answer, cached=True)
-        future = self.join(mailbox, deadline)
+        future = self.ask_or_join(mailbox, deadline)
         try:
             return Finding(future.result(max(0, deadline - time.monotonic())))
         except concurrent.futures.TimeoutError:
@@ -851,8 +853,8 @@ class Mailboxes:
             return Finding(remembered.answer, cached=True, fault=fault)
         return Finding(fault=fault)
 
-    def join(self, mailbox: Mailbox, deadline: float) -> concurrent.futures.Future[Answer]:
-        """Give the future of the question that is under way, or ask and give one that is done."""
+    def ask_or_join(self, mailbox: Mailbox, deadline: float) -> concurrent.futures.Future[Answer]:
+        """Give the future of the question that is under way; else ask, and give one when done."""
         future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
         with self.lock:
             if self.under_way.setdefault(mailbox, future) is not future:
@@ -862,7 +864,7 @@ class Mailboxes:
             if remembered and self.ledger.is_fresh(remembered):  # it came before the lock
                 future.set_result(remembered.answer)
             else:
-                future.set_result(self.ask(mailbox, deadline, remembered))
+                future.set_result(self.ask_in_order(mailbox, deadline, remembered))
         except BaseException as error:  # the others must not wait for nothing
             future.set_exception(error)
         finally:
@@ -870,7 +872,7 @@ class Mailboxes:
                 del self.under_way[mailbox]
         return future
 
-    def ask(self, mailbox: Mailbox, deadline: float, last: Optional[Remembered]) -> Answer:
+    def ask_in_order(self, mailbox: Mailbox, deadline: float, last: Optional[Remembered]) -> Answer:
         """Ask the backends in order, whoever knew the mailbox the last time first. Raises Fault.
 
         Each may take what is left of the time, divided by those that are still to be asked. All
@@ -921,7 +923,7 @@ class AliasFile:
             status = os.stat(self.path)
         except OSError as error:
             return error.errno
-        return status.st_mtime_ns, status.st_size, status.st_ino
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
     def refresh(self) -> bool:
         """Read the file again if it has changed, and say so; while it is unreadable, keep the old.
@@ -975,8 +977,8 @@ class AliasFile:
 
     def find(self, address: Address, deadline: float) -> dict[str, str]:
         """Give what the file has for the names of an address."""
-        names = [*address.names(), "@" + address.domain]
-        return {name: self.table[name] for name in names if name in self.table}
+        names, table = [*address.names(), "@" + address.domain], self.table
+        return {name: table[name] for name in names if name in table}
 
 
 def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -1211,9 +1213,10 @@ class Message:
 
     def let_through(self, decision: Decision) -> None:
         """Note a recipient who was let through."""
-        if not decision.finding.answer:
+        is_long = bool(decision.target and decision.target.mailbox.is_long)
+        if not decision.finding.answer or is_long:
             self.others_passed = True
-        if decision.target and not decision.target.mailbox.is_long:
+        if decision.target and not is_long:
             passed = self.passed.setdefault(decision.target.mailbox, Passed(decision))
             passed.targets.add(hash(decision.target[1:]))
 
@@ -1496,7 +1499,7 @@ class Counters:
 
     def record_question(self, backend: str, seconds: float, is_fault: bool) -> None:
         """Count a question to a backend that took so many seconds."""
-        label = 'backend="' + backend.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        label = label_of(backend)
         with self.lock:
             self.values[f"backend_questions_total{{{label}}}"] += 1
             self.values[f"backend_faults_total{{{label}}}"] += is_fault
@@ -1530,6 +1533,11 @@ class Counters:
             pattern = re.compile(rf"{family}(?:{suffixes})(?:\{{.*)?")
             lines += [f"quota_milter_{n} {+v}" for n, v in values.items() if pattern.fullmatch(n)]
         return "".join(line + "\n" for line in lines)
+
+
+def label_of(backend: str) -> str:
+    """Give the label of a backend's metrics."""
+    return 'backend="' + backend.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def write_whole(path: str, text: str) -> None:
@@ -1922,7 +1930,7 @@ class Service:
         self.counters, self.ledger = Counters(), Ledger()
         self.ledger.configure(options)
         self.policy = Policy(options, self.ledger, self.counters)
-        self.retired: list[Policy] = []  # whose last questions have not ended
+        self.retired: list[tuple[float, Policy]] = []  # until when a session may use it
         self.wants_reload = threading.Event()
         self.metrics_due = 0.0  # on the monotonic clock
         self.metrics_fail = False
@@ -1950,39 +1958,42 @@ class Service:
             self.ledger.configure(self.options)
             return
         self.ledger.configure(options)
-        self.retired.append(self.policy)
+        self.retired.append((time.monotonic() + self.policy.timeout, self.policy))
         self.options, self.policy = options, policy
         log.info("state=reloaded")
 
     def tidy(self) -> None:
         """Look after questions and alias files, and write the metrics."""
         self.policy.tidy()
-        for policy in list(self.retired):
+        for until, policy in list(self.retired):
             policy.end_overdue()
-            if not any(backend.questions for backend in policy.backends.values()):
+            has_questions = any(backend.questions for backend in policy.backends.values())
+            if time.monotonic() > until and not has_questions:
                 policy.close()
-                self.retired.remove(policy)
-        answers, messages, size = self.ledger.tidy()
-        if self.options.metrics and time.monotonic() >= self.metrics_due:
+                self.retired.remove((until, policy))
+        self.ledger.tidy()
+        if time.monotonic() >= self.metrics_due:
             self.metrics_due = time.monotonic() + METRICS_EVERY
+            self.write_metrics()
+
+    def write_metrics(self) -> None:
+        """Write the metrics; log once where that fails, and once where it works again."""
+        if self.options.metrics:
+            answers, messages, size = self.ledger.tidy()
             gauges = {"in_flight_messages": messages, "in_flight_bytes": size}
             gauges["remembered_answers"] = answers
             for backend in self.policy.backends.values():
-                gauges[f'backend_up{{backend="{backend.name}"}}'] = not backend.breaker.is_open
-            self.write_metrics(self.counters.render(gauges))
-
-    def write_metrics(self, text: str) -> None:
-        """Write the metrics; log once where that fails, and once where it works again."""
-        fails = False
-        try:
-            write_whole(self.options.metrics, text)
-        except OSError as error:
-            fails = True
-            if not self.metrics_fail:
-                log.error("metrics=%s state=failed reason=%s", self.options.metrics, error)
-        if self.metrics_fail and not fails:
-            log.info("metrics=%s state=written", self.options.metrics)
-        self.metrics_fail = fails
+                gauges[f"backend_up{{{label_of(backend.name)}}}"] = not backend.breaker.is_open
+            reason = ""
+            try:
+                write_whole(self.options.metrics, self.counters.render(gauges))
+            except OSError as error:
+                reason = printable(error)
+            if reason and not self.metrics_fail:
+                log.error("metrics=%s state=failed reason=%s", self.options.metrics, reason)
+            elif self.metrics_fail and not reason:
+                log.info("metrics=%s state=written", self.options.metrics)
+            self.metrics_fail = bool(reason)
 
 
 def socket_address(where: str) -> tuple[int, Any]:
@@ -2060,7 +2071,10 @@ def catch_signals() -> int:
 
 
 def serve(service: Service, where: str) -> int:
-    """Serve the MTA at a socket until TERM or INT; return the exit status. Raises OSError."""
+    """Serve the MTA at a socket until TERM or INT; return the exit status. Raises OSError.
+
+    AGAIN means that libmilter ended by itself: a HUP has reached it after all.
+    """
     claim(where)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # libmilter spins when it has none
@@ -2076,14 +2090,12 @@ def serve(service: Service, where: str) -> int:
             service.counters.log_line()
     ended_by_itself = not thread.is_alive()
     stop_libmilter(thread, where)
-    service.metrics_due = 0
-    service.tidy()
+    service.write_metrics()
     service.policy.close()
     service.counters.log_line()
     log.info("listen=%s state=stopped", where)
-    if ended_by_itself and time.monotonic() - begin > TICK:  # libmilter got the signal after all
-        os.closerange(3, hard)
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    if ended_by_itself and time.monotonic() - begin > TICK:
+        return AGAIN
     return int(ended_by_itself)
 
 
@@ -2096,6 +2108,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         options = read_options(arguments)
         option = "argument --syslog: "
         with log_to(options.syslog):
+            option = ""
             service = Service(arguments, options)
             if options.check is not None:
                 return check(service.policy, options.check)
@@ -2111,6 +2124,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 if __name__ == "__main__":
     status = main()
+    if status == AGAIN:
+        os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
     os._exit(status)  # a name look-up that hangs must not hold up the end

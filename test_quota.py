@@ -2079,26 +2079,80 @@ def test_a_limit_is_bytes_or_a_power_of_1024(
         assert got.line == b"%s john 100 %d" % (status, limit)
 
 
-def test_placeholders_make_the_path(tmp_path: pathlib.Path) -> None:
-    for folder in "x.org/john", "john@x.org", "100%/john", "%n/john":
-        (tmp_path / folder).parent.mkdir(exist_ok=True)
-        (tmp_path / folder).write_bytes(b"x" * 200)
-    for template in "%d/%n", "%u", "100%%/%n", "%%n/%n":
-        got = ask_cgi(
-            MBOX_CGI, "u=john&d=x.org", QUOTA_LIMIT="9", QUOTA_MAILBOX=tmp_path / template
-        )
-        assert got.line == b"OVERQUOTA john 200 9", template
-    for template in "%d/%n", "%u":
+UNKNOWN_PLACEHOLDER = "has a placeholder that does not exist; known are %n user, %d domain"
+NO_USER = "names no user (%n, %u or %h): in systemd and uWSGI each % is written twice"
+NO_FOLDER = "begins with a folder that does not exist: in systemd and uWSGI each % is written twice"
+NO_ROOT = "does not begin with /"
+
+TEMPLATES = [
+    # (QUOTA_MAILBOX below the folder, or from the root; the file for john@x.org, or the error)
+    ("%d/%n", "x.org/john"),
+    ("%u", "john@x.org"),
+    ("100%%/%n", "100%/john"),
+    ("%%n/%n", "%n/john"),
+    ("%1n/%n", "j/john"),
+    ("%2n/%n", "jo/john"),
+    ("%1.2n/%n", "oh/john"),
+    ("%1.0n/%n", "ohn/john"),
+    ("%1.n/%n", "ohn/john"),
+    ("%0.2n/%n", "jo/john"),
+    ("%3.5n/%n", "n/john"),
+    ("%9.2n/%n", "john"),
+    ("%20n/%n", "john/john"),
+    ("%2d/%1.1d/%n", "x././john"),
+    ("%6u/%n", "john@x/john"),
+    ("x-%1n-%n.mbox", "x-j-john.mbox"),
+    ("%x/%n", UNKNOWN_PLACEHOLDER),
+    ("%n%", UNKNOWN_PLACEHOLDER),
+    ("%N", UNKNOWN_PLACEHOLDER),
+    ("%{user}/%n", UNKNOWN_PLACEHOLDER),
+    ("%02n/%n", UNKNOWN_PLACEHOLDER),
+    ("%-1n/%n", UNKNOWN_PLACEHOLDER),
+    ("%1.2.3n/%n", UNKNOWN_PLACEHOLDER),
+    ("%1n", NO_USER),
+    ("%1.1n/%d", NO_USER),
+    ("%d", NO_USER),
+    ("%%n", NO_USER),
+    ("quota.service", NO_USER),
+    ("none/%n", NO_FOLDER),
+    ("none/%d/%n", NO_FOLDER),
+    ("100%%-none/%n", NO_FOLDER),
+    ("/none-%n/x", ""),
+    ("mail/%n", NO_ROOT),
+    ("%n", NO_ROOT),
+    ("", NO_ROOT),
+]
+
+
+@pytest.mark.parametrize(("template", "expected"), TEMPLATES)
+def test_placeholders_make_the_path(tmp_path: pathlib.Path, template: str, expected: str) -> None:
+    bad = expected in (UNKNOWN_PLACEHOLDER, NO_USER, NO_FOLDER, NO_ROOT)
+    whole = template if expected == NO_ROOT or template[:1] == "/" else f"{tmp_path}/{template}"
+    (tmp_path / "100%").mkdir()
+    if expected and not bad:
+        (tmp_path / expected).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / expected).write_bytes(b"x" * 200)
+    got = ask_cgi(MBOX_CGI, "u=john&d=x.org", QUOTA_LIMIT="9", QUOTA_MAILBOX=whole)
+    if bad:
+        assert got.status == 500 and got.line.startswith(f"ERROR QUOTA_MAILBOX {expected}".encode())
+        assert str(tmp_path) not in got.line.decode() and repr(whole)[1:-1] in got.errors
+    else:
+        assert got.line == (b"OVERQUOTA john 200 9" if expected else b"OK john 0 9")
+
+
+def test_a_path_with_the_domain_wants_one_and_parts_of_names_lead_nowhere_else(
+    tmp_path: pathlib.Path,
+) -> None:
+    for template in "%d/%n", "%u", "%1d/%n":
         got = ask_cgi(MBOX_CGI, "u=john", QUOTA_MAILBOX=tmp_path / template)
         assert (got.status, got.line) == (400, b"ERROR no domain (d=) given"), template
-    for template in "%x/%n", "%n%", "%N":
-        got = ask_cgi(MBOX_CGI, "u=john&d=x.org", QUOTA_MAILBOX=tmp_path / template)
-        assert got.status == 500 and b"placeholder" in got.line, template
-    for template in "mail/%n", "%n", "":
-        got = ask_cgi(MBOX_CGI, "u=john", QUOTA_MAILBOX=template)
-        assert (got.status, got.line) == (500, b"ERROR QUOTA_MAILBOX does not begin with /")
     long = ask_cgi(MBOX_CGI, f"u={'x' * 255}&d={'y' * 255}", QUOTA_MAILBOX=tmp_path / "%u")
     assert (long.status, long.line[:5]) == (200, b"OK xx"), "a name too long for a file has no file"
+    for template in "mail/%1.2n/%n", "mail/%1.1n%2.1n/%n":
+        (tmp_path / "mail").mkdir(exist_ok=True)
+        (tmp_path / "a..b").write_bytes(b"x" * 10)
+        got = ask_cgi(MBOX_CGI, "u=a..b", QUOTA_MAILBOX=tmp_path / template)
+        assert (got.status, got.line) == (400, b"ERROR no mailbox has such a user"), template
 
 
 def test_the_home_of_a_system_user_is_known(tmp_path: pathlib.Path) -> None:
@@ -2112,40 +2166,125 @@ def test_the_home_of_a_system_user_is_known(tmp_path: pathlib.Path) -> None:
     assert ask_cgi(MBOX_CGI, "u=nosuchuser", **settings).line == b"UNKNOWN nosuchuser 0 9"
 
 
+USERS = b"""# user limit
+
+john 50
+mary\t1K # a boss
+#paul 1
+  # 2
+mary@x.org 10
+@x.org 20
+a b 0
+mary 1
+  indented   7
+hash#tag 8
+a:b 9
+"""
+
+
 def test_limits_of_users_beat_the_limit_of_all(spool: pathlib.Path, tmp_path: pathlib.Path) -> None:
     users = tmp_path / "users"
-    users.write_text(
-        "# user limit\n\njohn 50\nmary\t1K # a boss\n#paul 1\nmary@x.org 10\na b 0\n"
-        "mary 1\n  indented   7\nhash#tag 8\n@x.org 60\n"
-    )
+    users.write_bytes(USERS)
     settings: dict[str, Path] = {
         "QUOTA_LIMIT": "100",
         "QUOTA_MAILBOX": spool / "%n",
         "QUOTA_USERS": users,
     }
-    for query, line in [
+    rows = [
         ("u=john", b"OVERQUOTA john 100 50"),
+        ("u=john&d=x.org", b"OVERQUOTA john 100 50"),
         ("u=mary", b"OK mary 101 1024"),
         ("u=mary&d=x.org", b"OVERQUOTA mary 101 10"),
         ("u=mary&d=y.org", b"OK mary 101 1024"),
         ("u=a+b", b"OK a b 101 0"),
+        ("u=a+b&d=x.org", b"OK a b 101 0"),
         ("u=paul", b"OK paul 0 100"),
+        ("u=paul&d=x.org", b"OK paul 0 20"),
+        ("u=x.org", b"OK x.org 0 100"),
         ("u=indented", b"OK indented 0 7"),
         ("u=hash%23tag", b"OK hash#tag 0 8"),
-        ("u=paul&d=x.org", b"OK paul 0 60"),
-        ("u=john&d=x.org", b"OVERQUOTA john 100 50"),
-    ]:
+        ("u=a:b", b"OK a:b 0 9"),
+    ]
+    for query, line in rows:
         assert ask_cgi(MBOX_CGI, query, **settings).line == line
-    good = users.read_text()
-    for bad in "broken lots\n", "empty\n", "john: 5\n", "last 5":
-        users.write_text(good + bad)
-        answer = ask_cgi(MBOX_CGI, "u=john", **settings)
-        assert answer.status == 500 and answer.line.startswith(b"ERROR QUOTA_USERS: line 1"), bad
-    endless = ask_cgi(MBOX_CGI, "u=john", **{**settings, "QUOTA_USERS": "/dev/zero"})
-    assert (endless.status, endless.line) == (500, b"ERROR the file QUOTA_USERS cannot be read")
-    gone = ask_cgi(MBOX_CGI, "u=john", **{**settings, "QUOTA_USERS": tmp_path / "none"})
-    assert (gone.status, gone.line) == (500, b"ERROR the file QUOTA_USERS cannot be read")
-    assert str(tmp_path) not in gone.line.decode() and str(tmp_path) in gone.errors
+    many = b"".join(b"user%d@y.org %dM\n" % (n, n % 90) for n in range(20_000))
+    users.write_bytes(many + USERS + many)
+    rows += [("u=user19999&d=y.org", b"OK user19999 0 %d" % (19999 % 90 << 20))]
+    for query, line in rows:
+        assert ask_cgi(MBOX_CGI, query, **settings).line == line, "among many others"
+
+
+BAD_USERS = [
+    # (what stands in the file between many good lines, the number of the bad line among them)
+    (b"broken lots\n", 1),
+    (b"john 1\nempty\n", 2),
+    (b"john: 100M\n", 1),
+    (b"john:\t100M\n", 1),
+    (b"john:100M\n", 1),
+    (b"john :100M\n", 1),
+    (b"100M\n", 1),
+    (b" 100M\n", 1),
+    (b"@ 100M\n", 1),
+    (b"john@ 100M\n", 1),
+    (b"john 100MB\n", 1),
+    (b"john 1.5G\n", 1),
+    (b"john M\n", 1),
+    (b"john M1\n", 1),
+    (b"john -1\n", 1),
+    (b"john \n", 1),
+    (b"john # 5\n", 1),
+    (b"a 5 # b 6\n\nc\n", 3),
+    (b"john 5\x00\n", 1),
+    (b"\n\n# x 5\nx\n", 4),
+]
+
+
+@pytest.mark.parametrize(("text", "number"), BAD_USERS)
+def test_a_line_of_users_that_is_none_is_an_error_with_its_number(
+    tmp_path: pathlib.Path, text: bytes, number: int
+) -> None:
+    users = tmp_path / "users"
+    many = b"".join(b"user%d 5M\n" % n for n in range(9000))
+    for before, after in (b"", b""), (b"# one\n", b"mary 1\n"), (many, many):
+        users.write_bytes(before + text + after)
+        for query in "u=john", "u=nobody&d=x.org":
+            got = ask_cgi(MBOX_CGI, query, QUOTA_USERS=users, QUOTA_MAILBOX=tmp_path / "%n")
+            line = f"QUOTA_USERS: line {before.count(10) + number} is not `user limit`"
+            assert (got.status, line in got.line.decode()) == (500, True), got.line
+            assert str(tmp_path) not in got.line.decode()
+
+
+def test_users_that_cannot_be_read_whole_are_an_error(tmp_path: pathlib.Path) -> None:
+    users = tmp_path / "users"
+    os.mkfifo(tmp_path / "pipe")
+    unreadable = "ERROR the file QUOTA_USERS cannot be read"
+    many = b"user 5M\n" * 20_000
+    for path, content, line in [
+        (users, b"john 5", "ERROR QUOTA_USERS: line 1, the last, does not end in a newline"),
+        (users, many + b"x", "ERROR QUOTA_USERS: line 20001, the last, does not end in a newline"),
+        (pathlib.Path("/dev/zero"), None, unreadable),
+        (tmp_path / "pipe", None, unreadable),
+        (tmp_path, None, unreadable),
+        (tmp_path / "none", None, unreadable),
+    ]:
+        if content is not None:
+            path.write_bytes(content)
+        got = ask_cgi(MBOX_CGI, "u=john", QUOTA_USERS=path, QUOTA_MAILBOX=tmp_path / "%n")
+        assert (got.status, got.line.decode()) == (500, line)
+    assert str(tmp_path) not in got.line.decode() and str(tmp_path) in got.errors
+
+
+def test_users_rewritten_while_they_are_read_are_an_error(tmp_path: pathlib.Path) -> None:
+    users = tmp_path / "users"
+    users.write_bytes(b"user 5M\n" * 20_000)
+    module = load(MBOX_CGI)
+    pieces = module.read_users(bytes(users))
+    next(pieces)
+    with open(users, "r+b") as file:
+        file.truncate(80_000)  # which ends a line, too
+    with pytest.raises(module.Problem) as caught:
+        list(pieces)
+    assert "replace it with mv" in caught.value.why
 
 
 def test_a_mailbox_that_does_not_exist_may_be_unknown(spool: pathlib.Path) -> None:
@@ -2191,6 +2330,136 @@ def test_a_home_that_cannot_be_looked_up_is_an_error() -> None:
     command = [PYTHON, "-IS", "-c", code, MBOX_CGI.read_text()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("\nERROR the users of the system cannot be looked up\n")
+
+
+@pytest.mark.parametrize(
+    ("grace", "limit", "header"),
+    [
+        ("auto", "1000", None),
+        ("0", "1000", None),
+        ("10%", "1000", "100"),
+        ("10%", "0", None),
+        ("1000%", "1000", "10000"),
+        ("0%", "1000", None),
+        ("5", "1000", "5"),
+        ("2k", "0", "2048"),
+        ("10M", "1000", "10485760"),
+        ("", "1000", ""),
+        ("%", "1000", ""),
+        ("-5%", "1000", ""),
+        ("1.5%", "1000", ""),
+        ("10 %%", "1000", ""),
+        ("ten", "1000", ""),
+        ("-1", "1000", ""),
+        ("9" * 30, "1000", ""),
+    ],
+)
+def test_the_grace_is_a_header_field(
+    spool: pathlib.Path, grace: str, limit: str, header: Optional[str]
+) -> None:
+    settings: dict[str, Path] = {"QUOTA_LIMIT": limit, "QUOTA_MAILBOX": spool / "%n"}
+    for user in "john", "nobody":
+        got = ask_cgi(MBOX_CGI, f"u={user}", QUOTA_GRACE=grace, **settings)
+        if header == "":
+            assert got.status == 500 and b"QUOTA_GRACE" in got.line
+        else:
+            fields = dict(line.split(": ", 1) for line in got.header.splitlines())
+            assert (got.status, fields.get("Quota-Grace")) == (200, header)
+
+
+@pytest.mark.parametrize(
+    ("changed", "header"),
+    [
+        (784111777, "Sun, 06 Nov 1994 08:49:37 GMT"),
+        (1, "Thu, 01 Jan 1970 00:00:01 GMT"),
+        (0, None),
+        (-5, None),
+        (4733510400, "Mon, 01 Jan 2120 00:00:00 GMT"),
+    ],
+)
+def test_the_last_change_is_a_header_field(
+    spool: pathlib.Path, changed: int, header: Optional[str]
+) -> None:
+    os.utime(spool / "john", (5, changed))
+    got = ask_cgi(MBOX_CGI, "u=john", QUOTA_MAILBOX=spool / "%n", LC_ALL="de_DE.UTF-8")
+    fields = dict(line.split(": ", 1) for line in got.header.splitlines())
+    assert fields.get("Last-Modified") == header
+    assert "Last-Modified" not in ask_cgi(MBOX_CGI, "u=no", QUOTA_MAILBOX=spool / "%n").header
+
+
+ALLOW = [
+    # (QUOTA_ALLOW, who asks, the status)
+    ("", "192.0.2.1", 200),
+    ("192.0.2.1", "192.0.2.1", 200),
+    ("192.0.2.1", "192.0.2.10", 403),
+    ("192.0.2.0/24", "192.0.2.255", 200),
+    ("192.0.2.0/24", "192.0.3.0", 403),
+    ("192.0.2.7/24", "192.0.2.1", 200),
+    ("192.0.2.128/25", "192.0.2.127", 403),
+    ("0.0.0.0/0", "203.0.113.9", 200),
+    ("0.0.0.0/0", "2001:db8::1", 403),
+    ("::/0", "2001:db8::1", 200),
+    ("::/0", "192.0.2.1", 403),
+    ("2001:db8::/32", "2001:db8:1::1", 200),
+    ("2001:db8::/32", "2001:db9::1", 403),
+    ("2001:DB8:0::1", "2001:db8::1", 200),
+    ("198.51.100.1 , 2001:db8::/32,192.0.2.1", "192.0.2.1", 200),
+    ("192.0.2.1", "::ffff:192.0.2.1", 200),
+    ("192.0.2.0/24", "::ffff:c000:217", 200),
+    ("::ffff:192.0.2.0/120", "192.0.2.9", 200),
+    ("::ffff:192.0.2.0/120", "192.0.3.9", 403),
+    ("fe80::/10", "fe80::1%eth0", 200),
+    ("192.0.2.1", "", 403),
+    ("192.0.2.1", "unix:", 403),
+    ("192.0.2.1", "192.0.2.1 ", 403),
+    ("192.0.2.1", "localhost", 403),
+    ("localhost", "192.0.2.1", 500),
+    ("192.0.2.1 192.0.2.0/33", "192.0.2.1", 500),
+    ("192.0.2", "192.0.2.1", 500),
+    ("192.0.2.0/-1", "192.0.2.1", 500),
+    ("192.0.2.0/255.255.255.0", "192.0.2.1", 500),
+    ("2001:db8::/129", "192.0.2.1", 500),
+    ("j\u00f6rg", "192.0.2.1", 500),
+    (" , ", "192.0.2.1", 403),
+]
+
+
+@pytest.mark.parametrize(("allow", "peer", "status"), ALLOW)
+def test_only_who_is_allowed_gets_an_answer(
+    spool: pathlib.Path, allow: str, peer: str, status: int
+) -> None:
+    settings: dict[str, Path] = {"QUOTA_MAILBOX": spool / "%n", "QUOTA_ALLOW": allow}
+    for script in MBOX_CGI, MAILDIR_CGI:
+        got = ask_cgi(script, "u=nobody", REMOTE_ADDR=peer, QUOTA_MAILDIR=spool / "%n", **settings)
+        assert got.status == status, got.line
+        assert got.line.startswith(b"OK " if status == 200 else b"ERROR ")
+        assert b"nobody" not in got.line or status == 200
+    for method, query in ("POST", "u=nobody"), ("GET", ""), ("HEAD", "u=nobody"):
+        got = ask_cgi(MBOX_CGI, query, method, REMOTE_ADDR=peer, **settings)
+        assert status == 200 or got.status == status
+    environ = {"REQUEST_METHOD": "GET", "QUERY_STRING": "u=nobody", "REMOTE_ADDR": peer}
+    environ.update(
+        (name, str(value).encode().decode("latin-1")) for name, value in settings.items()
+    )
+    assert ask_wsgi(MBOX_CGI, environ)[:3] == str(status)
+
+
+def ask_wsgi(script: pathlib.Path, environ: dict[str, str]) -> str:
+    """Ask a script as a WSGI server does; return the status and the body."""
+    statuses: list[str] = []
+    body = load(script).application(environ, lambda status, header: statuses.append(status))
+    return statuses[0] + " " + b"".join(body).decode()
+
+
+def test_who_asks_without_an_address_gets_nothing_where_some_are_allowed(
+    spool: pathlib.Path,
+) -> None:
+    settings: dict[str, Path] = {"QUOTA_MAILBOX": spool / "%n", "QUOTA_ALLOW": "192.0.2.1"}
+    assert ask_cgi(MBOX_CGI, "u=john", **settings).status == 403
+    environ = {"REQUEST_METHOD": "GET", "QUERY_STRING": "u=john"}
+    environ.update((name, str(value)) for name, value in settings.items())
+    for peer in {}, {"REMOTE_ADDR": ""}:
+        assert ask_wsgi(MBOX_CGI, environ | peer)[:3] == "403"
 
 
 def test_the_command_line_is_ignored_under_a_web_server(spool: pathlib.Path) -> None:
@@ -3518,7 +3787,7 @@ def test_a_control_folder_is_a_path_with_placeholders(tmp_path: pathlib.Path) ->
     )
     assert ask_there(path, QUOTA_CONTROL=tmp_path / "%q").startswith(b"500 ERROR QUOTA_CONTROL")
     assert ask_there(path, QUOTA_CONTROL="control/%n").startswith(b"500 ERROR QUOTA_CONTROL")
-    assert ask_there(path, QUOTA_CONTROL=tmp_path / "%d").startswith(b"400 ERROR no domain")
+    assert ask_there(path, QUOTA_CONTROL=tmp_path / "%d/%n").startswith(b"400 ERROR no domain")
 
 
 def frugal_cgi(folder: pathlib.Path) -> pathlib.Path:
