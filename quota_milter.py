@@ -351,7 +351,7 @@ class Question:
         self.asked, self.seconds = time.monotonic(), seconds
         self.deadline = self.asked + seconds  # of the session that waits
         self.begun: Optional[float] = None  # when a thread took it; None: it waits for its turn
-        self.aborted = False
+        self.aborted = ""  # why
         self.socket: Optional[socket.socket] = None
         self.future: concurrent.futures.Future[Answer]
 
@@ -360,11 +360,11 @@ class Question:
         sock.settimeout(OVERDUE)
         self.socket = sock
         if self.aborted:  # between the connection and this line
-            self.abort()
+            self.abort(self.aborted)
 
-    def abort(self) -> None:
+    def abort(self, why: str) -> None:
         """Make it end now: whoever reads from its connection finds the end of file."""
-        self.aborted = True
+        self.aborted = why
         if self.socket is not None:
             with contextlib.suppress(OSError):  # it has ended by itself
                 # Not SSLSocket.shutdown, which would drop the TLS state under the reader.
@@ -442,7 +442,7 @@ class Client:
                     continue
                 if isinstance(error, Fault):
                     raise
-                raise Fault(DOWN if question.aborted else repr(error)) from None
+                raise Fault(question.aborted or repr(error)) from None
             self.offers_to_keep = "Keep-Alive" in response.headers
             if is_complete and answer.name == name and not question.aborted:
                 self.idle.append((time.monotonic(), connection))
@@ -589,7 +589,9 @@ class Backend:
     A question goes on when the session that wanted it has given up, so that the answer about a
     mailbox that takes long to count is remembered. Then it is overdue: it must hold up nobody who
     could be answered, so when others wait for a turn, the one that is overdue for longest is
-    aborted. Until then its mailbox is not asked about again.
+    aborted. So is one that has had half its time and was overtaken by a later one: the backend
+    works, it is this mailbox that hangs. A mailbox that hung is not asked about while its question
+    goes on, nor for --retry-after seconds when it was aborted.
     """
 
     def __init__(self, client: Client, options: argparse.Namespace, counters: Counters) -> None:
@@ -601,6 +603,8 @@ class Backend:
         self.lock = threading.Lock()  # guards what follows
         self.breaker = Breaker(self.name, options.retry_after)
         self.questions: dict[Mailbox, Question] = {}
+        self.hung: dict[Mailbox, float] = {}  # mailboxes whose question was aborted; until when
+        self.last_answered = 0.0  # when the latest question that was answered had begun
 
     def ask(self, mailbox: Mailbox, seconds: float, learn: Callable[[Answer], None]) -> Answer:
         """Ask about a mailbox and wait for so long. Raises Fault.
@@ -611,7 +615,7 @@ class Backend:
         with self.lock:
             if not self.breaker.allows(question.asked):
                 raise Fault(DOWN)
-            if mailbox in self.questions:
+            if mailbox in self.questions or self.hung.get(mailbox, 0) > question.asked:
                 raise Fault("the last question about this mailbox still hangs")
             try:
                 question.future = self.pool.submit(self.run, mailbox, question, learn)
@@ -645,6 +649,7 @@ class Backend:
                 self.breaker.record_unreachable(question.asked, str(outcome))
                 self.abandon_if_down()
             elif isinstance(outcome, (Answer, BadAnswer)):
+                self.last_answered = max(self.last_answered, question.begun)
                 self.breaker.record_answer()
         seconds = time.monotonic() - question.begun
         self.counters.record_question(self.name, seconds, isinstance(outcome, Fault))
@@ -667,28 +672,37 @@ class Backend:
 
     def make_room(self, now: float) -> None:
         """Abort as many overdue questions as others wait for a turn. The lock is held."""
-        waiting = len(self.questions) - self.max_queries
-        if waiting > 0:
-            begun = [q for q in self.questions.values() if q.begun is not None]
-            overdue = sorted((q for q in begun if now >= q.deadline), key=lambda q: q.deadline)
-            for question in overdue[:waiting]:
-                question.abort()
+        ending = sum(bool(question.aborted) for question in self.questions.values())
+        waiting = len(self.questions) - ending - self.max_queries
+        if waiting <= 0:
+            return
+        hanging = []
+        for mailbox, question in self.questions.items():
+            if question.begun is not None and not question.aborted:
+                had_half = now - question.begun > question.seconds / 2
+                if now >= question.deadline or had_half and question.begun < self.last_answered:
+                    hanging.append((question.deadline, mailbox))
+        for _, mailbox in sorted(hanging)[:waiting]:
+            self.questions[mailbox].abort("no answer, and others wait for a turn")
+            self.hung[mailbox] = now + self.breaker.retry_after
 
     def abandon_if_down(self) -> None:
         """Give up all that is under way to a backend that is down. The lock is held."""
         if self.breaker.is_open:
             for question in self.questions.values():
                 question.future.cancel()
-                question.abort()
+                question.abort(DOWN)
             self.questions.clear()
 
     def tidy(self) -> None:
-        """End the questions for which nobody has waited for too long."""
+        """End the questions for which nobody has waited for too long, and make room."""
         now = time.monotonic()
         with self.lock:
             for question in self.questions.values():
                 if now - question.deadline > OVERDUE:
-                    question.abort()
+                    question.abort("no answer")
+            self.hung = {mailbox: until for mailbox, until in self.hung.items() if until > now}
+            self.make_room(now)
 
     def close(self) -> None:
         """Take no more questions; those under way go on."""
