@@ -449,8 +449,8 @@ if TYPE_CHECKING:
 
 REQUEST_SECONDS = 10  # from a connection, or its last answer, to the end of the next request
 REQUEST_LENGTH = 16384  # bytes of a request's first line and header
-WAITING = 500  # connections without a whole request; the longest makes way for the next
-THREADS = 1000  # of which few do not wait, but for what a disk holds up
+WAITING = 1500  # connections without a whole request; the longest makes way for the next
+THREADS = 2500  # of which few do not wait, but for what a disk holds up
 PATIENCE = 1  # seconds to wait for a mailbox that is being measured
 
 # Connections whose request is not whole, and since when; who waits longest is the first. Who waits
