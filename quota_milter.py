@@ -2116,6 +2116,8 @@ def serve(service: Service, where: str) -> int:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program and return its exit status."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it serves: no traceback
+    for number in signal.SIGHUP, signal.SIGUSR1:  # their default would end it before it serves
+        signal.signal(number, signal.SIG_IGN)
     arguments = sys.argv[1:] if argv is None else argv
     option = ""
     try:
@@ -2139,6 +2141,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 if __name__ == "__main__":
     status = main()
     if status == AGAIN:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the new start inherits
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         os.execv(sys.executable, [sys.executable, *sys.argv])
     with contextlib.suppress(BrokenPipeError):
