@@ -65,6 +65,7 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -73,7 +74,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn, Optional, Union
+from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Optional, Union
 
 try:
     import Milter
@@ -90,6 +91,7 @@ ROUTES = 10_000  # recipients of whom it is remembered which mailbox they are, i
 LONG_NAME = 320  # characters above which nothing is remembered of a name (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that gives faults
 IDLE = 4  # seconds for which a connection rests at most: quota.cgi --serve closes it after 10
+IDLE_CONNECTIONS = 16  # that rest at a time for each backend
 OVERDUE = 60  # seconds for which a question may go on when nobody waits for it any more
 PATIENCE = 3  # questions in a row that run out of time before a backend is not asked any more
 HEADERS = 1024  # bytes that the way adds to a message: Received and others
@@ -102,20 +104,22 @@ LOG_LENGTH = 10_000  # lines that may wait to be written
 TICK = 1  # seconds between two looks at the alias files and at overdue questions
 METRICS_EVERY = 15  # seconds
 DAY = 86400  # seconds: the most that an option takes
+LAST_QUESTIONS = 1  # seconds that questions under way get when the program is to end
+STOPPING = 1.7  # seconds that all of the end may take
+IDLE_THREADS = 32  # that take signals which the main thread cannot take in that moment
 AGAIN = -1  # instead of an exit status: start anew
-STOPPING = 1.5  # seconds that libmilter, and then the log, get to stop
 
 OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
 TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
 INACTIVE = "552 5.2.2 Mailbox of {address} is full and not in use"
 VERDICTS = ("ok", "overquota", "toolarge", "inactive", "unknown", "fault")
-DOWN = "the backend is down and is left alone for a while"
 UNASKED = ("empty", "exempt", "alias", "nobackend")
 REFUSED = ("overquota", "toolarge", "inactive")  # there is no room for the message
+DOWN = "the backend is down and is left alone for a while"
 HINTS = {  # what an administrator has usually got wrong
-    401: "is the password in --backend right?",
-    403: "may this address ask (QUOTA_ALLOW, the web server's rule)?",
-    404: "is the path in --backend right?",
+    401: ": is the password in --backend right?",
+    403: ": may this address ask (QUOTA_ALLOW, the web server's rule)?",
+    404: ": is the path in --backend right?",
 }
 
 SOURCE_ROUTE = re.compile(r"^(?:@(?:\[[^\]]*\]|[^\[@,:])*,?)+:")
@@ -135,7 +139,7 @@ TARGET = re.compile(
 log = logging.getLogger("quota_milter")
 
 
-# ---- Values: Address, Reply, Answer, Finding, Decision ----
+# ---- Values: Mailbox, Address, Reply, Answer, Finding, Decision ----
 
 
 def printable(text: object) -> str:
@@ -306,12 +310,29 @@ class Unreachable(Fault):
     """There is no connection to it: that concerns all mailboxes."""
 
 
+class Remembered:
+    """An answer about a mailbox, and how much has been taken since: the Ledger counts that."""
+
+    __slots__ = ("answer", "at", "source", "taken")
+
+    def __init__(self, answer: Answer, source: str) -> None:
+        self.answer = answer
+        self.at = time.monotonic()
+        self.source = source  # the name of the backend that gave it
+        self.taken = 0  # bytes
+
+
 class Finding(NamedTuple):
     """What is known of a mailbox now: a fault may come with the last known answer."""
 
-    answer: Optional[Answer] = None
+    remembered: Optional[Remembered] = None
     cached: bool = False
     fault: str = ""
+
+    @property
+    def answer(self) -> Optional[Answer]:
+        """The answer, None where nothing is known."""
+        return self.remembered.answer if self.remembered else None
 
 
 class Decision(NamedTuple):
@@ -325,7 +346,7 @@ class Decision(NamedTuple):
     seconds: float
 
     def __str__(self) -> str:
-        """Give the line for the log (README, Faults and log)."""
+        """Give the line for the log (README, Log and figures)."""
         answer = self.finding.answer or Answer("")
         fields = {
             "recipient": self.address.given,
@@ -345,15 +366,17 @@ class Decision(NamedTuple):
 
 
 class Question:
-    """A question that is under way: what another thread may know of it and do with it."""
+    """A question that is under way: what other threads may know of it and do with it."""
 
-    def __init__(self, seconds: float) -> None:
-        self.asked, self.seconds = time.monotonic(), seconds
-        self.deadline = self.asked + seconds  # of the session that waits
+    def __init__(self, mailbox: Mailbox, generation: int, asked: float, seconds: float) -> None:
+        self.mailbox, self.generation = mailbox, generation
+        self.asked, self.seconds = asked, seconds
+        self.deadline = asked + seconds  # of the session that asked; then it is overdue
         self.begun: Optional[float] = None  # when a thread took it; None: it waits for its turn
+        self.is_given_up = False  # nobody waits for it any more
         self.aborted = ""  # why
         self.socket: Optional[socket.socket] = None
-        self.future: concurrent.futures.Future[Answer]
+        self.future: concurrent.futures.Future[Remembered]  # for all sessions that want to know
 
     def attach(self, sock: socket.socket) -> None:
         """Note the connection. From here on `abort` bounds the time, not the socket."""
@@ -389,68 +412,75 @@ class RequestHandler(urllib.request.AbstractHTTPHandler):
     https_open = http_open
 
 
+class Idle(NamedTuple):
+    """A kept connection that rests, and what the last question on it was about."""
+
+    since: float  # on the monotonic clock
+    domain: str
+    connection: http.client.HTTPConnection
+
+
 class Client:
     """Asks one URL. Connections are kept where the server offers that by a header Keep-Alive.
 
     A server of ten lines, which may know no length and no second client meanwhile, is told to
-    close. A connection is kept after a complete answer about the mailbox that was asked about,
-    and for nothing else: what a server sends too much or too late must not become the answer to
-    the next question, which is another user's.
+    close. What a server sends too much or too late must not become the answer to the next
+    question, which is another user's. So a connection is kept after a complete answer about the
+    mailbox that was asked about, and for nothing else; it is used again for the same domain, as
+    an answer names only the user; and there an answer that names another user is thrown away.
     """
 
     def __init__(self, url: str, context: ssl.SSLContext, timeout: float) -> None:
         parts = urllib.parse.urlsplit(url)
         self.host = parts.netloc.rpartition("@")[2]
+        self.is_encrypted = parts.scheme.lower() == "https"
+        self.context, self.timeout = context, timeout
         self.url = urllib.parse.urlunsplit(
             (parts.scheme, self.host, parts.path or "/", parts.query, "")
         )
         self.headers = {"User-Agent": "quota_milter/" + VERSION}
         if parts.username is not None:
-            secret = urllib.parse.unquote(parts.username) + ":"
-            secret += urllib.parse.unquote(parts.password or "")
+            secret = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
             encoded = base64.b64encode(secret.encode()).decode()
             self.headers["Authorization"] = "Basic " + encoded
-        self.connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
-        if parts.scheme.lower() == "https":
-            self.connect = functools.partial(http.client.HTTPSConnection, context=context)
-        self.timeout = timeout
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(RequestHandler())
         self.offers_to_keep = False
-        self.idle: list[tuple[float, http.client.HTTPConnection]] = []  # the latest at the end
+        self.lock = threading.Lock()
+        self.idle: list[Idle] = []  # the latest at the end
 
-    def ask(self, mailbox: Mailbox, question: Question) -> Answer:
+    def ask(self, question: Question) -> Answer:
         """Send the question and read the answer. All that can go wrong raises Fault.
 
         Trouble on a kept connection says nothing of the server, which may have closed it in that
         very moment: then the same question goes out once more, on a new one.
         """
+        mailbox, may_reuse = question.mailbox, True
         request = self.request(mailbox)
-        name = mailbox.user.encode("utf-8", "surrogateescape")
-        may_reuse = True
         while True:
             connection, is_kept = self.open_connection(question, may_reuse)
             request.connection = connection
+            may_reuse = False
             try:
                 with self.opener.open(request, timeout=self.timeout) as response:
-                    answer, is_complete = read_answer(response)
+                    answer, may_keep = read_answer(response)
             except Exception as error:  # urllib's, http.client's and ssl's have no common base
                 connection.close()
                 retry = is_kept and not isinstance(error, BadAnswer) and not question.aborted
                 if retry and time.monotonic() < question.deadline:
-                    may_reuse = False
                     continue
                 if isinstance(error, Fault):
                     raise
                 raise Fault(question.aborted or repr(error)) from None
             self.offers_to_keep = "Keep-Alive" in response.headers
-            if is_complete and answer.name == name and not question.aborted:
-                self.idle.append((time.monotonic(), connection))
+            names_it = answer.name == mailbox.user.encode("utf-8", "surrogateescape")
+            if may_keep and names_it and not question.aborted:
+                with self.lock:
+                    self.idle.append(Idle(time.monotonic(), mailbox.domain, connection))
                 return answer
             connection.close()
-            if not is_kept or answer.name == name:  # a new one may spell the name in its own way
+            if names_it or not is_kept:  # on a new one a server may spell the name in its own way
                 return answer
-            may_reuse = False
 
     def request(self, mailbox: Mailbox) -> Any:
         """Make the request about a mailbox (README, Protocol)."""
@@ -465,16 +495,22 @@ class Client:
     ) -> tuple[http.client.HTTPConnection, bool]:
         """Give a connection and whether it was kept. Raises Unreachable."""
         if not may_reuse:
-            self.close()  # the others are as old as the one that made trouble
-        while self.idle:
-            with contextlib.suppress(IndexError):  # another thread took the last one
-                rested_from, connection = self.idle.pop()
-                if is_quiet(connection.sock) and time.monotonic() - rested_from < IDLE:
-                    question.attach(connection.sock)
-                    return connection, True
-                connection.close()
+            self.close_idle(0)  # the others are as old as the one that made trouble
+        self.close_idle(IDLE)
+        with self.lock:
+            kept = [idle for idle in self.idle if idle.domain == question.mailbox.domain][-1:]
+            self.idle = [idle for idle in self.idle if idle not in kept]
+        for idle in kept:
+            if is_quiet(idle.connection.sock):
+                question.attach(idle.connection.sock)
+                return idle.connection, True
+            idle.connection.close()
         # Who got a turn late connects late, and that is no reason to call the server unreachable.
-        connection = self.connect(self.host, timeout=self.timeout)
+        connection = http.client.HTTPConnection(self.host, timeout=self.timeout)
+        if self.is_encrypted:
+            connection = http.client.HTTPSConnection(
+                self.host, timeout=self.timeout, context=self.context
+            )
         try:
             connection.connect()
         except (OSError, ValueError) as error:  # ValueError: a name that cannot be looked up
@@ -484,11 +520,14 @@ class Client:
         question.attach(connection.sock)
         return connection, False
 
-    def close(self) -> None:
-        """Close what rests."""
-        while self.idle:
-            with contextlib.suppress(IndexError):
-                self.idle.pop()[1].close()
+    def close_idle(self, seconds: float) -> None:
+        """Close the connections that have rested for so long, and what is too many of them."""
+        latest = time.monotonic() - seconds
+        with self.lock:
+            kept = [idle for idle in self.idle if idle.since > latest][-IDLE_CONNECTIONS:]
+            closing, self.idle = [idle for idle in self.idle if idle not in kept], kept
+        for idle in closing:
+            idle.connection.close()
 
 
 def is_quiet(sock: Any) -> bool:
@@ -513,9 +552,8 @@ def read_answer(response: http.client.HTTPResponse) -> tuple[Answer, bool]:
     is_whole = line.endswith(b"\n") or ended
     if response.status != 200:
         why = line[:200].decode("ascii", "replace").strip() if line[:6] == b"ERROR " else ""
-        hint = HINTS.get(response.status)
-        why = f"status {response.status} {why or response.reason[:80]}"
-        raise BadAnswer(why + (f": {hint}" if hint else ""))
+        hint = HINTS.get(response.status, "")
+        raise BadAnswer(f"status {response.status} {why or response.reason[:80]}{hint}")
     if not is_whole and (response.length or len(line) >= ANSWER_LENGTH):
         raise BadAnswer("the answer is cut short or too long")
     answer = Answer.parse(line, is_whole)
@@ -586,7 +624,8 @@ class Breaker:
 class Backend:
     """Asks a backend `max_queries` questions at a time, and waits for none beyond its deadline.
 
-    A question goes on when the session that wanted it has given up, so that the answer about a
+    All sessions that want to know of one mailbox wait for the same future, none for longer than
+    its own deadline. A question goes on when they have given up, so that the answer about a
     mailbox that takes long to count is remembered. Then it is overdue: it must hold up nobody who
     could be answered, so when others wait for a turn, the one that is overdue for longest is
     aborted. So is one that has had half its time and was overtaken by a later one: the backend
@@ -594,75 +633,102 @@ class Backend:
     goes on, nor for --retry-after seconds when it was aborted.
     """
 
-    def __init__(self, client: Client, options: argparse.Namespace, counters: Counters) -> None:
-        self.client = client
+    def __init__(
+        self, client: Client, options: argparse.Namespace, ledger: Ledger, counters: Counters
+    ) -> None:
+        self.client, self.ledger, self.counters = client, ledger, counters
         self.name = client.url.partition("?")[0]  # for the log
-        self.counters = counters
         self.max_queries: int = options.max_queries
         self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
         self.lock = threading.Lock()  # guards what follows
         self.breaker = Breaker(self.name, options.retry_after)
-        self.questions: dict[Mailbox, Question] = {}
+        self.questions: dict[tuple[Mailbox, int], Question] = {}  # by mailbox and generation
         self.hung: dict[Mailbox, float] = {}  # mailboxes whose question was aborted; until when
         self.last_answered = 0.0  # when the latest question that was answered had begun
 
-    def ask(self, mailbox: Mailbox, seconds: float, learn: Callable[[Answer], None]) -> Answer:
-        """Ask about a mailbox and wait for so long. Raises Fault.
+    def ask(self, mailbox: Mailbox, seconds: float, may_be_elsewhere: bool) -> Remembered:
+        """Ask about a mailbox, or join the question that is under way. Raises Fault.
 
-        An answer is given to `learn` before it is returned, or later, when it comes too late.
+        Waits for so long. The answer is remembered, also when it comes too late; but not UNKNOWN,
+        where the mailbox may be elsewhere.
         """
-        question = Question(seconds)
+        now = time.monotonic()
         with self.lock:
-            if not self.breaker.allows(question.asked):
-                raise Fault(DOWN)
-            if mailbox in self.questions or self.hung.get(mailbox, 0) > question.asked:
+            remembered = self.ledger.fresh(mailbox)
+            if remembered:  # it came before the lock
+                return remembered
+            key = mailbox, self.ledger.generation
+            question = self.questions.get(key)
+            if question is None:
+                question = Question(*key, now, seconds)
+                self.begin(question, may_be_elsewhere)
+            elif question.deadline <= now:
                 raise Fault("the last question about this mailbox still hangs")
-            try:
-                question.future = self.pool.submit(self.run, mailbox, question, learn)
-            except RuntimeError as error:  # the system's limit of threads
-                raise Fault(f"no thread for a question: {error}") from None
-            self.questions[mailbox] = question
-            self.breaker.begin_trial(question.asked)
-            self.make_room(question.asked)
+        deadline = min(now + seconds, question.deadline)
         try:
-            return question.future.result(seconds)
+            return question.future.result(max(0, deadline - time.monotonic()))
         except concurrent.futures.CancelledError:
             raise Fault(DOWN) from None
         except concurrent.futures.TimeoutError:
-            self.give_up(mailbox, question)
+            if deadline == question.deadline:
+                self.give_up(question)
             raise Fault(f"no answer within {round(seconds, 1):g} s") from None
 
-    def run(self, mailbox: Mailbox, question: Question, learn: Callable[[Answer], None]) -> Answer:
+    def begin(self, question: Question, may_be_elsewhere: bool) -> None:
+        """Give a question to the pool. The lock is held. Raises Fault."""
+        if not self.breaker.allows(question.asked):
+            raise Fault(DOWN)
+        if self.hung.get(question.mailbox, 0) > question.asked:
+            raise Fault("this mailbox hung when it was last asked about")
+        try:
+            question.future = self.pool.submit(self.run, question, may_be_elsewhere)
+        except RuntimeError as error:  # the system's limit of threads
+            raise Fault(f"no thread for a question: {error}") from None
+        self.questions[question.mailbox, question.generation] = question
+        self.breaker.begin_trial(question.asked)
+        self.make_room(question.asked)
+
+    def run(self, question: Question, may_be_elsewhere: bool) -> Remembered:
         """Ask one question, in a thread of the pool, and learn from what comes. Raises Fault."""
         question.begun = time.monotonic()
-        outcome: Union[Answer, Fault]
+        fault: Optional[Fault] = None
         try:
             if question.begun > question.deadline - question.seconds / 10:
                 raise Fault("there was no turn for it in time")
-            outcome = self.client.ask(mailbox, question)
-        except Fault as fault:
-            outcome = fault
-        with self.lock:
-            if self.questions.get(mailbox) is question:
-                del self.questions[mailbox]
-            if isinstance(outcome, Unreachable) and not question.aborted:
-                self.breaker.record_unreachable(question.asked, str(outcome))
-                self.abandon_if_down()
-            elif isinstance(outcome, (Answer, BadAnswer)):
-                self.last_answered = max(self.last_answered, question.begun)
-                self.breaker.record_answer()
-        seconds = time.monotonic() - question.begun
-        self.counters.record_question(self.name, seconds, isinstance(outcome, Fault))
-        if isinstance(outcome, Fault):
-            raise outcome
-        learn(outcome)
-        return outcome
+            answer = self.client.ask(question)
+            remembered = Remembered(answer, self.name)
+            if answer.status != "UNKNOWN" or not may_be_elsewhere:
+                self.ledger.remember(question.mailbox, remembered, question.generation)
+            return remembered
+        except Fault as error:
+            fault = error
+            raise
+        finally:
+            with self.lock:
+                self.forget(question)
+                if isinstance(fault, Unreachable) and not question.aborted:
+                    self.breaker.record_unreachable(question.asked, str(fault))
+                    self.abandon_if_down()
+                elif fault is None or isinstance(fault, BadAnswer):
+                    self.last_answered = max(self.last_answered, question.begun)
+                    self.breaker.record_answer()
+            seconds = time.monotonic() - question.begun
+            self.counters.record_question(self.name, seconds, fault is not None)
 
-    def give_up(self, mailbox: Mailbox, question: Question) -> None:
+    def forget(self, question: Question) -> None:
+        """Let the next session ask anew. The lock is held."""
+        key = question.mailbox, question.generation
+        if self.questions.get(key) is question:
+            del self.questions[key]
+
+    def give_up(self, question: Question) -> None:
         """Let a question go on for which nobody waits any more, or drop it if it has not begun."""
         with self.lock:
-            if question.future.cancel() and self.questions.get(mailbox) is question:
-                del self.questions[mailbox]
+            if question.is_given_up:  # by another session that waited for it
+                return
+            question.is_given_up = True
+            if question.future.cancel():
+                self.forget(question)
             # Who got a turn only in the second half of the time does not speak against the backend.
             halfway = (question.asked + question.deadline) / 2
             if question.begun is not None and question.begun <= halfway:
@@ -677,14 +743,14 @@ class Backend:
         if waiting <= 0:
             return
         hanging = []
-        for mailbox, question in self.questions.items():
+        for question in self.questions.values():
             if question.begun is not None and not question.aborted:
                 had_half = now - question.begun > question.seconds / 2
                 if now >= question.deadline or had_half and question.begun < self.last_answered:
-                    hanging.append((question.deadline, mailbox))
-        for _, mailbox in sorted(hanging)[:waiting]:
-            self.questions[mailbox].abort("no answer, and others wait for a turn")
-            self.hung[mailbox] = now + self.breaker.retry_after
+                    hanging.append(question)
+        for question in sorted(hanging, key=lambda question: question.deadline)[:waiting]:
+            question.abort("no answer, and others wait for a turn")
+            self.hung[question.mailbox] = now + self.breaker.retry_after
 
     def abandon_if_down(self) -> None:
         """Give up all that is under way to a backend that is down. The lock is held."""
@@ -703,22 +769,10 @@ class Backend:
                     question.abort("no answer")
             self.hung = {mailbox: until for mailbox, until in self.hung.items() if until > now}
             self.make_room(now)
-
-    def close(self) -> None:
-        """Take no more questions; those under way go on."""
-        self.pool.shutdown(wait=False)
-        self.client.close()
+        self.client.close_idle(IDLE)
 
 
 # ---- Ledger: what is remembered and what is in flight, for each mailbox ----
-
-
-class Remembered(NamedTuple):
-    """The last answer about a mailbox."""
-
-    at: float  # on the monotonic clock
-    answer: Answer
-    source: str  # the name of the backend that gave it
 
 
 class Flight:
@@ -754,13 +808,16 @@ class Ledger:
     Nothing is reserved at RCPT: whoever opens sessions and sends nothing must not fill anybody's
     mailbox. At the end of the data the Policy decides and adds in one step, holding `lock`, so
     that of many sessions no two take the same room.
+
+    What is in flight ends after --in-flight seconds, or when a newer answer shows it. But an answer
+    that is used for longer, as the last known one is, has all counted that was taken since.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # guards all that follows
         self.cache_ttl = self.in_flight = 0.0  # seconds
         self.frontends = 1
-        self.generation = 0  # of the answers: one that was asked for before `forget` is not kept
+        self.generation = 0  # of the answers: one that was asked for before a HUP is not kept
         self.answers: dict[Mailbox, Remembered] = {}  # oldest first
         self.flights: dict[Mailbox, Flight] = {}
 
@@ -772,18 +829,26 @@ class Ledger:
             self.generation += 1
             self.answers.clear()
 
-    def recall(self, mailbox: Mailbox) -> Optional[Remembered]:
+    def last(self, mailbox: Mailbox) -> Optional[Remembered]:
         """Give the last answer about a mailbox that is under an hour old."""
         remembered = self.answers.get(mailbox)
         if remembered and time.monotonic() - remembered.at < max(LAST_KNOWN, self.cache_ttl):
             return remembered
         return None
 
-    def is_fresh(self, remembered: Optional[Remembered]) -> bool:
-        """Say whether an answer may be used again without a question."""
-        return remembered is not None and time.monotonic() - remembered.at < self.cache_ttl
+    def fresh(self, mailbox: Mailbox) -> Optional[Remembered]:
+        """Give the answer that may be used again without a question.
 
-    def remember(self, mailbox: Mailbox, answer: Answer, source: str, generation: int) -> None:
+        One is asked again when what was taken since is no longer in flight: it has arrived.
+        """
+        remembered = self.answers.get(mailbox)
+        if remembered is None or time.monotonic() - remembered.at >= self.cache_ttl:
+            return None
+        if remembered.taken and remembered.taken > self.flight_size(mailbox):
+            return None
+        return remembered
+
+    def remember(self, mailbox: Mailbox, remembered: Remembered, generation: int) -> None:
         """Keep an answer as the newest, and not too many."""
         if mailbox.is_long:
             return
@@ -791,15 +856,15 @@ class Ledger:
             if generation != self.generation:
                 return
             self.answers.pop(mailbox, None)
-            self.answers[mailbox] = Remembered(time.monotonic(), answer, source)
+            self.answers[mailbox] = remembered
             if len(self.answers) > ANSWERS:
                 del self.answers[next(iter(self.answers))]
-            flight = self.flights.get(mailbox)
-            if flight and answer.used is not None:
+            flight, used = self.flights.get(mailbox), remembered.answer.used
+            if flight and used is not None:
                 flight.drop_old(time.monotonic())
-                flight.deduct(answer.used)
+                flight.deduct(used)
 
-    def bytes_in_flight(self, mailbox: Mailbox) -> int:
+    def flight_size(self, mailbox: Mailbox) -> int:
         """Give the bytes that are on their way to a mailbox."""
         if mailbox not in self.flights:
             return 0
@@ -808,19 +873,26 @@ class Ledger:
             flight.drop_old(time.monotonic())
             return flight.size
 
-    def add(self, mailbox: Mailbox, size: int, answer: Optional[Answer]) -> None:
-        """Count a message of `size` bytes that was taken; `answer` is the last one about it."""
+    def in_flight_since(self, mailbox: Mailbox, remembered: Optional[Remembered]) -> int:
+        """Give the bytes that an answer about a mailbox does not know of."""
+        return max(self.flight_size(mailbox), remembered.taken if remembered else 0)
+
+    def add(self, mailbox: Mailbox, size: int, at_rcpt: Optional[Remembered]) -> None:
+        """Count a message of `size` bytes that was taken by the answer at its RCPT."""
         if self.in_flight <= 0 or mailbox.is_long:
             return
+        size *= self.frontends
         with self.lock:
+            newest = self.answers.get(mailbox)
+            for remembered in {newest, at_rcpt} - {None}:
+                assert remembered
+                remembered.taken += size
             flight = self.flights.setdefault(mailbox, Flight())
             if not flight.parts:  # where growth is counted from
-                remembered = self.answers.get(mailbox)
-                answer = remembered.answer if remembered else answer
-                flight.used = answer.used if answer else None
-            until = time.monotonic() + self.in_flight
-            flight.parts.append((until, size * self.frontends))
-            flight.size += size * self.frontends
+                answer = newest or at_rcpt
+                flight.used = answer.answer.used if answer else None
+            flight.parts.append((time.monotonic() + self.in_flight, size))
+            flight.size += size
 
     def tidy(self) -> tuple[int, int, int]:
         """Drop what has arrived or is too old; count answers, and messages and bytes in flight."""
@@ -835,87 +907,50 @@ class Ledger:
             return len(self.answers), messages, size
 
 
-# ---- Mailboxes: the backends of a domain, sharing one question for one mailbox ----
+# ---- Mailboxes: the backends of a domain, asked in order ----
 
 
 class Mailboxes:
-    """The mailboxes of a domain, which may be spread over backends that are asked in order.
-
-    Of all sessions that want to know of a mailbox the first one asks, and the others wait for the
-    same future, none for longer than its own deadline.
-    """
+    """The mailboxes of a domain, which may be spread over several backends."""
 
     def __init__(self, backends: Sequence[Backend], ledger: Ledger) -> None:
         self.backends, self.ledger = backends, ledger
-        self.lock = threading.Lock()
-        self.under_way: dict[Mailbox, concurrent.futures.Future[Answer]] = {}
 
     def find(self, mailbox: Mailbox, deadline: float) -> Finding:
         """Say what is known of a mailbox, from memory or by a question."""
-        remembered = self.ledger.recall(mailbox)
-        if remembered and self.ledger.is_fresh(remembered):
-            return Finding(remembered.answer, cached=True)
-        future = self.ask_or_join(mailbox, deadline)
-        try:
-            return Finding(future.result(max(0, deadline - time.monotonic())))
-        except concurrent.futures.TimeoutError:
-            fault = "no answer in time"
-        except Fault as error:
-            fault = str(error)
-        remembered = self.ledger.recall(mailbox)
+        remembered = self.ledger.fresh(mailbox)
         if remembered:
-            return Finding(remembered.answer, cached=True, fault=fault)
-        return Finding(fault=fault)
-
-    def ask_or_join(self, mailbox: Mailbox, deadline: float) -> concurrent.futures.Future[Answer]:
-        """Give the future of the question that is under way; else ask, and give one when done."""
-        future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
-        with self.lock:
-            if self.under_way.setdefault(mailbox, future) is not future:
-                return self.under_way[mailbox]
+            return Finding(remembered, cached=True)
         try:
-            remembered = self.ledger.recall(mailbox)
-            if remembered and self.ledger.is_fresh(remembered):  # it came before the lock
-                future.set_result(remembered.answer)
-            else:
-                future.set_result(self.ask_in_order(mailbox, deadline, remembered))
-        except BaseException as error:  # the others must not wait for nothing
-            future.set_exception(error)
-        finally:
-            with self.lock:
-                del self.under_way[mailbox]
-        return future
+            return Finding(self.ask_in_order(mailbox, deadline))
+        except Fault as fault:
+            last = self.ledger.last(mailbox)
+            return Finding(last, cached=last is not None, fault=str(fault))
 
-    def ask_in_order(self, mailbox: Mailbox, deadline: float, last: Optional[Remembered]) -> Answer:
+    def ask_in_order(self, mailbox: Mailbox, deadline: float) -> Remembered:
         """Ask the backends in order, whoever knew the mailbox the last time first. Raises Fault.
 
         Each may take what is left of the time, divided by those that are still to be asked. All
         that matters is a definite answer: UNKNOWN counts only where every backend says it.
         """
+        last, generation = self.ledger.last(mailbox), self.ledger.generation
         known_by = last.source if last else ""
         order = sorted(self.backends, key=lambda backend: backend.name != known_by)
-        generation = self.ledger.generation
         faults = []
         for number, backend in enumerate(order):
-            seconds = (deadline - time.monotonic()) / (len(order) - number)
-            learn = functools.partial(self.learn, mailbox, backend.name, generation)
+            seconds = max(0, (deadline - time.monotonic()) / (len(order) - number))
             try:
-                answer = backend.ask(mailbox, max(0, seconds), learn)
+                found = backend.ask(mailbox, seconds, may_be_elsewhere=len(order) > 1)
             except Fault as fault:
-                faults.append(fault if len(order) == 1 else f"{backend.name}: {fault}")
+                faults.append(str(fault) if len(order) == 1 else f"{backend.name}: {fault}")
                 continue
-            if answer.status != "UNKNOWN":
-                return answer
+            if found.answer.status != "UNKNOWN":
+                return found
         if faults:
-            raise Fault("; ".join(map(str, faults)))
+            raise Fault("; ".join(faults))
         if len(order) > 1:
-            self.ledger.remember(mailbox, answer, "", generation)
-        return answer
-
-    def learn(self, mailbox: Mailbox, source: str, generation: int, answer: Answer) -> None:
-        """Remember an answer as soon as it comes, unless the next backend is asked all the same."""
-        if answer.status != "UNKNOWN" or len(self.backends) == 1:
-            self.ledger.remember(mailbox, answer, source, generation)
+            self.ledger.remember(mailbox, found, generation)
+        return found
 
 
 # ---- Aliases and Tables: one name to one mailbox ----
@@ -969,8 +1004,7 @@ class AliasFile:
         """
         table: dict[str, str] = {}
         bad: list[int] = []
-        opener = open_regular
-        with open(self.path, encoding="utf-8", errors="surrogateescape", opener=opener) as lines:
+        with open_regular(self.path) as lines:
             for number, line in logical_lines(lines):
                 match = ALIAS.fullmatch(line)
                 if match:
@@ -995,6 +1029,15 @@ class AliasFile:
         return {name: table[name] for name in names if name in table}
 
 
+def open_regular(path: str) -> IO[str]:
+    """Open a text, but nothing that could keep the reader waiting. Raises OSError, ValueError."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise ValueError("not a file")
+    return open(file, encoding="utf-8", errors="surrogateescape")
+
+
 def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Join continuation lines and drop comments. Raises ValueError where it is no text."""
     start = 0
@@ -1012,33 +1055,34 @@ def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     yield from [(start, " ".join(parts))] if start else []
 
 
-def open_regular(path: str, flags: int) -> int:
-    """Open a file, but nothing that could keep the reader waiting. Raises OSError, ValueError."""
-    file = os.open(path, flags | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise ValueError("not a file")
-    return file
-
-
 class Table:
     """Any Postfix table, asked by `postmap -q` as Postfix asks it.
 
     A bounded pool of futures gives the cap, the deadline and the sharing of one question by all
-    sessions that want the same name.
+    sessions that want the same name. A table stays over a reload, and so does its cap.
     """
+
+    postmaps: ClassVar[set[subprocess.Popen[bytes]]] = set()  # that run, of all tables
+    has_ended: ClassVar[bool] = False  # no other is started
 
     def __init__(self, name: str) -> None:
         self.name = name
         kind = re.sub("^proxy:", "", name).partition(":")[0]
         self.takes_whole_address = kind in ("regexp", "pcre", "tcp", "socketmap")
-        self.cache_ttl = 0.0  # seconds
-        self.serves: Callable[[str], bool] = bool  # is this a domain of ours?
         self.pool = concurrent.futures.ThreadPoolExecutor(TABLE_QUERIES)
         self.lock = threading.Lock()  # guards what follows
+        self.domains: frozenset[Optional[str]] = frozenset()  # ours; None: all
+        self.cache_ttl = 0.0  # seconds
+        self.generation = 0  # of the results: one that was asked for before a HUP is not kept
         self.results: dict[tuple[str, ...], tuple[float, dict[str, str]]] = {}  # oldest first
-        self.under_way: dict[tuple[str, ...], concurrent.futures.Future[dict[str, str]]] = {}
-        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.under_way: dict[tuple[Any, ...], concurrent.futures.Future[dict[str, str]]] = {}
+
+    def configure(self, domains: Iterable[Optional[str]], cache_ttl: float) -> None:
+        """Take the options and forget the results."""
+        with self.lock:
+            self.domains, self.cache_ttl = frozenset(domains), cache_ttl
+            self.generation += 1
+            self.results.clear()
 
     def keys(self, address: Address) -> dict[str, str]:
         """Give what Postfix would look up, in its order, and the name that each key stands for.
@@ -1049,7 +1093,7 @@ class Table:
         names = [(local, f"@{domain}" if domain else "")]
         if not self.takes_whole_address and domain:
             names.append((user, f"@{domain}"))
-            names += [(user, "")] if self.serves(domain) else []
+            names += [(user, "")] if {domain, None} & self.domains else []
             names.append(("", f"@{domain}"))
         keys: dict[str, str] = {}
         for name, rest in names:
@@ -1065,9 +1109,7 @@ class Table:
         """Give what the table has for the names of an address. Raises Fault."""
         names = self.keys(address)
         keys = tuple(names)
-        if not keys:
-            return {}
-        found = self.ask(keys, deadline)
+        found = self.ask(keys, deadline) if keys else {}
         return {names[key]: found[key] for key in reversed(keys) if key in found}
 
     def ask(self, keys: tuple[str, ...], deadline: float) -> dict[str, str]:
@@ -1076,39 +1118,42 @@ class Table:
             at, result = self.results.get(keys, (0.0, {}))
             if at and time.monotonic() - at < self.cache_ttl:
                 return result
-            future = self.under_way.get(keys)
+            key = self.generation, *keys
+            future = self.under_way.get(key)
             if future is None:
                 try:
-                    future = self.pool.submit(self.query, keys, deadline)
+                    future = self.pool.submit(self.query, key, deadline)
                 except RuntimeError as error:
                     raise Fault(f"no thread for table {self.name}: {error}") from None
-                self.under_way[keys] = future
+                self.under_way[key] = future
         try:
             return future.result(max(0, deadline - time.monotonic()))
         except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
             if future.cancel():
                 with self.lock:
-                    self.under_way.pop(keys, None)
+                    self.under_way.pop(key, None)
             raise Fault(f"table {self.name} gave no answer in time") from None
 
-    def query(self, keys: tuple[str, ...], deadline: float) -> dict[str, str]:
+    def query(self, key: tuple[Any, ...], deadline: float) -> dict[str, str]:
         """Ask the table, in a thread of the pool, and remember the result. Raises Fault."""
+        generation, *keys = key
+        result = None
         try:
             result = self.run_postmap(keys, deadline - time.monotonic())
+            return result
         except OSError as error:
             raise Fault(f"postmap cannot be run: {error}") from None
         finally:
             with self.lock:
-                self.under_way.pop(keys, None)
-        if sum(map(len, keys)) <= 4 * LONG_NAME:
-            with self.lock:
-                self.results.pop(keys, None)
-                self.results[keys] = time.monotonic(), result
-                if len(self.results) > TABLE_RESULTS:
-                    del self.results[next(iter(self.results))]
-        return result
+                self.under_way.pop(key, None)
+                is_short = sum(map(len, keys)) <= 4 * LONG_NAME
+                if result is not None and is_short and generation == self.generation:
+                    self.results.pop(tuple(keys), None)
+                    self.results[tuple(keys)] = time.monotonic(), result
+                    if len(self.results) > TABLE_RESULTS:
+                        del self.results[next(iter(self.results))]
 
-    def run_postmap(self, keys: tuple[str, ...], seconds: float) -> dict[str, str]:
+    def run_postmap(self, keys: Sequence[str], seconds: float) -> dict[str, str]:
         """Ask postmap, which gets `seconds`. Raises OSError, Fault.
 
         The keys go in on standard input: as an argument the user `-` would mean just that. "Not
@@ -1119,17 +1164,17 @@ class Table:
             raise Fault(f"table {self.name} was not asked in time")
         path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
         command = [shutil.which("postmap", path=path) or "postmap", "-q", "-", self.name]
+        asked = "".join(key + "\n" for key in keys).encode()
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
-            self.processes.add(process)
+            Table.postmaps.add(process)
             try:
-                asked = "".join(key + "\n" for key in keys).encode()
-                output, errors = process.communicate(asked, timeout=seconds)
+                output, errors = process.communicate(asked, 0 if Table.has_ended else seconds)
             except subprocess.TimeoutExpired:
                 raise Fault(f"table {self.name} gave no answer in time") from None
             finally:
                 process.kill()
-                self.processes.discard(process)
+                Table.postmaps.discard(process)
         complaint = re.search(rb"postmap: fatal: (.*)", errors)
         if process.returncode and (complaint or process.returncode != 1):
             text = complaint[1] if complaint else b"postmap failed"
@@ -1140,10 +1185,11 @@ class Table:
             return {keys[0]: ","}  # a value of several lines, which is no mailbox
         return dict(found)
 
-    def close(self) -> None:
-        """End what is under way."""
-        self.pool.shutdown(wait=False)
-        for process in list(self.processes):
+    @classmethod
+    def end(cls) -> None:
+        """End the postmaps of all tables: one that hangs would outlive the program."""
+        cls.has_ended = True
+        for process in list(cls.postmaps):
             process.kill()
 
 
@@ -1258,7 +1304,14 @@ class Route(NamedTuple):
 class Policy:
     """Decides about recipients and messages, by one set of options."""
 
-    def __init__(self, options: argparse.Namespace, ledger: Ledger, counters: Counters) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        ledger: Ledger,
+        counters: Counters,
+        before: Optional[Policy] = None,
+    ) -> None:
+        """Take the backends and tables that the policy in force before had, too."""
         self.options, self.ledger, self.counters = options, ledger, counters
         self.timeout: float = options.timeout
         self.dry_run: bool = options.dry_run
@@ -1277,47 +1330,59 @@ class Policy:
         }
         exempt = ["postmaster", *options.exempt]
         self.exempt = {self.parse(e).names()[0 if "@" in e else 2] for e in exempt}
-        self.backends: dict[str, Backend] = {}  # by URL
-        self.mailboxes = self.map_domains()
-        self.aliases = Aliases(options.aliases, self.parse)
-        for source in options.aliases:
-            if isinstance(source, AliasFile):
-                source.log_state()
-            else:
-                source.cache_ttl, source.serves = options.cache_ttl, self.serves
-        self.remember_routes()
+        self.backends: dict[tuple[Any, ...], Backend] = {}  # by URL and what bounds the questions
+        self.mailboxes = self.map_domains(before.backends if before else {})
+        tables = {table.name: table for table in before.tables()} if before else {}
+        sources = [
+            tables.get(source.name, source) if isinstance(source, Table) else source
+            for source in options.aliases
+        ]
+        self.aliases = Aliases(sources, self.parse)
+        for table in self.tables():
+            table.configure(self.mailboxes, options.cache_ttl)
+        for file in self.alias_files():
+            file.log_state()
+        self.routes: dict[str, Route] = {}  # of the recipients who came last
 
-    def map_domains(self) -> dict[Optional[str], Mailboxes]:
+    def map_domains(self, before: dict[tuple[Any, ...], Backend]) -> dict[Optional[str], Mailboxes]:
         """Map domains to their backends; None is for all that no option names."""
-        context = self.options.cafile or ssl.create_default_context()
+        options, context = self.options, self.options.cafile or ssl.create_default_context()
         by_domain: dict[Optional[str], list[Backend]] = collections.defaultdict(list)
-        for domains, url in self.options.backend or [parse_backend(DEFAULT_BACKEND)]:
-            if url not in self.backends:
+        for domains, url in options.backend or [parse_backend(DEFAULT_BACKEND)]:
+            key = url, options.timeout, options.max_queries, options.retry_after
+            if key not in self.backends:
                 client = Client(url, context, self.timeout)
-                self.backends[url] = Backend(client, self.options, self.counters)
+                backend = before.get(key) or Backend(client, options, self.ledger, self.counters)
+                backend.client.context = context
+                self.backends[key] = backend
             for domain in domains:
-                by_domain[domain].append(self.backends[url])
+                by_domain[domain].append(self.backends[key])
         return {domain: Mailboxes(found, self.ledger) for domain, found in by_domain.items()}
 
-    def serves(self, domain: str) -> bool:
-        """Say whether a backend has the mailboxes of this domain."""
-        return domain in self.mailboxes or None in self.mailboxes
+    def tables(self) -> list[Table]:
+        """Give the tables that aliases are looked up in."""
+        return [source for source in self.aliases.sources if isinstance(source, Table)]
 
-    def remember_routes(self) -> None:
-        """Begin to remember where recipients lead, anew: the old memory may get a late entry yet.
-
-        What tables say is remembered by the tables, which know for how long.
-        """
-        memory = functools.lru_cache(0 if self.aliases.has_tables else ROUTES)
-        self.short_route = memory(self.find_route)
+    def alias_files(self) -> list[AliasFile]:
+        """Give the alias files."""
+        return [source for source in self.aliases.sources if isinstance(source, AliasFile)]
 
     def route(self, recipient: str, deadline: float) -> Route:
-        """Say where a recipient leads. Raises Fault."""
-        if self.aliases.has_tables or len(recipient) > LONG_NAME:
-            return self.find_route(recipient, deadline)
-        return self.short_route(recipient)
+        """Say where a recipient leads. Raises Fault.
 
-    def find_route(self, recipient: str, deadline: float = 0) -> Route:
+        That is remembered, but not what tables say: they remember it, and know for how long.
+        """
+        routes = self.routes  # not the one that may be begun meanwhile, with other aliases
+        route = routes.get(recipient)
+        if route is None:
+            route = self.find_route(recipient, deadline)
+            if len(recipient) <= LONG_NAME and not self.aliases.has_tables:
+                if len(routes) >= ROUTES:
+                    routes.clear()
+                routes[recipient] = route
+        return route
+
+    def find_route(self, recipient: str, deadline: float) -> Route:
         """Find the mailbox of a recipient and the backends that have it. Raises Fault."""
         address = self.parse(recipient)
         if not address.local:
@@ -1365,7 +1430,7 @@ class Policy:
         is_full = answer.status == "OVERQUOTA"
         in_flight = 0
         if not self.ignore_size:
-            in_flight = self.ledger.bytes_in_flight(mailbox)
+            in_flight = self.ledger.in_flight_since(mailbox, finding.remembered)
             # A mailbox that does not exist yet has no size in some answers: nothing is in it.
             expected = (answer.used or 0) + in_flight
             if answer.quota:
@@ -1414,7 +1479,7 @@ class Policy:
             if not is_refused or self.dry_run:
                 for mailbox, passed in message.passed.items():
                     size = (message.size + HEADERS) * len(passed.targets)
-                    self.ledger.add(mailbox, size, passed.first.finding.answer)
+                    self.ledger.add(mailbox, size, passed.first.finding.remembered)
         if not is_refused:
             return None
         verdict, finding = refusals[0]
@@ -1425,10 +1490,10 @@ class Policy:
 
     def latest(self, mailbox: Mailbox, at_rcpt: Finding) -> Finding:
         """Give what is known now of a mailbox: perhaps somebody else has asked since RCPT."""
-        remembered = self.ledger.recall(mailbox)
-        if remembered is None or remembered.answer is at_rcpt.answer:
+        remembered = self.ledger.last(mailbox)
+        if remembered is None or remembered is at_rcpt.remembered:
             return at_rcpt
-        return Finding(remembered.answer, cached=True)
+        return Finding(remembered, cached=True)
 
     def report(self, decision: Decision, step: str, message: Message) -> None:
         """Count a decision of a step, `rcpt` or `data`, and log a refusal or a fault."""
@@ -1436,34 +1501,21 @@ class Policy:
         refused = is_refusal and not self.dry_run
         self.counters.record_decision(decision, step, message.size if refused else 0, refused)
         if fault or is_refusal or self.options.verbose:
-            target, in_flight = decision.target, 0
-            if target:
-                in_flight = self.ledger.bytes_in_flight(target.mailbox)
+            in_flight = 0
+            if decision.target:
+                known = decision.finding.remembered
+                in_flight = self.ledger.in_flight_since(decision.target.mailbox, known)
             dry_run = " dry_run=yes" if self.dry_run and is_refusal else ""
             text = "%s step=%s size=%d inflight=%d%s"
             level = logging.WARNING if fault else logging.INFO
             log.log(level, text, decision, step, message.size, in_flight, dry_run)
 
     def tidy(self) -> None:
-        """Do what is due every second: end overdue questions, read changed aliases."""
-        self.end_overdue()
-        files = [source for source in self.aliases.sources if isinstance(source, AliasFile)]
-        changed = [file for file in files if file.refresh()]
-        if changed:
-            self.remember_routes()
-
-    def end_overdue(self) -> None:
-        """End the questions for which nobody has waited for too long."""
+        """Do what is due every second: look after questions, read changed aliases."""
         for backend in self.backends.values():
             backend.tidy()
-
-    def close(self) -> None:
-        """Take no more questions: another set of options is in force."""
-        for backend in self.backends.values():
-            backend.close()
-        for source in self.aliases.sources:
-            if isinstance(source, Table):
-                source.close()
+        if [file for file in self.alias_files() if file.refresh()]:
+            self.routes = {}
 
 
 # ---- Counters and metrics: what has happened, apart from why ----
@@ -1482,7 +1534,7 @@ FAMILIES = {  # of metrics: type and help
     "backend_faults_total": ("counter", "Questions that ended with a fault."),
     "backend_seconds": ("histogram", "How long questions took."),
 }
-BUCKETS = (0.005, 0.025, 0.1, 0.5, 1.0, 2.5, 5.0)  # seconds
+BUCKETS = ("0.005", "0.025", "0.1", "0.5", "1", "2.5", "5", "+Inf")  # seconds
 
 
 class Counters:
@@ -1491,11 +1543,11 @@ class Counters:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.values: dict[str, float] = collections.defaultdict(int)
-        for verdict in (*VERDICTS, *UNASKED):
+        for verdict in VERDICTS + UNASKED:
             self.values[f'recipients_total{{verdict="{verdict}"}}'] = 0
         for step in "rcpt", "data":
             self.values[f'refused_bytes_total{{step="{step}"}}'] = 0
-            for verdict in (*VERDICTS[1:],):
+            for verdict in VERDICTS[1:]:
                 self.values[f'refused_total{{step="{step}",verdict="{verdict}"}}'] = 0
         self.values.update({"cached_total": 0, "lastknown_total": 0})
 
@@ -1517,9 +1569,9 @@ class Counters:
         with self.lock:
             self.values[f"backend_questions_total{{{label}}}"] += 1
             self.values[f"backend_faults_total{{{label}}}"] += is_fault
-            for bound in (*BUCKETS, float("inf")):
-                text = "+Inf" if bound == float("inf") else f"{bound:g}"
-                self.values[f'backend_seconds_bucket{{{label},le="{text}"}}'] += seconds <= bound
+            for bound in BUCKETS:
+                counted = seconds <= float(bound)
+                self.values[f'backend_seconds_bucket{{{label},le="{bound}"}}'] += counted
             self.values[f"backend_seconds_count{{{label}}}"] += 1
             self.values[f"backend_seconds_sum{{{label}}}"] += seconds
 
@@ -1539,14 +1591,13 @@ class Counters:
             values = {**self.values, **gauges}
         lines = []
         for family, (kind, text) in FAMILIES.items():
-            lines += [
-                f"# HELP quota_milter_{family} {text}",
-                f"# TYPE quota_milter_{family} {kind}",
-            ]
-            suffixes = "_bucket|_sum|_count" if kind == "histogram" else ""
-            pattern = re.compile(rf"{family}(?:{suffixes})(?:\{{.*)?")
-            lines += [f"quota_milter_{n} {+v}" for n, v in values.items() if pattern.fullmatch(n)]
-        return "".join(line + "\n" for line in lines)
+            lines.append(f"# HELP quota_milter_{family} {text}")
+            lines.append(f"# TYPE quota_milter_{family} {kind}")
+            names = [family + suffix for suffix in ("", "_bucket", "_count", "_sum")]
+            for sample, value in values.items():
+                if sample.partition("{")[0] in names:
+                    lines.append(f"quota_milter_{sample} {+value}")
+        return "\n".join(lines) + "\n"
 
 
 def label_of(backend: str) -> str:
@@ -1643,27 +1694,15 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
 # ---- Options: one table of them, in README's order ----
 
 
-def parse_backend(text: str) -> tuple[list[Optional[str]], str]:
-    """Read `[DOMAIN[,DOMAIN...]=]URL`. Raises ArgumentTypeError, which shows no password."""
-    match = re.fullmatch(r"(?:([^/:?#=\s]+)=)?(https?://[!-~]+)", text, re.IGNORECASE)
-    if not match:
-        raise argparse.ArgumentTypeError("is not [DOMAIN[,DOMAIN...]=]http[s]://HOST[:PORT]/PATH")
-    try:
-        parts = urllib.parse.urlsplit(match[2])
-        good = bool(parts.hostname) and parts.port != 0 and not parts.fragment
-    except ValueError:
-        good = False
-    if not good:
-        hint = ""
-        if "@" in match[2]:
-            hint = "; in a password @ : / ? # % are written %40 %3A %2F %3F %23 %25"
-        raise argparse.ArgumentTypeError(f"has no host, a # or no port from 1 to 65535{hint}")
-    if not match[1]:
-        return [None], match[2]
-    domains = [lower(domain.strip()).rstrip(".") for domain in match[1].split(",")]
-    if "" in domains:
-        raise argparse.ArgumentTypeError("has an empty domain")
-    return list(dict.fromkeys(domains)), match[2]
+def matching(pattern: str, what: str) -> Callable[[str], str]:
+    """Make a reader of a text that a pattern fits. It raises ArgumentTypeError."""
+
+    def read(text: str) -> str:
+        if re.fullmatch(pattern, text):
+            return text
+        raise argparse.ArgumentTypeError("is not " + what)
+
+    return read
 
 
 def number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
@@ -1678,17 +1717,6 @@ def number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[s
     return read
 
 
-def one_of(*words: str) -> Callable[[str], str]:
-    """Make a reader of one of some words. It raises ArgumentTypeError."""
-
-    def read(text: str) -> str:
-        if text not in words:
-            raise argparse.ArgumentTypeError("is not " + " or ".join(words))
-        return text
-
-    return read
-
-
 def listen_socket(text: str) -> str:
     """Check libmilter's syntax of a socket. Raises ArgumentTypeError."""
     match = re.fullmatch(r"inet6?:([0-9]{1,5})(?:@[^@\s]+)?|(?:unix|local):/.+", text)
@@ -1697,26 +1725,26 @@ def listen_socket(text: str) -> str:
     return text
 
 
-def delimiter_characters(text: str) -> str:
-    """Check the characters that may begin an address' detail. Raises ArgumentTypeError."""
-    if re.search(r"""[^!-~]|[0-9A-Za-z@"\\]""", text):
-        raise argparse.ArgumentTypeError('has more than ASCII punctuation, or one of @ " \\')
-    return text
-
-
-def trust(file: str) -> ssl.SSLContext:
-    """Read the certificates to trust. Raises ArgumentTypeError."""
+def parse_backend(text: str) -> tuple[list[Optional[str]], str]:
+    """Read `[DOMAIN[,DOMAIN...]=]URL`. Raises ArgumentTypeError, which shows no password."""
+    match = re.fullmatch(r"(?:([^/:?#=\s]+)=)?(https?://[!-~]+)", text, re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError("is not [DOMAIN[,DOMAIN...]=]http[s]://HOST[:PORT]/PATH")
     try:
-        return ssl.create_default_context(cafile=file)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot be used: {error}") from None
-
-
-def exempt(text: str) -> str:
-    """Check `user` or `user@domain`. Raises ArgumentTypeError."""
-    if not text.partition("@")[0]:
-        raise argparse.ArgumentTypeError("is neither user nor user@domain")
-    return text
+        parts = urllib.parse.urlsplit(match[2])
+        good = bool(parts.hostname) and parts.port != 0 and not parts.fragment
+    except ValueError:
+        good = False
+    if not good:
+        hint = "; in a password @ : / ? # % are written %40 %3A %2F %3F %23 %25"
+        hint = hint if "@" in match[2] else ""
+        raise argparse.ArgumentTypeError(f"has no host, a # or no port from 1 to 65535{hint}")
+    if not match[1]:
+        return [None], match[2]
+    domains = [lower(domain.strip()).rstrip(".") for domain in match[1].split(",")]
+    if "" in domains:
+        raise argparse.ArgumentTypeError("has an empty domain")
+    return list(dict.fromkeys(domains)), match[2]
 
 
 def alias_source(text: str) -> AliasSource:
@@ -1730,68 +1758,55 @@ def alias_source(text: str) -> AliasSource:
         raise argparse.ArgumentTypeError(f"{text} cannot be read: {reason}") from None
 
 
+def trust(file: str) -> ssl.SSLContext:
+    """Read the certificates to trust. Raises ArgumentTypeError."""
+    try:
+        return ssl.create_default_context(cafile=file)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot be used: {error}") from None
+
+
 class Option(NamedTuple):
     """An option of the command line; a flag where nothing stands for its value."""
 
     name: str
     metavar: str
     read: Callable[[str], Any]  # raises ArgumentTypeError
-    default: Any
+    default: Any  # a list: the option may be repeated
     text: str
-    may_repeat: bool = False
-    nargs: Optional[str] = None
 
 
 SECONDS = number(float, 0, DAY)
+COUNT = number(int, 1, 9999)
+DELIMITERS = matching(r"""[!#-/:-?\[\]-`{-~]*""", 'ASCII punctuation other than @ " \\')
+ERROR_WORDS = matching("accept|tempfail", "accept or tempfail")
+EXEMPT = matching("[^@].*", "user or user@domain")
 OPTIONS = [
     Option(
-        *("listen", "SOCKET", listen_socket, "inet:8894@127.0.0.1"),
-        "inet:PORT@HOST, inet6:PORT@HOST or unix:/PATH",
+        "listen", "SOCKET", listen_socket, "inet:8894@127.0.0.1", "inet:PORT@HOST or unix:/PATH"
     ),
-    Option(
-        *("backend", "[DOMAIN[,DOMAIN...]=]URL", parse_backend, None),
-        f"URL to ask ({DEFAULT_BACKEND}); several of a domain are asked in order",
-        may_repeat=True,
-    ),
+    Option("backend", "[DOMAIN[,DOMAIN...]=]URL", parse_backend, [], f"to ask ({DEFAULT_BACKEND})"),
     Option("timeout", "SECONDS", number(float, 0.01, DAY), 5, "whole budget of a question"),
     Option("retry-after", "SECONDS", SECONDS, 10, "how long a backend that failed is not asked"),
-    Option("max-queries", "N", number(int, 1, 9999), 16, "questions to one backend at a time"),
+    Option("max-queries", "N", COUNT, 16, "questions to one backend at a time"),
     Option("cache-ttl", "SECONDS", SECONDS, 60, "how long an answer is used again; 0: never"),
-    Option(
-        *("on-error", "accept|tempfail", one_of("accept", "tempfail"), "accept"),
-        "a recipient whose backend gives a fault",
-    ),
+    Option("on-error", "accept|tempfail", ERROR_WORDS, "accept", "where a backend gives a fault"),
     Option("overquota-reply", "REPLY", Reply.parse, OVERQUOTA, "for a full mailbox"),
     Option("toolarge-reply", "REPLY", Reply.parse, TOOLARGE, "for what the quota cannot hold"),
     Option("unknown-reply", "REPLY", Reply.parse, None, "for UNKNOWN (let through)"),
     Option("ignore-size", "", bool, False, "sizes do not matter, only the status does"),
     Option("in-flight", "SECONDS", SECONDS, 60, "how long mail is under way; 0: not at all"),
-    Option("frontends", "N", number(int, 1, 9999), 1, "frontends that share the mail"),
+    Option("frontends", "N", COUNT, 1, "frontends that share the mail"),
     Option("inactive-after", "DAYS", number(float, 0, 36500), 0, "a full mailbox is dead; 0: off"),
     Option("inactive-reply", "REPLY", Reply.parse, INACTIVE, "for a dead mailbox"),
-    Option(
-        *("recipient-delimiter", "CHARS", delimiter_characters, "+"),
-        "john+lists is asked about as john; empty: off",
-    ),
+    Option("recipient-delimiter", "CHARS", DELIMITERS, "+", "john+lists is john; empty: off"),
     Option("case-sensitive", "", bool, False, "do not fold the user to lower case"),
-    Option(
-        *("exempt", "ADDRESS", exempt, None),
-        "user or user@domain that is never asked about",
-        may_repeat=True,
-    ),
-    Option(
-        *("aliases", "FILE|TYPE:NAME", alias_source, None),
-        "as in aliases(5) or virtual(5), or a Postfix table",
-        may_repeat=True,
-    ),
+    Option("exempt", "ADDRESS", EXEMPT, [], "user or user@domain that is never asked about"),
+    Option("aliases", "FILE|TYPE:NAME", alias_source, [], "an alias file, or a Postfix table"),
     Option("cafile", "FILE", trust, None, "certificates to trust for https (the system's)"),
     Option("dry-run", "", bool, False, "log what would be answered, let everything through"),
-    Option(
-        *("check", "ADDRESS", str, None),
-        "ask now, print the verdicts and exit; without an address: check the options",
-        nargs="*",
-    ),
-    Option("metrics", "FILE", str, None, "counters in Prometheus' text format, every 15 seconds"),
+    Option("check", "[ADDRESS...]", str, None, "ask now, print the verdicts, exit"),
+    Option("metrics", "FILE", str, None, "counters for Prometheus, every 15 seconds"),
     Option("syslog", "", bool, False, "log to syslog, facility mail, not to standard error"),
     Option("verbose", "", bool, False, "log a line for every recipient"),
 ]
@@ -1818,16 +1833,15 @@ def option_parser() -> OptionParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for option in OPTIONS:
-        arguments: dict[str, Any] = {"help": option.text, "action": "store_true"}
-        if option.metavar:
-            arguments.update(metavar=option.metavar, type=option.read, action="store")
-            arguments["default"] = [] if option.may_repeat else option.default
-            arguments["action"] = "append" if option.may_repeat else "store"
-            arguments["nargs"] = option.nargs
-            if option.default is not None:
-                arguments["help"] += " (%(default)s)"
-        parser.add_argument("--" + option.name, **arguments)
+    for name, metavar, read, default, text in OPTIONS:
+        arguments: dict[str, Any] = {"action": "store_true"}
+        if metavar:
+            arguments = {"type": read, "metavar": metavar, "default": default}
+            arguments["action"] = "append" if default == [] else "store"
+            text += " (%(default)s)" if default or default == 0 else ""
+        if name == "check":
+            arguments.update(nargs="*", metavar="ADDRESS")
+        parser.add_argument("--" + name, help=text, **arguments)
     parser.add_argument("--version", action="version", version="quota_milter " + VERSION)
     return parser
 
@@ -1867,7 +1881,7 @@ def option_lines(
         if depth > 9:
             raise BadOptions(f"{where}argument {word}: the file reads itself")
         try:
-            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            with open_regular(path) as file:
                 lines = file.read().splitlines()
         except (OSError, ValueError) as error:
             raise BadOptions(f"{where}argument {word}: cannot be read: {error}") from None
@@ -1903,7 +1917,94 @@ def check(policy: Policy, addresses: list[str]) -> int:
     return status
 
 
-# ---- Process: log, socket, start, reload, signals and stop ----
+# ---- Service: what lives from start to end, and what a reload replaces ----
+
+
+class Service:
+    """Holds the policy in force, and looks after all that is due every second."""
+
+    def __init__(self, arguments: Sequence[str], options: argparse.Namespace) -> None:
+        self.arguments, self.options = arguments, options
+        self.counters, self.ledger = Counters(), Ledger()
+        self.ledger.configure(options)
+        self.policy = Policy(options, self.ledger, self.counters)
+        self.retired: list[Backend] = []  # out of use, with questions under way
+        self.wants_reload = threading.Event()
+        self.metrics_due = 0.0  # on the monotonic clock
+        self.metrics_fail = False
+
+    def keep_house(self) -> None:
+        """Do what is due every second, for ever, and what a HUP asks for."""
+        while True:
+            wants_reload = self.wants_reload.wait(TICK)
+            try:
+                if wants_reload:
+                    self.wants_reload.clear()  # a HUP from here on means another reload
+                    self.reload()
+                self.tidy()
+            except Exception as error:  # mail goes on, whatever it was
+                log.error("state=failed reason=%s", printable(repr(error)))
+
+    def reload(self) -> None:
+        """Forget the answers and take the options and aliases anew; bad ones change nothing."""
+        before = self.policy
+        try:
+            options = read_options(self.arguments)
+            policy = Policy(options, self.ledger, self.counters, before)
+        except (BadOptions, OSError, ValueError, SystemExit) as error:
+            log.error("state=kept reason=%s", printable(error))
+            self.ledger.configure(self.options)
+            return
+        self.ledger.configure(options)
+        self.options, self.policy = options, policy
+        in_use = policy.backends.values()
+        self.retired += [backend for backend in before.backends.values() if backend not in in_use]
+        log.info("state=reloaded")
+
+    def tidy(self) -> None:
+        """Look after questions and alias files, and write the metrics."""
+        self.policy.tidy()
+        for backend in self.retired:
+            backend.tidy()
+        self.retired = [backend for backend in self.retired if backend.questions]
+        if time.monotonic() >= self.metrics_due:
+            self.metrics_due = time.monotonic() + METRICS_EVERY
+            self.write_metrics()
+        else:
+            self.ledger.tidy()
+
+    def write_metrics(self) -> None:
+        """Write the metrics; log once where that fails, and once where it works again."""
+        answers, messages, size = self.ledger.tidy()
+        if not self.options.metrics:
+            return
+        gauges = {"in_flight_messages": messages, "in_flight_bytes": size}
+        gauges["remembered_answers"] = answers
+        for backend in self.policy.backends.values():
+            gauges[f"backend_up{{{label_of(backend.name)}}}"] = not backend.breaker.is_open
+        reason = ""
+        try:
+            write_whole(self.options.metrics, self.counters.render(gauges))
+        except OSError as error:
+            reason = printable(error)
+        if reason and not self.metrics_fail:
+            log.error("metrics=%s state=failed reason=%s", self.options.metrics, reason)
+        elif self.metrics_fail and not reason:
+            log.info("metrics=%s state=written", self.options.metrics)
+        self.metrics_fail = bool(reason)
+
+    def end(self) -> None:
+        """Let the questions under way have their answers, for a moment, and tell the figures."""
+        latest = time.monotonic() + LAST_QUESTIONS
+        backends = self.policy.backends.values()
+        while any(backend.questions for backend in backends) and time.monotonic() < latest:
+            time.sleep(0.02)
+        Table.end()
+        self.write_metrics()
+        self.counters.log_line()
+
+
+# ---- Process: log, socket, signals, start and stop ----
 
 
 @contextlib.contextmanager
@@ -1923,91 +2024,11 @@ def log_to(syslog: bool) -> Iterator[None]:
     log.addHandler(logging.handlers.QueueHandler(lines))
     log.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a line that cannot be written is lost, nothing else
-
-    def end() -> None:
-        with contextlib.suppress(queue.Full):  # nobody reads the log, not even its end
-            listener.stop()
-
     try:
         yield
-    finally:  # a full pipe that nobody reads must not hold up the end
-        stopper = threading.Thread(target=end, daemon=True)
-        stopper.start()
-        stopper.join(STOPPING)
-
-
-class Service:
-    """What lives from start to end, and what a reload replaces: the policy in force."""
-
-    def __init__(self, arguments: Sequence[str], options: argparse.Namespace) -> None:
-        self.arguments, self.options = arguments, options
-        self.counters, self.ledger = Counters(), Ledger()
-        self.ledger.configure(options)
-        self.policy = Policy(options, self.ledger, self.counters)
-        self.retired: list[tuple[float, Policy]] = []  # until when a session may use it
-        self.wants_reload = threading.Event()
-        self.metrics_due = 0.0  # on the monotonic clock
-        self.metrics_fail = False
-
-    def keep_house(self) -> None:
-        """Do what is due every second, for ever, and what a HUP asks for."""
-        while True:
-            wants_reload = self.wants_reload.wait(TICK)
-            try:
-                if wants_reload:
-                    self.wants_reload.clear()  # a HUP from here on means another reload
-                    self.reload()
-                self.tidy()
-            except Exception as error:  # mail goes on, whatever it was
-                log.error("state=failed reason=%s", printable(repr(error)))
-
-    def reload(self) -> None:
-        """Forget the answers and take the options and aliases anew; bad ones change nothing."""
-        options = self.options
-        try:
-            options = read_options(self.arguments)
-            policy = Policy(options, self.ledger, self.counters)
-        except (BadOptions, OSError, ValueError, SystemExit) as error:
-            log.error("state=kept reason=%s", printable(error))
-            self.ledger.configure(self.options)
-            return
-        self.ledger.configure(options)
-        self.retired.append((time.monotonic() + self.policy.timeout, self.policy))
-        self.options, self.policy = options, policy
-        log.info("state=reloaded")
-
-    def tidy(self) -> None:
-        """Look after questions and alias files, and write the metrics."""
-        self.policy.tidy()
-        for until, policy in list(self.retired):
-            policy.end_overdue()
-            has_questions = any(backend.questions for backend in policy.backends.values())
-            if time.monotonic() > until and not has_questions:
-                policy.close()
-                self.retired.remove((until, policy))
-        self.ledger.tidy()
-        if time.monotonic() >= self.metrics_due:
-            self.metrics_due = time.monotonic() + METRICS_EVERY
-            self.write_metrics()
-
-    def write_metrics(self) -> None:
-        """Write the metrics; log once where that fails, and once where it works again."""
-        if self.options.metrics:
-            answers, messages, size = self.ledger.tidy()
-            gauges = {"in_flight_messages": messages, "in_flight_bytes": size}
-            gauges["remembered_answers"] = answers
-            for backend in self.policy.backends.values():
-                gauges[f"backend_up{{{label_of(backend.name)}}}"] = not backend.breaker.is_open
-            reason = ""
-            try:
-                write_whole(self.options.metrics, self.counters.render(gauges))
-            except OSError as error:
-                reason = printable(error)
-            if reason and not self.metrics_fail:
-                log.error("metrics=%s state=failed reason=%s", self.options.metrics, reason)
-            elif self.metrics_fail and not reason:
-                log.info("metrics=%s state=written", self.options.metrics)
-            self.metrics_fail = bool(reason)
+    finally:
+        with contextlib.suppress(queue.Full):  # nobody reads the log, not even its end
+            listener.stop()
 
 
 def socket_address(where: str) -> tuple[int, Any]:
@@ -2023,18 +2044,12 @@ def socket_address(where: str) -> tuple[int, Any]:
 def claim(where: str) -> None:
     """See that a socket can be listened on, and remove a stale one. Raises OSError."""
     family, address = socket_address(where)
-    if family == socket.AF_UNIX:
-        with socket.socket(family) as probe:
-            probe.settimeout(1)
-            try:
-                probe.connect(address)
-                raise OSError("somebody answers there")
-            except FileNotFoundError:
-                pass
-            except ConnectionRefusedError:
-                if not stat.S_ISSOCK(os.stat(address).st_mode):
-                    raise OSError("it is a file, not a socket") from None
-                os.unlink(address)
+    if family == socket.AF_UNIX and os.path.lexists(address):
+        if listener_at(address):
+            raise OSError("somebody answers there")
+        if not stat.S_ISSOCK(os.stat(address).st_mode):
+            raise OSError("it is a file, not a socket")
+        os.unlink(address)
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(address)
@@ -2042,82 +2057,102 @@ def claim(where: str) -> None:
         os.unlink(address)
 
 
-def start_libmilter(service: Service, where: str) -> threading.Thread:
-    """Start libmilter, in a thread: it blocks the signals where it runs."""
-    Milter.factory = lambda: QuotaMilter(service)
-    Milter.set_exception_policy(Milter.CONTINUE)  # a fault of ours refuses nothing
-    arguments = ("quota_milter", where, 0, False)
-    thread = threading.Thread(target=Milter.runmilter, args=arguments, daemon=True)
-    thread.start()
-    return thread
+def listener_at(path: str) -> int:
+    """Return the id of the process that listens at a unix socket, 0 for none. Raises OSError."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return 0
+        ids = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return int(struct.unpack("3i", ids)[0])
 
 
-def stop_libmilter(thread: threading.Thread, where: str) -> None:
-    """Make libmilter stop, which it does only when somebody connects or five seconds have gone."""
-
-    def knock() -> None:
-        family, address = socket_address(where)
-        with contextlib.suppress(OSError), socket.socket(family) as client:
-            client.connect(address)
-
-    threading.Timer(0.1, knock).start()
-    Milter.stop()
-    thread.join(STOPPING)
+def release(where: str) -> None:
+    """Remove our unix socket, but not one that a successor has made."""
+    family, address = socket_address(where)
     with contextlib.suppress(OSError):
-        claim(where)  # which removes our unix socket, but not one that a successor has made
+        if family == socket.AF_UNIX and listener_at(address) == os.getpid():
+            os.unlink(address)
 
 
-def catch_signals() -> int:
-    """Return a pipe from which the numbers of the signals can be read that the program takes.
+class LibMilter:
+    """libmilter, in a thread: it blocks the signals where it runs."""
+
+    def __init__(self, service: Service, where: str) -> None:
+        self.has_stopped = False  # because a signal told it to
+        self.where = where
+        Milter.factory = lambda: QuotaMilter(service)
+        Milter.set_exception_policy(Milter.CONTINUE)  # a fault of ours refuses nothing
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        """Serve until a signal comes. Raises milter.error where it cannot listen."""
+        Milter.runmilter("quota_milter", self.where, 0, False)
+        self.has_stopped = True
+
+
+def catch_signals(service: Service) -> tuple[int, set[int]]:
+    """Catch HUP, TERM and INT in a set, and make a pipe readable then; let USR1 log the counters.
 
     libmilter ends at HUP, TERM and INT, for which a thread of its own waits. The kernel prefers
     the main thread, but not while a signal is on its way there, and then takes any other thread
     that lets it in, the oldest first. So some idle threads, older than libmilter's, let it in.
     """
+    caught: set[int] = set()
     reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    for end in reader, writer:
+        os.set_blocking(end, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1:
-        signal.signal(number, lambda number, frame: None)
-    for _ in range(8):
+    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
+        signal.signal(number, lambda number, frame: caught.add(number))
+
+    def log_counters() -> None:
+        while signal.sigwait({signal.SIGUSR1}):
+            service.counters.log_line()
+
+    threading.Thread(target=log_counters, daemon=True).start()
+    for _ in range(IDLE_THREADS):
         threading.Thread(target=threading.Event().wait, daemon=True).start()
-    return reader
+    return reader, caught
 
 
 def serve(service: Service, where: str) -> int:
     """Serve the MTA at a socket until TERM or INT; return the exit status. Raises OSError.
 
-    AGAIN means that libmilter ended by itself: a HUP has reached it after all.
+    AGAIN means that a HUP has reached libmilter after all.
     """
     claim(where)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # libmilter spins when it has none
-    signals, begin, numbers = catch_signals(), time.monotonic(), b""
-    thread = start_libmilter(service, where)
+    reader, caught = catch_signals(service)
+    libmilter = LibMilter(service, where)
     threading.Thread(target=service.keep_house, daemon=True).start()
     log.info("listen=%s state=started version=%s", where, VERSION)
-    while thread.is_alive() and not {signal.SIGTERM, signal.SIGINT} & set(numbers):
-        numbers = os.read(signals, 4096) if select.select([signals], [], [], TICK)[0] else b""
-        if signal.SIGHUP in numbers:
+    while libmilter.thread.is_alive() and not caught & {signal.SIGTERM, signal.SIGINT}:
+        if select.select([reader], [], [], TICK)[0]:
+            os.read(reader, 1 << 16)
+        if signal.SIGHUP in caught:
+            caught.discard(signal.SIGHUP)
             service.wants_reload.set()
-        if signal.SIGUSR1 in numbers:
-            service.counters.log_line()
-    ended_by_itself = not thread.is_alive()
-    stop_libmilter(thread, where)
-    service.write_metrics()
-    service.policy.close()
-    service.counters.log_line()
+    # Whatever hangs now, a log that nobody reads or a disk: the end comes in time.
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+    signal.setitimer(signal.ITIMER_REAL, STOPPING)
+    service.end()
+    release(where)
     log.info("listen=%s state=stopped", where)
-    if ended_by_itself and time.monotonic() - begin > TICK:
-        return AGAIN
-    return int(ended_by_itself)
+    if libmilter.thread.is_alive():
+        return 0
+    return AGAIN if libmilter.has_stopped else 1
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program and return its exit status."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it serves: no traceback
-    for number in signal.SIGHUP, signal.SIGUSR1:  # their default would end it before it serves
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it serves: no end
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # in all threads but one
     arguments = sys.argv[1:] if argv is None else argv
     option = ""
     try:
@@ -2141,8 +2176,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 if __name__ == "__main__":
     status = main()
     if status == AGAIN:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the new start inherits
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         os.execv(sys.executable, [sys.executable, *sys.argv])
     with contextlib.suppress(BrokenPipeError):
