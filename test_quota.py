@@ -1918,6 +1918,33 @@ def test_the_end_of_the_milter_is_the_end_of_its_postmaps(
         session.socket.close()
 
 
+def test_no_postmap_is_left_where_names_wait_for_a_turn_or_a_hup_has_come(
+    aliased: AliasedMilter, table_server: TableServer
+) -> None:
+    table_server.answers[b"*"] = table_server.hang
+    table = f"tcp:127.0.0.1:{table_server.port}"
+    running = aliased.start(table, options=("--timeout", "60"))
+    sessions = [running.session() for _ in range(24)]
+    for number, session in enumerate(sessions):
+        session.mail()
+        session.send(b"R", b"<user%d@example.com>\0" % number)
+        if number == 12:
+            reload(running)
+    wait_for(lambda: table_server.most > 1 and len(aliased.children()) > 1, "the questions")
+    time.sleep(0.5)
+    children = aliased.children()
+    assert 1 < len(children) < 12, "a reload does not multiply the cap"
+    assert running.process.stop() == 0
+
+    def left() -> list[str]:
+        done = subprocess.run(["ps", "-eo", "args"], stdout=subprocess.PIPE, text=True, check=True)
+        return [line for line in done.stdout.splitlines() if line.endswith(f"-q - {table}")]
+
+    wait_for(lambda: not left(), "the end of all, also of those that were started last")
+    for session in sessions:
+        session.socket.close()
+
+
 def test_postfix_itself_leads_a_recipient_to_the_same_mailbox(folder: pathlib.Path) -> None:
     need_root()
     table = indexed_table("hash", folder / "table", TABLE_ROWS)
@@ -4257,6 +4284,29 @@ def test_no_answer_on_a_kept_connection_counts_for_another_mailbox(
     assert connections in (None, backend.connections)
 
 
+def test_an_answer_about_a_user_never_counts_for_one_of_that_name_in_another_domain(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    """A backend answers twice, the second time when the next question may have come."""
+
+    def send(connection: socket.socket) -> bytes:
+        full = b"d=full.org" in backend.asked[-1]
+        line = kept(b"OVERQUOTA john 101 100\n" if full else b"OK john 1 100\n")
+        connection.sendall(line)
+        time.sleep(0.03)
+        return line
+
+    backend.answers[b"john"] = send
+    running = milter(backend, *UNCACHED, "--max-queries", "1", *TEMPFAIL)
+    with running.session() as session:
+        session.mail()
+        for _ in range(30):
+            assert session.rcpt("<john@full.org>").startswith("452")
+            assert session.rcpt("<john@free.org>") == ""
+            assert session.rcpt("<john@free.org>") == ""
+    assert max(backend.connections) > 1, "within a domain they are kept"
+
+
 def test_a_connection_is_kept_after_a_complete_200_alone(
     backend: Backend, milter: Callable[..., RunningMilter]
 ) -> None:
@@ -4622,6 +4672,15 @@ STORIES: dict[str, dict[str, list[str]]] = {
             "mail 67_000 -> taken",
             "mail 5_000 -> over quota at",
         ],
+        "faults: what was taken since counts for as long as the answer does": [
+            "john has 0",
+            "mail 30_000 -> taken",
+            "john fails",
+            "mail 40_000 -> taken",
+            "hup",
+            "john has 0",
+            "mail 29_001 -> over quota at the end",
+        ],
         "grace that is none": [
             *[
                 step
@@ -4648,6 +4707,30 @@ STORIES: dict[str, dict[str, list[str]]] = {
             "hup",
             "wait 1.2",
             "mail 100_000 -> taken",
+        ],
+    },
+    "--in-flight 1 --cache-ttl 0": {
+        "while a backend fails, its last answer has counted all that was taken since": [
+            "john has 0",
+            "mail 60_000 -> taken",
+            "john fails",
+            "wait 1.2",
+            "mail 60_000 -> over quota at the end",
+            "mail 38_000 -> taken",
+            "wait 1.2",
+            "mail 0 -> over quota at RCPT",
+            "john has 20_000",
+            "mail 80_000 -> taken",
+        ],
+    },
+    "--in-flight 1 --cache-ttl 600": {
+        "a remembered answer does not outlive what was taken since": [
+            "john has 0",
+            "mail 60_000 -> taken",
+            "john has 61_000",
+            "wait 1.2",
+            "mail 39_001 -> over quota at the end",
+            "mail 38_000 -> taken",
         ],
     },
     "--in-flight 3": {
@@ -4872,6 +4955,23 @@ def test_a_newer_answer_counts_at_the_end_of_the_data(
             first.data()
             first.body(50_000)
             assert first.end().startswith("452"), now
+
+
+def test_what_was_taken_counts_at_the_end_of_a_message_that_a_hup_interrupts(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.default = answer_with(f"OK x 0 {LIMIT}")
+    running = milter(backend, "--in-flight", "1")
+    with running.session() as slow, running.session() as quick:
+        slow.mail()
+        assert slow.rcpt("<john@example.com>") == ""
+        assert quick.message("john", 40_000) == ""
+        reload(running)
+        assert quick.message("mary", 40_000) == ""
+        time.sleep(1.2)  # what was taken has arrived, and nobody has asked since
+        slow.data()
+        slow.body(60_000)
+        assert slow.end().startswith("452 4.2.2 Quota exceeded for john@example.com")
 
 
 @pytest.mark.parametrize("ttl", ["60", "0"])
@@ -5663,6 +5763,41 @@ def test_a_bad_option_file_changes_nothing_and_is_logged(
     assert running.process.stop() == 0 and "Traceback" not in running.process.output()
 
 
+def test_a_file_that_would_keep_the_reader_waiting_does_not_hold_up_a_reload(
+    reloading: tuple[RunningMilter, pathlib.Path, str], tmp_path: pathlib.Path
+) -> None:
+    running, file, base = reloading
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for text in f"@{pipe}", f"--aliases {pipe}":
+        file.write_text(f"{base}{text}\n")
+        assert str(pipe) in reload(running)
+    file.unlink()
+    os.mkfifo(file)
+    assert str(file) in reload(running)
+    assert run_milter(f"@{pipe}", "--check")[0] == 2
+    assert running.rcpt("<full@example.com>").startswith("452")
+
+
+def test_hups_while_a_mailbox_hangs_multiply_neither_questions_nor_aliases(
+    backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
+) -> None:
+    aliases = tmp_path / "aliases"
+    aliases.write_text("".join(f"user{n}@example.com box{n}@example.com\n" for n in range(200_000)))
+    backend.default = hang
+    running = milter(backend, "--aliases", aliases, "--max-queries", "2", "--timeout", "0.5")
+    running.rcpt("<user1@example.com>")
+    memory: list[int] = []
+    for number in range(8):
+        reload(running)
+        for more in range(3):
+            running.rcpt(f"<hangs{number}-{more}@example.com>")
+        memory.append(figure_of(running, "VmRSS"))
+    assert backend.most <= 2
+    assert memory[-1] < 1.3 * memory[1], "two sets of aliases at the most"
+    assert figure_of(running, "Threads") < 60
+
+
 def test_check_without_an_address_says_whether_the_options_are_good(
     backend: Backend, tmp_path: pathlib.Path
 ) -> None:
@@ -5964,7 +6099,9 @@ def test_where_no_thread_can_be_started_nobody_passes_unchecked(
         limit(10_000)
         for user in "john", "mary":
             assert session.rcpt(f"<{user}@example.com>").startswith("452")
-    assert process.stop() == 0
+        limit(figure_of(running, "Threads"))
+    begin = time.monotonic()
+    assert process.stop() == 0 and time.monotonic() - begin < 2 + SLACK / 2
 
 
 def test_garbage_on_the_milter_port_ends_that_session_alone(
@@ -6104,10 +6241,18 @@ def test_usr1_logs_the_counters_and_so_does_the_end(
 STORM = "import os, sys\nfor _ in range(200_000): os.kill(int(sys.argv[1]), 1)"
 
 
+@pytest.mark.parametrize("when", ["while it starts", "while it serves"])
 def test_a_storm_of_signals_does_not_end_it(
-    backend: Backend, milter: Callable[..., RunningMilter]
+    when: str, backend: Backend, start: Callable[..., Process]
 ) -> None:
-    running = milter(backend)
+    port = free_port()
+    options = "--listen", f"inet:{port}@127.0.0.1", "--backend", backend.url
+    running = RunningMilter(port, start(PYTHON, MILTER, *options))
+    if when == "while it serves":
+        running.log("state=started")
+    else:
+        caught = pathlib.Path(f"/proc/{running.process.popen.pid}/status")
+        wait_for(lambda: re.search(r"SigIgn:\s+\w+[13579bdf]\n", caught.read_text()), "HUP ignored")
     pid = str(running.process.popen.pid)
     storms = [subprocess.Popen([PYTHON, "-c", STORM, pid]) for _ in range(2)]
     for _ in range(20):
