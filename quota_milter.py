@@ -51,6 +51,7 @@ import collections
 import concurrent.futures
 import contextlib
 import email.utils
+import errno
 import functools
 import http.client
 import logging
@@ -65,7 +66,6 @@ import signal
 import socket
 import ssl
 import stat
-import struct
 import subprocess
 import sys
 import tempfile
@@ -223,7 +223,7 @@ class Reply(NamedTuple):
     text: str
 
     @classmethod
-    def parse(cls, template: str) -> Reply:
+    def from_template(cls, template: str) -> Reply:
         """Read `452 4.2.2 text`. Raises ArgumentTypeError."""
         pattern = r"([45][0-9]{2}) (([45])\.[0-9]{1,3}\.[0-9]{1,3}) ([ -~]{1,200})"
         match = re.fullmatch(pattern, template)
@@ -248,7 +248,7 @@ class Reply(NamedTuple):
         return self._replace(text=text[:REPLY_LENGTH])
 
 
-DEFERRED = Reply.parse(OVERQUOTA)
+DEFERRED = Reply.from_template(OVERQUOTA)
 CANNOT_CHECK = Reply("451", "4.3.0", "The mailbox of {address} cannot be checked, try again later")
 
 
@@ -263,7 +263,7 @@ class Answer(NamedTuple):
     name: bytes = b""  # of the mailbox, as the answer has it
 
     @classmethod
-    def parse(cls, line: bytes, is_whole: bool = True) -> Answer:
+    def from_line(cls, line: bytes, is_whole: bool = True) -> Answer:
         """Read `STATUS user used quota` (README, Protocol). Raises BadAnswer.
 
         Of a line that may be cut short the numbers are not known: of 209715200 there is perhaps
@@ -379,13 +379,13 @@ class Question:
         self.future: concurrent.futures.Future[Remembered]  # for all sessions that want to know
 
     def attach(self, sock: socket.socket) -> None:
-        """Note the connection. From here on `abort` bounds the time, not the socket."""
+        """Note the connection. From here on `hang_up` bounds the time, not the socket."""
         sock.settimeout(OVERDUE)
         self.socket = sock
         if self.aborted:  # between the connection and this line
-            self.abort(self.aborted)
+            self.hang_up(self.aborted)
 
-    def abort(self, why: str) -> None:
+    def hang_up(self, why: str) -> None:
         """Make it end now: whoever reads from its connection finds the end of file."""
         self.aborted = why
         if self.socket is not None:
@@ -449,7 +449,7 @@ class Client:
         self.lock = threading.Lock()
         self.idle: list[Idle] = []  # the latest at the end
 
-    def ask(self, question: Question) -> Answer:
+    def fetch(self, question: Question) -> Answer:
         """Send the question and read the answer. All that can go wrong raises Fault.
 
         Trouble on a kept connection says nothing of the server, which may have closed it in that
@@ -556,7 +556,7 @@ def read_answer(response: http.client.HTTPResponse) -> tuple[Answer, bool]:
         raise BadAnswer(f"status {response.status} {why or response.reason[:80]}{hint}")
     if not is_whole and (response.length or len(line) >= ANSWER_LENGTH):
         raise BadAnswer("the answer is cut short or too long")
-    answer = Answer.parse(line, is_whole)
+    answer = Answer.from_line(line, is_whole)
     grace = response.headers.get("Quota-Grace", "").strip().encode("ascii", "replace")
     changed = response.headers.get("Last-Modified", "")
     answer = answer._replace(grace=read_number(grace) or 0, changed=read_date(changed))
@@ -681,21 +681,21 @@ class Backend:
         if self.hung.get(question.mailbox, 0) > question.asked:
             raise Fault("this mailbox hung when it was last asked about")
         try:
-            question.future = self.pool.submit(self.run, question, may_be_elsewhere)
+            question.future = self.pool.submit(self.carry_out, question, may_be_elsewhere)
         except RuntimeError as error:  # the system's limit of threads
             raise Fault(f"no thread for a question: {error}") from None
         self.questions[question.mailbox, question.generation] = question
         self.breaker.begin_trial(question.asked)
         self.make_room(question.asked)
 
-    def run(self, question: Question, may_be_elsewhere: bool) -> Remembered:
+    def carry_out(self, question: Question, may_be_elsewhere: bool) -> Remembered:
         """Ask one question, in a thread of the pool, and learn from what comes. Raises Fault."""
         question.begun = time.monotonic()
         fault: Optional[Fault] = None
         try:
             if question.begun > question.deadline - question.seconds / 10:
                 raise Fault("there was no turn for it in time")
-            answer = self.client.ask(question)
+            answer = self.client.fetch(question)
             remembered = Remembered(answer, self.name)
             if answer.status != "UNKNOWN" or not may_be_elsewhere:
                 self.ledger.remember(question.mailbox, remembered, question.generation)
@@ -749,7 +749,7 @@ class Backend:
                 if now >= question.deadline or had_half and question.begun < self.last_answered:
                     hanging.append(question)
         for question in sorted(hanging, key=lambda question: question.deadline)[:waiting]:
-            question.abort("no answer, and others wait for a turn")
+            question.hang_up("no answer, and others wait for a turn")
             self.hung[question.mailbox] = now + self.breaker.retry_after
 
     def abandon_if_down(self) -> None:
@@ -757,16 +757,16 @@ class Backend:
         if self.breaker.is_open:
             for question in self.questions.values():
                 question.future.cancel()
-                question.abort(DOWN)
+                question.hang_up(DOWN)
             self.questions.clear()
 
-    def tidy(self) -> None:
+    def end_overdue(self) -> None:
         """End the questions for which nobody has waited for too long, and make room."""
         now = time.monotonic()
         with self.lock:
             for question in self.questions.values():
                 if now - question.deadline > OVERDUE:
-                    question.abort("no answer")
+                    question.hang_up("no answer")
             self.hung = {mailbox: until for mailbox, until in self.hung.items() if until > now}
             self.make_room(now)
         self.client.close_idle(IDLE)
@@ -894,7 +894,7 @@ class Ledger:
             flight.parts.append((time.monotonic() + self.in_flight, size))
             flight.size += size
 
-    def tidy(self) -> tuple[int, int, int]:
+    def drop_and_count(self) -> tuple[int, int, int]:
         """Drop what has arrived or is too old; count answers, and messages and bytes in flight."""
         now, messages, size = time.monotonic(), 0, 0
         with self.lock:
@@ -916,7 +916,7 @@ class Mailboxes:
     def __init__(self, backends: Sequence[Backend], ledger: Ledger) -> None:
         self.backends, self.ledger = backends, ledger
 
-    def find(self, mailbox: Mailbox, deadline: float) -> Finding:
+    def ask_about(self, mailbox: Mailbox, deadline: float) -> Finding:
         """Say what is known of a mailbox, from memory or by a question."""
         remembered = self.ledger.fresh(mailbox)
         if remembered:
@@ -1077,7 +1077,7 @@ class Table:
         self.results: dict[tuple[str, ...], tuple[float, dict[str, str]]] = {}  # oldest first
         self.under_way: dict[tuple[Any, ...], concurrent.futures.Future[dict[str, str]]] = {}
 
-    def configure(self, domains: Iterable[Optional[str]], cache_ttl: float) -> None:
+    def forget_results(self, domains: Iterable[Optional[str]], cache_ttl: float) -> None:
         """Take the options and forget the results."""
         with self.lock:
             self.domains, self.cache_ttl = frozenset(domains), cache_ttl
@@ -1109,10 +1109,10 @@ class Table:
         """Give what the table has for the names of an address. Raises Fault."""
         names = self.keys(address)
         keys = tuple(names)
-        found = self.ask(keys, deadline) if keys else {}
+        found = self.look_up(keys, deadline) if keys else {}
         return {names[key]: found[key] for key in reversed(keys) if key in found}
 
-    def ask(self, keys: tuple[str, ...], deadline: float) -> dict[str, str]:
+    def look_up(self, keys: tuple[str, ...], deadline: float) -> dict[str, str]:
         """Give what the table has for some keys, from memory or by a question. Raises Fault."""
         with self.lock:
             at, result = self.results.get(keys, (0.0, {}))
@@ -1186,7 +1186,7 @@ class Table:
         return dict(found)
 
     @classmethod
-    def end(cls) -> None:
+    def end_postmaps(cls) -> None:
         """End the postmaps of all tables: one that hangs would outlive the program."""
         cls.has_ended = True
         for process in list(cls.postmaps):
@@ -1199,8 +1199,8 @@ AliasSource = Union[AliasFile, Table]
 class Aliases:
     """Leads an address to its mailbox, as the mail server will when it has taken the mail."""
 
-    def __init__(self, sources: list[AliasSource], parse: Callable[[str], Address]) -> None:
-        self.sources, self.parse = sources, parse
+    def __init__(self, sources: list[AliasSource], parse_address: Callable[[str], Address]) -> None:
+        self.sources, self.parse_address = sources, parse_address
         self.has_tables = any(isinstance(source, Table) for source in sources)
 
     def resolve(self, address: Address, deadline: float) -> Optional[Address]:
@@ -1217,7 +1217,7 @@ class Aliases:
                 if not target:
                     return None
                 text = address.local + target[2] if target[2][0] == "@" else target[2]
-                following = self.parse(text)
+                following = self.parse_address(text)
                 if not following.domain:
                     following = following._replace(domain=address.domain)
                 if target[1]:
@@ -1316,7 +1316,7 @@ class Policy:
         self.timeout: float = options.timeout
         self.dry_run: bool = options.dry_run
         self.ignore_size: bool = options.ignore_size
-        self.parse = functools.partial(
+        self.parse_address = functools.partial(
             Address.parse,
             delimiters=options.recipient_delimiter,
             case_sensitive=options.case_sensitive,
@@ -1329,7 +1329,7 @@ class Policy:
             "fault": CANNOT_CHECK if options.on_error == "tempfail" else None,
         }
         exempt = ["postmaster", *options.exempt]
-        self.exempt = {self.parse(e).names()[0 if "@" in e else 2] for e in exempt}
+        self.exempt = {self.parse_address(e).names()[0 if "@" in e else 2] for e in exempt}
         self.backends: dict[tuple[Any, ...], Backend] = {}  # by URL and what bounds the questions
         self.mailboxes = self.map_domains(before.backends if before else {})
         tables = {table.name: table for table in before.tables()} if before else {}
@@ -1337,9 +1337,9 @@ class Policy:
             tables.get(source.name, source) if isinstance(source, Table) else source
             for source in options.aliases
         ]
-        self.aliases = Aliases(sources, self.parse)
+        self.aliases = Aliases(sources, self.parse_address)
         for table in self.tables():
-            table.configure(self.mailboxes, options.cache_ttl)
+            table.forget_results(self.mailboxes, options.cache_ttl)
         for file in self.alias_files():
             file.log_state()
         self.routes: dict[str, Route] = {}  # of the recipients who came last
@@ -1384,7 +1384,7 @@ class Policy:
 
     def find_route(self, recipient: str, deadline: float) -> Route:
         """Find the mailbox of a recipient and the backends that have it. Raises Fault."""
-        address = self.parse(recipient)
+        address = self.parse_address(recipient)
         if not address.local:
             return Route(address, None, None, "empty")
         if self.is_exempt(address):
@@ -1409,11 +1409,11 @@ class Policy:
         try:
             route = self.route(recipient, deadline)
         except Fault as fault:  # a table
-            route = Route(self.parse(recipient), None, None, "fault")
+            route = Route(self.parse_address(recipient), None, None, "fault")
             finding = Finding(fault=str(fault))
         address, target, mailboxes, verdict = route
         if target and mailboxes:
-            finding = mailboxes.find(target.mailbox, deadline)
+            finding = mailboxes.ask_about(target.mailbox, deadline)
             verdict = self.judge(target.mailbox, finding, message.size, message.copies(target))
         else:
             target = None
@@ -1510,10 +1510,10 @@ class Policy:
             level = logging.WARNING if fault else logging.INFO
             log.log(level, text, decision, step, message.size, in_flight, dry_run)
 
-    def tidy(self) -> None:
+    def look_after(self) -> None:
         """Do what is due every second: look after questions, read changed aliases."""
         for backend in self.backends.values():
-            backend.tidy()
+            backend.end_overdue()
         if [file for file in self.alias_files() if file.refresh()]:
             self.routes = {}
 
@@ -1791,14 +1791,16 @@ OPTIONS = [
     Option("max-queries", "N", COUNT, 16, "questions to one backend at a time"),
     Option("cache-ttl", "SECONDS", SECONDS, 60, "how long an answer is used again; 0: never"),
     Option("on-error", "accept|tempfail", ERROR_WORDS, "accept", "where a backend gives a fault"),
-    Option("overquota-reply", "REPLY", Reply.parse, OVERQUOTA, "for a full mailbox"),
-    Option("toolarge-reply", "REPLY", Reply.parse, TOOLARGE, "for what the quota cannot hold"),
-    Option("unknown-reply", "REPLY", Reply.parse, None, "for UNKNOWN (let through)"),
+    Option("overquota-reply", "REPLY", Reply.from_template, OVERQUOTA, "for a full mailbox"),
+    Option(
+        "toolarge-reply", "REPLY", Reply.from_template, TOOLARGE, "for what the quota cannot hold"
+    ),
+    Option("unknown-reply", "REPLY", Reply.from_template, None, "for UNKNOWN (let through)"),
     Option("ignore-size", "", bool, False, "sizes do not matter, only the status does"),
     Option("in-flight", "SECONDS", SECONDS, 60, "how long mail is under way; 0: not at all"),
     Option("frontends", "N", COUNT, 1, "frontends that share the mail"),
     Option("inactive-after", "DAYS", number(float, 0, 36500), 0, "a full mailbox is dead; 0: off"),
-    Option("inactive-reply", "REPLY", Reply.parse, INACTIVE, "for a dead mailbox"),
+    Option("inactive-reply", "REPLY", Reply.from_template, INACTIVE, "for a dead mailbox"),
     Option("recipient-delimiter", "CHARS", DELIMITERS, "+", "john+lists is john; empty: off"),
     Option("case-sensitive", "", bool, False, "do not fold the user to lower case"),
     Option("exempt", "ADDRESS", EXEMPT, [], "user or user@domain that is never asked about"),
@@ -1963,19 +1965,19 @@ class Service:
 
     def tidy(self) -> None:
         """Look after questions and alias files, and write the metrics."""
-        self.policy.tidy()
+        self.policy.look_after()
         for backend in self.retired:
-            backend.tidy()
+            backend.end_overdue()
         self.retired = [backend for backend in self.retired if backend.questions]
         if time.monotonic() >= self.metrics_due:
             self.metrics_due = time.monotonic() + METRICS_EVERY
             self.write_metrics()
         else:
-            self.ledger.tidy()
+            self.ledger.drop_and_count()
 
     def write_metrics(self) -> None:
         """Write the metrics; log once where that fails, and once where it works again."""
-        answers, messages, size = self.ledger.tidy()
+        answers, messages, size = self.ledger.drop_and_count()
         if not self.options.metrics:
             return
         gauges = {"in_flight_messages": messages, "in_flight_bytes": size}
@@ -1993,13 +1995,13 @@ class Service:
             log.info("metrics=%s state=written", self.options.metrics)
         self.metrics_fail = bool(reason)
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Let the questions under way have their answers, for a moment, and tell the figures."""
         latest = time.monotonic() + LAST_QUESTIONS
         backends = self.policy.backends.values()
         while any(backend.questions for backend in backends) and time.monotonic() < latest:
             time.sleep(0.02)
-        Table.end()
+        Table.end_postmaps()
         self.write_metrics()
         self.counters.log_line()
 
@@ -2044,54 +2046,19 @@ def socket_address(where: str) -> tuple[int, Any]:
 def claim(where: str) -> None:
     """See that a socket can be listened on, and remove a stale one. Raises OSError."""
     family, address = socket_address(where)
-    if family == socket.AF_UNIX and os.path.lexists(address):
-        if listener_at(address):
-            raise OSError("somebody answers there")
-        if not stat.S_ISSOCK(os.stat(address).st_mode):
-            raise OSError("it is a file, not a socket")
-        os.unlink(address)
+    with socket.socket(family) as probe:
+        if family == socket.AF_UNIX and os.path.lexists(address):
+            if not stat.S_ISSOCK(os.stat(address).st_mode):
+                raise OSError("it is no socket")
+            probe.settimeout(1)
+            if probe.connect_ex(address) != errno.ECONNREFUSED:
+                raise OSError("somebody answers there")
+            os.unlink(address)
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(address)
     if family == socket.AF_UNIX:
         os.unlink(address)
-
-
-def listener_at(path: str) -> int:
-    """Return the id of the process that listens at a unix socket, 0 for none. Raises OSError."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-        except (FileNotFoundError, ConnectionRefusedError):
-            return 0
-        ids = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        return int(struct.unpack("3i", ids)[0])
-
-
-def release(where: str) -> None:
-    """Remove our unix socket, but not one that a successor has made."""
-    family, address = socket_address(where)
-    with contextlib.suppress(OSError):
-        if family == socket.AF_UNIX and listener_at(address) == os.getpid():
-            os.unlink(address)
-
-
-class LibMilter:
-    """libmilter, in a thread: it blocks the signals where it runs."""
-
-    def __init__(self, service: Service, where: str) -> None:
-        self.has_stopped = False  # because a signal told it to
-        self.where = where
-        Milter.factory = lambda: QuotaMilter(service)
-        Milter.set_exception_policy(Milter.CONTINUE)  # a fault of ours refuses nothing
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    def run(self) -> None:
-        """Serve until a signal comes. Raises milter.error where it cannot listen."""
-        Milter.runmilter("quota_milter", self.where, 0, False)
-        self.has_stopped = True
 
 
 def catch_signals(service: Service) -> tuple[int, set[int]]:
@@ -2128,10 +2095,19 @@ def serve(service: Service, where: str) -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # libmilter spins when it has none
     reader, caught = catch_signals(service)
-    libmilter = LibMilter(service, where)
+    Milter.factory = lambda: QuotaMilter(service)
+    Milter.set_exception_policy(Milter.CONTINUE)  # a fault of ours refuses nothing
+    has_stopped = threading.Event()  # because a signal told it to, and not as it cannot listen
+
+    def run_libmilter() -> None:
+        Milter.runmilter("quota_milter", where, 0, False)
+        has_stopped.set()
+
+    libmilter = threading.Thread(target=run_libmilter, daemon=True)
+    libmilter.start()
     threading.Thread(target=service.keep_house, daemon=True).start()
     log.info("listen=%s state=started version=%s", where, VERSION)
-    while libmilter.thread.is_alive() and not caught & {signal.SIGTERM, signal.SIGINT}:
+    while libmilter.is_alive() and not caught & {signal.SIGTERM, signal.SIGINT}:
         if select.select([reader], [], [], TICK)[0]:
             os.read(reader, 1 << 16)
         if signal.SIGHUP in caught:
@@ -2140,12 +2116,13 @@ def serve(service: Service, where: str) -> int:
     # Whatever hangs now, a log that nobody reads or a disk: the end comes in time.
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
     signal.setitimer(signal.ITIMER_REAL, STOPPING)
-    service.end()
-    release(where)
+    service.finish()
+    family, address = socket_address(where)
+    if family == socket.AF_UNIX:
+        with contextlib.suppress(OSError):
+            os.unlink(address)
     log.info("listen=%s state=stopped", where)
-    if libmilter.thread.is_alive():
-        return 0
-    return AGAIN if libmilter.has_stopped else 1
+    return 0 if libmilter.is_alive() else AGAIN if has_stopped.is_set() else 1
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
