@@ -7167,7 +7167,7 @@ def test_postfix_asks_through_a_unix_socket_inside_its_chroot(site: Site) -> Non
     lighttpd(site)
     spool = {"/var/spool/postfix": site.folder / "spool"}
     with Postfix(site.folder, readme_block("/etc/postfix/main.cf")) as postfix:
-        run_block("Frontend: a folder for the unix socket", {**spool, "quota-milter": "daemon"})
+        run_block("Frontend: start", {**spool, "quota-milter": "daemon"})
         file = site.folder / "quota_milter.conf"
         url = {PLAIN_URL: site.url, "--syslog\n": ""}
         file.write_text(readme_block("/etc/quota_milter.conf", {**spool, **url}))
