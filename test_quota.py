@@ -7070,8 +7070,12 @@ def frontend() -> Iterator[Frontend]:
     need_root()
     with open_folder() as path:
         port = free_port()
-        own = {"192.0.2.26:8894": f"127.0.0.1:{port}"}
-        block = readme_block("/etc/postfix/main.cf, over the network", own)
+        own = {
+            "\nsmtpd_milters": "\n#smtpd_milters",
+            "\n#smtpd_milters = { inet": "\nsmtpd_milters = { inet",
+        }
+        own["192.0.2.26:8894"] = f"127.0.0.1:{port}"
+        block = readme_block("/etc/postfix/main.cf", own)
         with Postfix(path, block) as postfix:
             yield Frontend(postfix, port)
 
@@ -7428,10 +7432,10 @@ class Exim:
         path = f"PATH={program.parent}:$PATH"
         own: dict[str, Path] = {
             "/etc/exim4": self.etc,
-            "\nupdate-exim4.conf": f"\n{path} {update} -d {self.etc} -o {self.folder}/exim.conf",
-            "systemctl reload exim4": "",
+            " update-exim4.conf": f" {path} {update} -d {self.etc} -o {self.folder}/exim.conf",
+            " && systemctl reload exim4": "",
         }
-        commands = readme_block("Exim: use it", own)
+        commands = command_of(readme_block("/etc/exim4/quota_acl", own))
         return EXIM_START.format(folder=self.folder, commands=commands, program=program)
 
     def replies(self, *recipients: str) -> list[str]:
