@@ -6990,6 +6990,10 @@ message_size_limit = 0
 MASTER_CF = """
 smtp      inet  n       -       y       -       -       smtpd
 """
+SUBMISSION = """
+submission inet n       -       y       -       -       smtpd
+    -o smtpd_milters=
+"""
 MASTER_CF_REST = """
 cleanup   unix  n       -       n       -       0       cleanup
 qmgr      unix  n       -       n       300     1       qmgr
@@ -7064,19 +7068,23 @@ class Frontend(NamedTuple):
     milter_port: int
 
 
+def milter_elsewhere(port: int) -> str:
+    """Return README's lines of main.cf, with the one for a milter at a port in use."""
+    own = {
+        "\nsmtpd_milters": "\n#smtpd_milters",
+        "\n#smtpd_milters = { inet": "\nsmtpd_milters = { inet",
+        "192.0.2.26:8894": f"127.0.0.1:{port}",
+    }
+    return readme_block("/etc/postfix/main.cf", own)
+
+
 @pytest.fixture(scope="module")
 def frontend() -> Iterator[Frontend]:
     """Give a Postfix with README's lines in main.cf; it serves all tests that change nothing."""
     need_root()
     with open_folder() as path:
         port = free_port()
-        own = {
-            "\nsmtpd_milters": "\n#smtpd_milters",
-            "\n#smtpd_milters = { inet": "\nsmtpd_milters = { inet",
-        }
-        own["192.0.2.26:8894"] = f"127.0.0.1:{port}"
-        block = readme_block("/etc/postfix/main.cf", own)
-        with Postfix(path, block) as postfix:
+        with Postfix(path, milter_elsewhere(port)) as postfix:
             yield Frontend(postfix, port)
 
 
@@ -7189,24 +7197,22 @@ def test_names_that_are_quoted_or_not_ascii_reach_the_backend(
     assert "user=j\\xc3\\xbcrgen" in running.log("RGEN")
 
 
-def test_only_the_port_that_is_named_in_master_cf_asks_the_milter(site: Site) -> None:
+def test_submission_goes_without_the_milter_where_master_cf_says_so(site: Site) -> None:
     lighttpd(site)
-    milter_port = free_port()
-    block = readme_block(
-        "/etc/postfix/master.cf", {"unix:quota/milter.sock": f"inet:127.0.0.1:{milter_port}"}
-    )
-    with Postfix(site.folder, "", block) as postfix:
-        start_milter_for(milter_port, site)
+    port = free_port()
+    assert f"`{SUBMISSION.split()[-2]} {SUBMISSION.split()[-1]}`" in README.read_text()
+    with Postfix(site.folder, milter_elsewhere(port), MASTER_CF + SUBMISSION) as postfix:
+        start_milter_for(port, site)
         assert send(postfix.port, "john@example.com") == [quota_exceeded("john@example.com")]
         assert send(postfix.submission_port, "john@example.com") == [""]
 
 
-def test_postfix_accepts_mail_when_a_milter_of_master_cf_hangs_or_is_stopped(site: Site) -> None:
+def test_postfix_accepts_mail_when_the_milter_hangs_or_is_stopped(site: Site) -> None:
     lighttpd(site)
     port = free_port()
-    quicker = {"unix:quota/milter.sock": f"inet:127.0.0.1:{port}"}
-    quicker["default_action=accept"] = "default_action=accept, command_timeout=1s"
-    with Postfix(site.folder, "", readme_block("/etc/postfix/master.cf", quicker)) as postfix:
+    action = "default_action=accept"
+    quicker = milter_elsewhere(port).replace(action, f"{action}, command_timeout=1s")
+    with Postfix(site.folder, quicker) as postfix:
         assert send(postfix.port, "john@example.com") == [""]
         running = start_milter_for(port, site)
         assert send(postfix.port, "john@example.com") == [quota_exceeded("john@example.com")]
