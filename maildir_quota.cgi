@@ -34,8 +34,8 @@ DIAGNOSTICS
          needs one
     405  neither GET nor HEAD
     500  a bad setting, or a Maildir that cannot be read
-    Each with one line, `ERROR why`; the detail goes to standard error. An error
-    is never a verdict. In a shell it goes to standard error, with status 1.
+    Each with one line, `ERROR why`, which is never a verdict (in a shell on
+    standard error, with status 1); the detail goes to standard error.
 
 SECURITY
     Whoever may ask learns who has a mailbox and how large it is: let only the
@@ -256,7 +256,7 @@ def folders_of(path: bytes, dovecot: bool) -> "list[bytes]":
         for entry in entries:
             try:  # Dovecot follows links, but not in a circle
                 if entry.name[:1] == b"." and entry.is_dir(follow_symlinks=dovecot):
-                    folders.append(entry.path)
+                    folders.append(path + b"/" + entry.name)
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
@@ -297,9 +297,8 @@ def count(
         seen: set[bytes] = set()
         for entry in messages_in([folder]):
             name, _, info = entry.name.partition(b":")
-            if name.startswith(hidden) or flagged and info[:2] == b"2," and b"T" in info:
-                continue
-            if once and name in seen:
+            in_trash = flagged and info[:2] == b"2," and b"T" in info
+            if name.startswith(hidden) or in_trash or name in seen:
                 continue
             try:
                 size += size_of(entry, keeper, sample)
@@ -346,7 +345,7 @@ def bare_newlines(path: bytes, size: int, sample: "list[int]") -> int:
 
 NAME_LENGTH = 255  # bytes in a user or a domain, as in a file's name
 BLOCK = 1 << 16  # bytes of QUOTA_USERS that are in memory at a time, and the most in a line of it
-S_IFMT, S_IFREG = 0o170000, 0o100000  # from stat.h: a regular file
+S_IFMT, S_IFREG, ENAMETOOLONG = 0o170000, 0o100000, 36  # from stat.h and errno.h of Linux
 MAPPED = "0" * 80 + "1" * 16  # what an IPv6 address that stands for an IPv4 address begins with
 HEX = b"0123456789abcdefABCDEF"
 SHAPE = bytes.maketrans(b"123456789kmgtMGT", b"000000000KKKKKKK")  # makes 200M 000K
@@ -358,11 +357,7 @@ REASONS[500] = "Internal Server Error"
 
 
 class Problem(Exception):
-    """Ends a request: HTTP status, a line for the client that names no path, detail for the log."""
-
-    def __init__(self, status: int, why: str, detail: object = None) -> None:
-        super().__init__(status, why, detail)
-        self.status, self.why, self.detail = status, why, detail
+    """Ends a request: HTTP status, a line for the client that names no path, details to log."""
 
 
 def log(text: str) -> None:
@@ -415,20 +410,18 @@ def network_bits(text: str) -> str:
     family, size = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
     bits = f"{int.from_bytes(inet_pton(family, address), 'big'):0{size}b}"
     bits = bits[: range(size + 1).index(int(length or size))]
-    if bits.startswith(MAPPED):
-        return "4" + bits[len(MAPPED) :]
-    return ("4" if size == 32 else "6") + bits
+    is_mapped = bits.startswith(MAPPED)
+    return "4" + bits[len(MAPPED) * is_mapped :] if is_mapped or size == 32 else "6" + bits
 
 
 def check_peer(peer: str, env: "Env") -> None:
     """Raise Problem where QUOTA_ALLOW is set and this address is not in it."""
-    allow, networks = setting("QUOTA_ALLOW", env), []
-    for text in allow.replace(b",", b" ").split():
-        try:
-            networks.append(network_bits(text.decode()))
-        except (OSError, ValueError):
-            why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
-            raise Problem(500, why, text) from None
+    allow = setting("QUOTA_ALLOW", env).replace(b",", b" ")
+    try:
+        networks = [network_bits(text.decode()) for text in allow.split()]
+    except (OSError, ValueError):
+        why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
+        raise Problem(500, why, allow) from None
     try:
         if not allow or network_bits(peer.partition("%")[0]).startswith(tuple(networks)):
             return
@@ -489,7 +482,7 @@ def read_users(path: bytes) -> "Iterator[tuple[list[bytes], list[bytes]]]":
 def open_file(path: bytes) -> "FileIO":
     """Open a file. What is none is not opened, but counts as missing. Raises OSError."""
     if posix.stat(path).st_mode & S_IFMT != S_IFREG:
-        raise FileNotFoundError(errno.ENOENT, "not a file", path)
+        raise FileNotFoundError(f"not a file: {path!r}")
     return open(posix.open(path, posix.O_RDONLY | posix.O_NONBLOCK), "rb", 0)
 
 
@@ -593,7 +586,7 @@ def explain(error: OSError, template: bytes) -> None:
     if isinstance(error, PermissionError):
         who = f"user {posix.geteuid()}, group {posix.getegid()}"
         detail += f"; let {who} search (x) the folders above it, and read a Maildir's (rx)"
-    if isinstance(error, FileNotFoundError) or error.errno == errno.ENAMETOOLONG:
+    if isinstance(error, FileNotFoundError) or error.errno == ENAMETOOLONG:
         fixed = template.replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
         try:
             posix.stat(fixed.rpartition(b"/")[0] or b"/")
@@ -669,9 +662,10 @@ def respond(env: "Env", read_limits: "ReadLimits" = read_limits) -> "tuple[str, 
         line, header = verdict(env.get(b"QUERY_STRING", b""), env, read_limits)
         status = 200
     except Problem as problem:
-        if problem.detail is not None:
-            log(f"{problem.why}: {str(problem.detail)!a}")
-        status, line = problem.status, b"ERROR %s\n" % problem.why.encode()
+        status, why, *details = problem.args
+        line = b"ERROR %s\n" % why.encode()
+        for detail in details:
+            log(f"{why}: {str(detail)!a}")
     header += [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))]
     header += [("Cache-Control", "no-store")]  # no proxy may keep it
     return f"{status} {REASONS[status]}", header, b"" if method == b"HEAD" else line
@@ -689,14 +683,16 @@ ASKED_BY_WEB_SERVER = b"GATEWAY_INTERFACE" in posix.environ or b"REQUEST_METHOD"
 if __name__ == "__main__" and ASKED_BY_WEB_SERVER:
     posix._exit(run_cgi())  # an orderly end would take as long as the answer
 
-# ---- A CGI has ended; what follows may import what it likes. ----
-
+# ---- A CGI has ended here: what follows is for the other ways to run the script. ----
+#
+# It imports what it likes, and not at the top, where a CGI would wait for that.
 # ruff: noqa: E402
+
 import argparse
 import contextlib
-import functools
 import io
 import ipaddress
+import os
 import resource
 import signal
 import socket
@@ -710,9 +706,11 @@ from urllib.parse import quote, urlencode
 
 def application(environ: "dict[str, Any]", start_response: "Callable[..., Any]") -> "list[bytes]":
     """Answer one request of a WSGI server (PEP 3333: its strings are bytes in latin-1)."""
-    texts = {name: value for name, value in environ.items() if isinstance(value, str)}
-    env = {name.encode("latin-1"): value.encode("latin-1") for name, value in texts.items()}
-    status, header, body = respond({**posix.environ, b"REMOTE_ADDR": b"", **env})
+    env = {**posix.environ, b"REMOTE_ADDR": b""}
+    for name, value in environ.items():
+        if isinstance(value, str):
+            env[name.encode("latin-1")] = value.encode("latin-1")
+    status, header, body = respond(env)
     start_response(status, header)
     return [body]
 
@@ -720,7 +718,6 @@ def application(environ: "dict[str, Any]", start_response: "Callable[..., Any]")
 # ---- --serve: HTTP without a web server ----
 
 REQUEST_SECONDS = 10  # from a connection, or its last answer, to the end of the next request
-WAITING = 1500  # connections without a whole request; the longest makes way for the next
 THREADS = 2500  # of which few do not wait, but for what a disk holds up
 PATIENCE = 1  # seconds to wait for a mailbox that is being measured
 
@@ -728,24 +725,21 @@ PATIENCE = 1  # seconds to wait for a mailbox that is being measured
 # too long, or longest when another comes and all places are taken, is hung up on: no client holds
 # a thread, only a disk can. Who takes a connection out, with one atomic pop(), decides about it.
 waiting: "dict[socket.socket, float]" = {}
-
 # Of each query under way: a mailbox whose disk hangs holds one thread, however often it is asked.
 locks: "weakref.WeakValueDictionary[str, Any]" = weakref.WeakValueDictionary()
-
 users_lock = threading.Lock()
-
-
-@functools.lru_cache(maxsize=1)
-def read_all(path: bytes, *stamp: int) -> "dict[bytes, bytes]":
-    """Read the limits of all users in the file that has this stamp. Raises OSError, Problem."""
-    return read_limits(path)
+users_read: "dict[object, dict[bytes, bytes]]" = {}  # by what changes with the file
 
 
 def read_once(path: bytes, wanted: "list[bytes]") -> "dict[bytes, bytes]":
-    """Do as read_limits(), but read the file once for each change. Raises OSError, Problem."""
+    """Do as read_limits(), but read all and once for each change. Raises OSError, Problem."""
     with users_lock:
         status = posix.stat(path)
-        return read_all(path, status.st_ino, status.st_size, status.st_mtime_ns)
+        stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
+        if stamp not in users_read:
+            users_read.clear()
+            users_read[stamp] = read_limits(path)
+        return users_read[stamp]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -777,17 +771,15 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         query = self.path.partition("?")[2]
-        request = {
-            b"REQUEST_METHOD": self.command.encode(),
-            b"QUERY_STRING": query.encode(),
-            b"REMOTE_ADDR": self.client_address[0].encode(),
-        }
+        env = {b"REQUEST_METHOD": self.command.encode(), b"QUERY_STRING": query.encode()}
+        env[b"REMOTE_ADDR"] = self.client_address[0].encode()
         lock = locks.setdefault(query, threading.Lock())
         if not lock.acquire(timeout=PATIENCE):
+            log(f"the mailbox hangs: {query}")
             self.send_error(500, "the mailbox hangs, its disk does not answer")
             return
         try:
-            status, header, body = respond({**posix.environ, **request}, read_once)
+            status, header, body = respond({**posix.environ, **env}, read_once)
         finally:
             lock.release()
         header.append(("Keep-Alive", f"timeout={REQUEST_SECONDS}"))  # an offer, to any client
@@ -813,20 +805,20 @@ class Server(socketserver.ThreadingTCPServer):
 
     allow_reuse_address = daemon_threads = True
     request_queue_size = 1024
-
-    def verify_request(self, request: "Any", client_address: "Any") -> bool:
-        """Say whether there may be another thread."""
-        return threading.active_count() < THREADS
+    places = 1500  # for connections without a whole request
 
     def process_request(self, request: "Any", client_address: "Any") -> None:
         """Start a thread for a connection, which waits from now on."""
+        if threading.active_count() > THREADS:
+            self.shutdown_request(request)
+            return
         waiting[request] = time.monotonic()
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
         """Hang up, after each new connection and each second."""
         for connection, since in list(waiting.items()):
-            if since > time.monotonic() - REQUEST_SECONDS and len(waiting) < WAITING:
+            if since > time.monotonic() - REQUEST_SECONDS and len(waiting) < self.places:
                 break
             if waiting.pop(connection, None) is not None:
                 with contextlib.suppress(OSError):  # the client has gone
@@ -848,9 +840,9 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 def serve(where: str) -> None:
-    """Answer over HTTP at [HOST:]PORT until TERM or INT. Raises OSError, ValueError, IndexError."""
+    """Answer over HTTP at [HOST:]PORT until TERM or INT. Raises OSError, ValueError."""
     host, _, port = where.rpartition(":")
-    host, number = host.strip("[]") or "127.0.0.1", range(1 << 16)[int(port)]
+    host, number = host.strip("[]") or "127.0.0.1", range(1 << 16).index(int(port))
     found = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)
     Server.address_family, (address, *_) = found[0][0], found[0][4]
     is_loopback = ipaddress.ip_address(str(address).partition("%")[0]).is_loopback
@@ -858,6 +850,7 @@ def serve(where: str) -> None:
         raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    Server.places = min(Server.places, most // 2)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Server((str(address), number), Handler) as server:
         log("serving on {} port {}".format(*server.server_address))
@@ -865,18 +858,6 @@ def serve(where: str) -> None:
 
 
 # ---- the command line ----
-
-
-def run_shell(mailbox: str) -> int:
-    """Print the answer for USER[@DOMAIN]; return the exit status."""
-    name = mailbox.encode(sys.getfilesystemencoding(), "surrogateescape")
-    user, at, domain = name.rpartition(b"@")
-    fields = {"u": user, "d": domain} if at else {"u": domain}
-    query = urlencode(fields).encode()
-    status, _, body = respond({**posix.environ, b"QUERY_STRING": query, b"QUOTA_ALLOW": b""})
-    failed = not status.startswith("200")
-    posix.write(2 if failed else 1, body)
-    return int(failed)
 
 
 def main() -> int:
@@ -892,9 +873,15 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.serve is None:
-            return run_shell(options.mailbox)
+            user, at, domain = os.fsencode(options.mailbox).rpartition(b"@")
+            query = urlencode({"u": user, "d": domain} if at else {"u": domain}).encode()
+            env = {**posix.environ, b"QUERY_STRING": query, b"QUOTA_ALLOW": b""}
+            status, _, line = respond(env)
+            failed = status != "200 OK"
+            posix.write(2 if failed else 1, line)
+            return int(failed)
         serve(options.serve)
-    except (ValueError, IndexError) as error:
+    except ValueError as error:
         parser.error(f"--serve {options.serve}: {error}")
     except OSError as error:  # a full disk, or an address that may come later
         log(f"{' '.join(sys.argv[1:])}: {error}")
