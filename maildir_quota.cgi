@@ -718,6 +718,7 @@ def application(environ: "dict[str, Any]", start_response: "Callable[..., Any]")
 # ---- --serve: HTTP without a web server ----
 
 REQUEST_SECONDS = 10  # from a connection, or its last answer, to the end of the next request
+REQUEST_LENGTH = 16384  # bytes of a request's first line and header
 THREADS = 2500  # of which few do not wait, but for what a disk holds up
 PATIENCE = 1  # seconds to wait for a mailbox that is being measured
 
@@ -758,6 +759,21 @@ class Handler(BaseHTTPRequestHandler):
             check_peer(self.client_address[0], posix.environ)
         except Problem:
             self.rfile = io.BytesIO(b"GET / HTTP/1.0\r\n\r\n")
+
+    def handle_one_request(self) -> None:
+        """Read a whole request before it is parsed: the base class would take megabytes of it."""
+        stream, head = self.rfile, b""
+        while len(head) < REQUEST_LENGTH and (line := stream.readline(REQUEST_LENGTH)):
+            head += line
+            if not line.strip():
+                break
+        if len(head) < REQUEST_LENGTH:
+            self.rfile = io.BytesIO(head)
+            super().handle_one_request()
+            self.rfile = stream
+        else:
+            self.requestline = self.request_version = self.command = ""
+            self.send_error(414)
 
     def parse_request(self) -> bool:
         """Parse a request's first line and header; say whether it is to be answered."""

@@ -2512,6 +2512,9 @@ def test_serve_gives_the_same_answers_on_any_path(
     assert status == 414 and body.startswith(b"ERROR ") and body.endswith(b"Too Long\n")
     with socket.create_connection(("127.0.0.1", port)) as rude:
         rude.sendall(b"\x16\x03\x01\x00\xff garbage\r\n\r\n")
+    with socket.create_connection(("127.0.0.1", port), 20) as endless:
+        endless.sendall(b"GET / HTTP/1.1\r\n" + (b"X: " + b"y" * 997 + b"\r\n") * 20)
+        assert endless.recv(100).startswith(b"HTTP/1.1 414 ")
     assert http(port, "GET", f"/?u={user}") == (200, line)
     assert "Traceback" not in process.output()
 
