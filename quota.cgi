@@ -632,11 +632,9 @@ def main() -> int:
             posix.write(2 if failed else 1, line)
             return int(failed)
         serve(options.serve)
-    except ValueError as error:
-        parser.error(f"--serve {options.serve}: {error}")
-    except OSError as error:  # a full disk, or an address that may come later
+    except (OSError, ValueError) as error:
         log(f"{' '.join(sys.argv[1:])}: {error}")
-        return 1
+        return 1 if isinstance(error, OSError) else 2  # an address may come later
     except KeyboardInterrupt:
         pass
     return 0

@@ -2488,6 +2488,9 @@ def test_a_shell_gets_the_same_line(spool: pathlib.Path) -> None:
     for where in "nonsense", "127.0.0.1:99999", "127.0.0.1:-1", "192.0.2.1:80":
         status, _, errors = shell("--serve", where)
         assert status == 2 and "--serve" in errors and "Traceback" not in errors
+        with open("/dev/full", "w") as full:
+            command = [str(MBOX_CGI), "--serve", where]
+            assert subprocess.run(command, env=environment, stderr=full).returncode == 2
 
 
 @pytest.mark.parametrize("script", [MBOX_CGI, MAILDIR_CGI])
