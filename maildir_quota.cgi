@@ -56,7 +56,7 @@ TYPE_CHECKING = False  # as in `typing`, without its import
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from io import FileIO
-    from typing import Any, Optional
+    from typing import Optional
 
     Env = dict[bytes, bytes]
     Header = list[tuple[str, str]]
@@ -684,10 +684,10 @@ if __name__ == "__main__" and ASKED_BY_WEB_SERVER:
     posix._exit(run_cgi())  # an orderly end would take as long as the answer
 
 # ---- A CGI has ended here: what follows is for the other ways to run the script. ----
-#
-# It imports what it likes, and not at the top, where a CGI would wait for that.
-# ruff: noqa: E402
 
+# It is text until now, as to compile it would take a tenth of a CGI's time: all that the script
+# costs is its start. It imports what it likes, which at the top a CGI would wait for.
+exec(r'''
 import argparse
 import contextlib
 import io
@@ -702,6 +702,9 @@ import threading
 import weakref
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import quote, urlencode
+
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def application(environ: "dict[str, Any]", start_response: "Callable[..., Any]") -> "list[bytes]":
@@ -907,3 +910,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     posix._exit(main())  # an orderly end would wait for threads that a disk holds
+''')
