@@ -2291,6 +2291,7 @@ def test_users_that_cannot_be_read_whole_are_an_error(tmp_path: pathlib.Path) ->
         (users, many + b"x", "ERROR QUOTA_USERS: line 20001, the last, does not end in a newline"),
         (pathlib.Path("/dev/zero"), None, unreadable),
         (tmp_path / "pipe", None, unreadable),
+        (users, many + b"x" * 200_000 + b"\n", "ERROR QUOTA_USERS: line 20001 is too long"),
         (tmp_path, None, unreadable),
         (tmp_path / "none", None, unreadable),
     ]:
@@ -2311,7 +2312,7 @@ def test_users_rewritten_while_they_are_read_are_an_error(tmp_path: pathlib.Path
         file.truncate(80_000)  # which ends a line, too
     with pytest.raises(module.Problem) as caught:
         list(pieces)
-    assert "replace it with mv" in caught.value.why
+    assert "replace it with mv" in caught.value.args[1]
 
 
 def test_a_mailbox_that_does_not_exist_may_be_unknown(spool: pathlib.Path) -> None:
@@ -2511,9 +2512,12 @@ def test_a_shell_gets_the_same_line(spool: pathlib.Path) -> None:
     assert shell("../secret") == (1, "", "ERROR no mailbox has such a user\n")
     assert shell()[0] == 2 and shell("--nonsense")[0] == 2
     assert shell("--help")[1].startswith("usage: ")
-    for where in "nonsense", "127.0.0.1:99999", "192.0.2.1:80":
+    for where in "nonsense", "127.0.0.1:99999", "127.0.0.1:-1", "192.0.2.1:80":
         status, _, errors = shell("--serve", where)
         assert status == 2 and "--serve" in errors and "Traceback" not in errors
+        with open("/dev/full", "w") as full:
+            command = [str(MBOX_CGI), "--serve", where]
+            assert subprocess.run(command, env=environment, stderr=full).returncode == 2
 
 
 @pytest.mark.parametrize("script", [MBOX_CGI, MAILDIR_CGI])
@@ -2538,8 +2542,160 @@ def test_serve_gives_the_same_answers_on_any_path(
     assert status == 414 and body.startswith(b"ERROR ") and body.endswith(b"Too Long\n")
     with socket.create_connection(("127.0.0.1", port)) as rude:
         rude.sendall(b"\x16\x03\x01\x00\xff garbage\r\n\r\n")
+    with socket.create_connection(("127.0.0.1", port), 20) as endless:
+        endless.sendall(b"GET / HTTP/1.1\r\n" + (b"X: " + b"y" * 997 + b"\r\n") * 20)
+        assert endless.recv(100).startswith(b"HTTP/1.1 414 ")
     assert http(port, "GET", f"/?u={user}") == (200, line)
     assert "Traceback" not in process.output()
+
+
+JOHN, MARY = b"OK john 100 100\n", b"OVERQUOTA mary 101 100\n"
+NOT_ALLOWED = b"ERROR only GET and HEAD are answered\n"
+RAW_REQUESTS = [
+    # (what is sent over one connection, the bodies that come back before it is closed)
+    (b"GET /?u=mary HTTP/1.0\r\n\r\n", [MARY]),
+    (b"GET /?u=mary HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", [MARY]),
+    (b"GET /?u=mary HTTP/1.0\n\n", [MARY]),
+    (b"GET /?u=mary HTTP/1.1\r\nConnection: close\r\n\r\n", [MARY]),
+    (b"HEAD /?u=mary HTTP/1.0\r\n\r\n", [b""]),
+    (b"GET /?u=mary HTTP/1.1\n\n" * 3 + b"GET /?u=john HTTP/1.0\n\n", [MARY] * 3 + [JOHN]),
+    (b"GET /?u=john HTTP/1.1\nContent-Length: 24\n\nGET /?u=mary HTTP/1.1\n\n", [JOHN]),
+    (b"GET /?u=john HTTP/1.1\nTransfer-Encoding: chunked\n\nGET / HTTP/1.1\n\n", [JOHN]),
+    (b"POST /?u=john HTTP/1.1\nContent-Length: 2\n\nu=", [NOT_ALLOWED]),
+    (b"PATCH /?u=john HTTP/1.0\n\n", [NOT_ALLOWED]),
+    (b"GET http://x.org/y?u=mary HTTP/1.0\n\n", [MARY]),
+    (b"GET /?u=j\xc3\xa0\xa0 HTTP/1.0\n\n", [b"OK j\xc3\xa0\xa0 0 100\n"]),
+    (b"GET /?u=j\x1d HTTP/1.0\n\n", [b"ERROR control character in the user\n"]),
+]
+
+
+def test_serve_speaks_http_with_any_client(
+    spool: pathlib.Path, start: Callable[..., Process]
+) -> None:
+    port = free_port()
+    environment = {**os.environ, "QUOTA_MAILBOX": f"{spool}/%n", "QUOTA_LIMIT": "100"}
+    process = start(MBOX_CGI, "--serve", str(port), port=port, env=environment)
+    for request, bodies in RAW_REQUESTS:
+        begin = time.monotonic()
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(request)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert time.monotonic() - begin < 2, request
+        heads = re.findall(rb"HTTP/1\.1 \d{3} .*?\r\n\r\n", answer, re.DOTALL)
+        assert re.split(rb"HTTP/1\.1 \d{3} .*?\r\n\r\n", answer, flags=re.S)[1:] == bodies, request
+        assert all(b"\r\nKeep-Alive: " in head for head in heads), "an offer, in each answer"
+        closed = [b"\r\nConnection: close\r\n" in head for head in heads]
+        assert closed == [False] * (len(heads) - 1) + [True], request
+    assert process.stop() == 0 and "Traceback" not in process.output()
+
+
+def test_serve_answers_a_stranger_with_403_before_it_has_asked(
+    spool: pathlib.Path, start: Callable[..., Process]
+) -> None:
+    port = free_port()
+    environment = {**os.environ, "QUOTA_MAILBOX": f"{spool}/%n", "QUOTA_ALLOW": "127.0.0.2"}
+    start(MBOX_CGI, "--serve", str(port), port=port, env=environment)
+    for source, expected in ("127.0.0.1", b"HTTP/1.1 403 "), ("127.0.0.2", b"HTTP/1.1 200 "):
+        with socket.create_connection(("127.0.0.1", port), 20, (source, 0)) as connection:
+            if source == "127.0.0.2":
+                connection.sendall(b"GET /?u=john HTTP/1.0\n\n")
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answer.startswith(expected)
+
+
+def test_silent_and_dripping_connections_stop_neither_serve_nor_its_end(
+    spool: pathlib.Path, start: Callable[..., Process]
+) -> None:
+    port = free_port()
+    environment = {**os.environ, "QUOTA_MAILBOX": f"{spool}/%n", "QUOTA_LIMIT": "100"}
+    process = start(MBOX_CGI, "--serve", str(port), port=port, env=environment)
+    with contextlib.ExitStack() as stack:
+        begin = time.monotonic()
+        besiegers = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), 20))
+            for _ in range(450)
+        ]
+        open_ones = set(besiegers)
+        while time.monotonic() - begin < 14:
+            asked = time.monotonic()
+            assert http(port, "GET", "/?u=mary") == (200, MARY)
+            assert time.monotonic() - asked < 1
+            for connection in select.select(open_ones, [], [], 0)[0]:
+                assert time.monotonic() - begin > 8, "hung up on too early"
+                open_ones.remove(connection)
+            for connection in open_ones.intersection(besiegers[::2]):
+                with contextlib.suppress(OSError):  # hung up on meanwhile
+                    connection.send(b"G")
+            time.sleep(0.5)
+        assert not open_ones, "ten seconds are for the whole request"
+        stack.enter_context(socket.create_connection(("127.0.0.1", port), 20))
+        assert process.stop() == 0
+    assert process.output().count("\n") == 1, process.output()
+
+
+@pytest.fixture
+def serving() -> Iterator[tuple[Any, int]]:
+    """Give quota.cgi as a module whose server runs in this process, and its port."""
+    module = load(MBOX_CGI)
+    with module.Server(("127.0.0.1", 0), module.Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield module, server.server_address[1]
+        server.shutdown()
+        thread.join()
+
+
+def test_a_mailbox_that_hangs_holds_one_thread_of_serve(
+    serving: tuple[Any, int], spool: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, port = serving
+    monkeypatch.setenv("QUOTA_MAILBOX", f"{spool}/%n")
+    module.QUOTA_MAILBOX, module.QUOTA_LIMIT = f"{spool}/%n", "100"
+    measure, released, measured = module.measure, threading.Event(), []
+
+    def hang_for_john(path: bytes, *arguments: Any) -> Any:
+        measured.append(path)
+        assert not path.endswith(b"/john") or released.wait(60)
+        return measure(path, *arguments)
+
+    module.measure = hang_for_john
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(http, port, "GET", "/?u=john")
+        wait_for(lambda: measured, "the first question")
+        others = [pool.submit(http, port, "GET", "/?u=john") for _ in range(3)]
+        assert http(port, "GET", "/?u=mary") == (200, MARY)
+        for other in others:
+            assert other.result(20) == (500, b"ERROR the mailbox hangs, its disk does not answer\n")
+        assert len(measured) == 2
+        released.set()
+        assert first.result(20) == (200, JOHN) == http(port, "GET", "/?u=john")
+
+
+def test_serve_reads_users_once_for_each_change(
+    serving: tuple[Any, int], tmp_path: pathlib.Path
+) -> None:
+    module, port = serving
+    users, new = tmp_path / "users", tmp_path / "new"
+    module.QUOTA_MAILBOX, module.QUOTA_USERS = f"{tmp_path}/%n", str(users)
+    read_limits, read = module.read_limits, []
+
+    def read_and_tell(path: bytes) -> Any:
+        read.append(path)
+        return read_limits(path)
+
+    module.read_limits = read_and_tell
+    for round_, (text, answer) in enumerate(
+        [
+            (b"john 5\n", b"OK john 0 5\n"),
+            (b"john 6\n", b"OK john 0 6\n"),
+            (b"x", b"ERROR QUOTA_US"),
+        ]
+    ):
+        new.write_bytes(text)
+        new.rename(users)
+        for _ in range(3):
+            assert http(port, "GET", "/?u=john")[1].startswith(answer)
+        assert len(read) == round_ + 1 or answer[:5] == b"ERROR"
 
 
 def http(port: int, method: str, target: str) -> tuple[int, bytes]:
@@ -2660,10 +2816,11 @@ def ask_here(cgi: Any, path: pathlib.Path, **settings: Path) -> bytes:
     env = {name.encode(): str(value).encode() for name, value in settings.items()}
     env[b"QUOTA_MAILDIR"] = os.fsencode(johns(path))
     before = state_of(path)
-    status, line, *_ = cgi.answer(b"john", None, env)
+    env[b"QUERY_STRING"] = b"u=john"
+    status, _, line = cgi.respond(env)
     assert state_of(path) == before, f"{path} was changed"
     answer = bytes(line).rstrip(b"\n")
-    return answer if status == 200 else b"%d " % status + answer
+    return answer if status == "200 OK" else status[:4].encode() + answer
 
 
 def ask_there(path: pathlib.Path, script: pathlib.Path = MAILDIR_CGI, /, **settings: Path) -> bytes:
@@ -3372,9 +3529,10 @@ def answer_here(path: pathlib.Path, **settings: Path) -> tuple[list[str], dict[s
     env = {name.encode(): str(value).encode() for name, value in settings.items()}
     env[b"QUOTA_MAILDIR"] = os.fsencode(johns(path))
     before = state_of(path)
-    status, line, headers = load(MAILDIR_CGI).answer(b"john", None, env)
+    env[b"QUERY_STRING"] = b"u=john"
+    status, headers, line = load(MAILDIR_CGI).respond(env)
     assert state_of(path) == before, f"{path} was changed"
-    assert status == 200, line
+    assert status == "200 OK", line
     word, _, used, quota = line.decode().split()
     return [word, used, quota], dict(headers)
 
@@ -3664,6 +3822,7 @@ def test_a_reader_who_moves_messages_meanwhile_does_not_change_what_is_counted(
     files = {f"new/17{n:08}.M1P1.x,S=100,W=100": 1 for n in range(400)}
     path = make_maildir(tmp_path / "Maildir", Maildir(None, 0, files))
     env = {b"QUOTA_MAILDIR": bytes(johns(path)), b"QUOTA_KEEPER": keeper.encode()}
+    env[b"QUERY_STRING"] = b"u=john"
     cgi = load(MAILDIR_CGI)
     with subprocess.Popen(
         [PYTHON, "-c", BUSY_READER], cwd=path, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -3675,7 +3834,7 @@ def test_a_reader_who_moves_messages_meanwhile_does_not_change_what_is_counted(
                 reader.stdin.flush()
                 while not select.select([reader.stdout], [], [], 0)[0]:
                     for limit, status in (b"42000", "OK"), (b"39000", "OVERQUOTA"):
-                        line = cgi.answer(b"john", None, {**env, b"QUOTA_LIMIT": limit})[1]
+                        line = cgi.respond({**env, b"QUOTA_LIMIT": limit})[2]
                         assert line.decode().split()[0] == status, line
                 assert reader.stdout.readline() == b"done\n"
                 for name in os.listdir(path / "cur"):
@@ -3869,8 +4028,8 @@ def test_messages_that_come_and_go_while_it_counts_do_no_harm(tmp_path: pathlib.
     try:
         wait_for((path / "new" / "0").exists, "the first message")
         for _ in range(150):
-            answer = cgi.answer(b"john", None, {b"QUOTA_MAILDIR": bytes(johns(path))})
-            assert answer[:2] == (200, b"OK john 9 1000\n")
+            env = {b"QUOTA_MAILDIR": bytes(johns(path)), b"QUERY_STRING": b"u=john"}
+            assert cgi.respond(env)[2] == b"OK john 9 1000\n"
         assert process.popen.poll() is None, process.output()
     finally:
         process.stop()
