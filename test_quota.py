@@ -2535,7 +2535,8 @@ def test_serve_gives_the_same_answers_on_any_path(
     for path in "/", "/cgi-bin/quota.cgi", "/any/thing":
         assert http(port, "GET", f"{path}?u={user}&d=x.org") == (200, line)
     assert http(port, "HEAD", f"/?u={user}") == (200, b"")
-    assert http(port, "POST", f"/?u={user}")[0] == 405
+    for method in "POST", "FOO", "get":
+        assert http(port, method, f"/?u={user}")[0] == 405
     assert http(port, "GET", "/?u=..%2Fsecret") == (400, b"ERROR no mailbox has such a user\n")
     assert http(port, "GET", "/")[0] == 400
     status, body = http(port, "GET", "/?u=" + "x" * 70_000)
