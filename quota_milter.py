@@ -50,6 +50,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import email.utils
 import errno
 import functools
@@ -252,15 +253,19 @@ DEFERRED = Reply.from_template(OVERQUOTA)
 CANNOT_CHECK = Reply("451", "4.3.0", "The mailbox of {address} cannot be checked, try again later")
 
 
-class Answer(NamedTuple):
+@dataclasses.dataclass(eq=False)  # two that say the same are two
+class Answer:
     """What a backend said of a mailbox; figures in bytes, None where not known."""
 
     status: str
     used: Optional[int] = None
     quota: Optional[int] = None  # 0: no limit
+    name: bytes = b""  # of the mailbox, as the answer has it
     grace: int = 0  # what the message that fills the mailbox may take beyond the quota
     changed: Optional[float] = None  # seconds since 1970: a delivery, or the user
-    name: bytes = b""  # of the mailbox, as the answer has it
+    source: str = ""  # the name of the backend that gave it
+    at: float = dataclasses.field(default_factory=time.monotonic)
+    taken: int = 0  # bytes of the mail that was taken since: the Ledger counts that
 
     @classmethod
     def from_line(cls, line: bytes, is_whole: bool = True) -> Answer:
@@ -276,7 +281,7 @@ class Answer(NamedTuple):
         if len(fields) > 2:  # a lone number may be either
             name, numbers = fields[:-2], fields[-2:]
         used, quota = (read_number(number) if is_whole else None for number in numbers)
-        return cls(status.decode(), used, quota, name=b" ".join(name))
+        return cls(status.decode(), used, quota, b" ".join(name))
 
     @property
     def most(self) -> int:
@@ -310,29 +315,12 @@ class Unreachable(Fault):
     """There is no connection to it: that concerns all mailboxes."""
 
 
-class Remembered:
-    """An answer about a mailbox, and how much has been taken since: the Ledger counts that."""
-
-    __slots__ = ("answer", "at", "source", "taken")
-
-    def __init__(self, answer: Answer, source: str) -> None:
-        self.answer = answer
-        self.at = time.monotonic()
-        self.source = source  # the name of the backend that gave it
-        self.taken = 0  # bytes
-
-
 class Finding(NamedTuple):
     """What is known of a mailbox now: a fault may come with the last known answer."""
 
-    remembered: Optional[Remembered] = None
+    answer: Optional[Answer] = None
     cached: bool = False
     fault: str = ""
-
-    @property
-    def answer(self) -> Optional[Answer]:
-        """The answer, None where nothing is known."""
-        return self.remembered.answer if self.remembered else None
 
 
 class Decision(NamedTuple):
@@ -376,7 +364,7 @@ class Question:
         self.is_given_up = False  # nobody waits for it any more
         self.aborted = ""  # why
         self.socket: Optional[socket.socket] = None
-        self.future: concurrent.futures.Future[Remembered]  # for all sessions that want to know
+        self.future: concurrent.futures.Future[Answer]  # for all sessions that want to know
 
     def attach(self, sock: socket.socket) -> None:
         """Note the connection. From here on `hang_up` bounds the time, not the socket."""
@@ -559,7 +547,7 @@ def read_answer(response: http.client.HTTPResponse) -> tuple[Answer, bool]:
     answer = Answer.from_line(line, is_whole)
     grace = response.headers.get("Quota-Grace", "").strip().encode("ascii", "replace")
     changed = response.headers.get("Last-Modified", "")
-    answer = answer._replace(grace=read_number(grace) or 0, changed=read_date(changed))
+    answer.grace, answer.changed = read_number(grace) or 0, read_date(changed)
     may_keep = "Keep-Alive" in response.headers and not response.will_close
     return answer, may_keep and response.length == 0
 
@@ -646,7 +634,7 @@ class Backend:
         self.hung: dict[Mailbox, float] = {}  # mailboxes whose question was aborted; until when
         self.last_answered = 0.0  # when the latest question that was answered had begun
 
-    def ask(self, mailbox: Mailbox, seconds: float, may_be_elsewhere: bool) -> Remembered:
+    def ask(self, mailbox: Mailbox, seconds: float, may_be_elsewhere: bool) -> Answer:
         """Ask about a mailbox, or join the question that is under way. Raises Fault.
 
         Waits for so long. The answer is remembered, also when it comes too late; but not UNKNOWN,
@@ -654,9 +642,9 @@ class Backend:
         """
         now = time.monotonic()
         with self.lock:
-            remembered = self.ledger.fresh(mailbox)
-            if remembered:  # it came before the lock
-                return remembered
+            answer = self.ledger.fresh(mailbox)
+            if answer:  # it came before the lock
+                return answer
             key = mailbox, self.ledger.generation
             question = self.questions.get(key)
             if question is None:
@@ -688,7 +676,7 @@ class Backend:
         self.breaker.begin_trial(question.asked)
         self.make_room(question.asked)
 
-    def carry_out(self, question: Question, may_be_elsewhere: bool) -> Remembered:
+    def carry_out(self, question: Question, may_be_elsewhere: bool) -> Answer:
         """Ask one question, in a thread of the pool, and learn from what comes. Raises Fault."""
         question.begun = time.monotonic()
         fault: Optional[Fault] = None
@@ -696,10 +684,10 @@ class Backend:
             if question.begun > question.deadline - question.seconds / 10:
                 raise Fault("there was no turn for it in time")
             answer = self.client.fetch(question)
-            remembered = Remembered(answer, self.name)
+            answer.source = self.name
             if answer.status != "UNKNOWN" or not may_be_elsewhere:
-                self.ledger.remember(question.mailbox, remembered, question.generation)
-            return remembered
+                self.ledger.remember(question.mailbox, answer, question.generation)
+            return answer
         except Fault as error:
             fault = error
             raise
@@ -818,7 +806,7 @@ class Ledger:
         self.cache_ttl = self.in_flight = 0.0  # seconds
         self.frontends = 1
         self.generation = 0  # of the answers: one that was asked for before a HUP is not kept
-        self.answers: dict[Mailbox, Remembered] = {}  # oldest first
+        self.answers: dict[Mailbox, Answer] = {}  # oldest first
         self.flights: dict[Mailbox, Flight] = {}
 
     def configure(self, options: argparse.Namespace) -> None:
@@ -829,26 +817,26 @@ class Ledger:
             self.generation += 1
             self.answers.clear()
 
-    def last(self, mailbox: Mailbox) -> Optional[Remembered]:
+    def last(self, mailbox: Mailbox) -> Optional[Answer]:
         """Give the last answer about a mailbox that is under an hour old."""
-        remembered = self.answers.get(mailbox)
-        if remembered and time.monotonic() - remembered.at < max(LAST_KNOWN, self.cache_ttl):
-            return remembered
+        answer = self.answers.get(mailbox)
+        if answer and time.monotonic() - answer.at < max(LAST_KNOWN, self.cache_ttl):
+            return answer
         return None
 
-    def fresh(self, mailbox: Mailbox) -> Optional[Remembered]:
+    def fresh(self, mailbox: Mailbox) -> Optional[Answer]:
         """Give the answer that may be used again without a question.
 
         One is asked again when what was taken since is no longer in flight: it has arrived.
         """
-        remembered = self.answers.get(mailbox)
-        if remembered is None or time.monotonic() - remembered.at >= self.cache_ttl:
+        answer = self.answers.get(mailbox)
+        if answer is None or time.monotonic() - answer.at >= self.cache_ttl:
             return None
-        if remembered.taken and remembered.taken > self.flight_size(mailbox):
+        if answer.taken and answer.taken > self.flight_size(mailbox):
             return None
-        return remembered
+        return answer
 
-    def remember(self, mailbox: Mailbox, remembered: Remembered, generation: int) -> None:
+    def remember(self, mailbox: Mailbox, answer: Answer, generation: int) -> None:
         """Keep an answer as the newest, and not too many."""
         if mailbox.is_long:
             return
@@ -856,41 +844,41 @@ class Ledger:
             if generation != self.generation:
                 return
             self.answers.pop(mailbox, None)
-            self.answers[mailbox] = remembered
+            self.answers[mailbox] = answer
             if len(self.answers) > ANSWERS:
                 del self.answers[next(iter(self.answers))]
-            flight, used = self.flights.get(mailbox), remembered.answer.used
+            flight, used = self.flights.get(mailbox), answer.used
             if flight and used is not None:
                 flight.drop_old(time.monotonic())
                 flight.deduct(used)
 
     def flight_size(self, mailbox: Mailbox) -> int:
         """Give the bytes that are on their way to a mailbox."""
-        if mailbox not in self.flights:
+        flight = self.flights.get(mailbox)
+        if flight is None:
             return 0
         with self.lock:
-            flight = self.flights.get(mailbox, Flight())
             flight.drop_old(time.monotonic())
             return flight.size
 
-    def in_flight_since(self, mailbox: Mailbox, remembered: Optional[Remembered]) -> int:
+    def in_flight_since(self, mailbox: Mailbox, answer: Optional[Answer]) -> int:
         """Give the bytes that an answer about a mailbox does not know of."""
-        return max(self.flight_size(mailbox), remembered.taken if remembered else 0)
+        return max(self.flight_size(mailbox), answer.taken if answer else 0)
 
-    def add(self, mailbox: Mailbox, size: int, at_rcpt: Optional[Remembered]) -> None:
+    def add(self, mailbox: Mailbox, size: int, at_rcpt: Optional[Answer]) -> None:
         """Count a message of `size` bytes that was taken by the answer at its RCPT."""
         if self.in_flight <= 0 or mailbox.is_long:
             return
         size *= self.frontends
         with self.lock:
             newest = self.answers.get(mailbox)
-            for remembered in {newest, at_rcpt} - {None}:
-                assert remembered
-                remembered.taken += size
+            for answer in [newest] if newest is at_rcpt else [newest, at_rcpt]:
+                if answer:
+                    answer.taken += size
             flight = self.flights.setdefault(mailbox, Flight())
             if not flight.parts:  # where growth is counted from
-                answer = newest or at_rcpt
-                flight.used = answer.answer.used if answer else None
+                latest = newest or at_rcpt
+                flight.used = latest.used if latest else None
             flight.parts.append((time.monotonic() + self.in_flight, size))
             flight.size += size
 
@@ -918,16 +906,16 @@ class Mailboxes:
 
     def ask_about(self, mailbox: Mailbox, deadline: float) -> Finding:
         """Say what is known of a mailbox, from memory or by a question."""
-        remembered = self.ledger.fresh(mailbox)
-        if remembered:
-            return Finding(remembered, cached=True)
+        answer = self.ledger.fresh(mailbox)
+        if answer:
+            return Finding(answer, cached=True)
         try:
             return Finding(self.ask_in_order(mailbox, deadline))
         except Fault as fault:
             last = self.ledger.last(mailbox)
             return Finding(last, cached=last is not None, fault=str(fault))
 
-    def ask_in_order(self, mailbox: Mailbox, deadline: float) -> Remembered:
+    def ask_in_order(self, mailbox: Mailbox, deadline: float) -> Answer:
         """Ask the backends in order, whoever knew the mailbox the last time first. Raises Fault.
 
         Each may take what is left of the time, divided by those that are still to be asked. All
@@ -940,17 +928,17 @@ class Mailboxes:
         for number, backend in enumerate(order):
             seconds = max(0, (deadline - time.monotonic()) / (len(order) - number))
             try:
-                found = backend.ask(mailbox, seconds, may_be_elsewhere=len(order) > 1)
+                answer = backend.ask(mailbox, seconds, may_be_elsewhere=len(order) > 1)
             except Fault as fault:
                 faults.append(str(fault) if len(order) == 1 else f"{backend.name}: {fault}")
                 continue
-            if found.answer.status != "UNKNOWN":
-                return found
+            if answer.status != "UNKNOWN":
+                return answer
         if faults:
             raise Fault("; ".join(faults))
         if len(order) > 1:
-            self.ledger.remember(mailbox, found, generation)
-        return found
+            self.ledger.remember(mailbox, answer, generation)
+        return answer
 
 
 # ---- Aliases and Tables: one name to one mailbox ----
@@ -1430,7 +1418,7 @@ class Policy:
         is_full = answer.status == "OVERQUOTA"
         in_flight = 0
         if not self.ignore_size:
-            in_flight = self.ledger.in_flight_since(mailbox, finding.remembered)
+            in_flight = self.ledger.in_flight_since(mailbox, finding.answer)
             # A mailbox that does not exist yet has no size in some answers: nothing is in it.
             expected = (answer.used or 0) + in_flight
             if answer.quota:
@@ -1479,7 +1467,7 @@ class Policy:
             if not is_refused or self.dry_run:
                 for mailbox, passed in message.passed.items():
                     size = (message.size + HEADERS) * len(passed.targets)
-                    self.ledger.add(mailbox, size, passed.first.finding.remembered)
+                    self.ledger.add(mailbox, size, passed.first.finding.answer)
         if not is_refused:
             return None
         verdict, finding = refusals[0]
@@ -1490,10 +1478,10 @@ class Policy:
 
     def latest(self, mailbox: Mailbox, at_rcpt: Finding) -> Finding:
         """Give what is known now of a mailbox: perhaps somebody else has asked since RCPT."""
-        remembered = self.ledger.last(mailbox)
-        if remembered is None or remembered is at_rcpt.remembered:
+        answer = self.ledger.last(mailbox)
+        if answer is None or answer is at_rcpt.answer:
             return at_rcpt
-        return Finding(remembered, cached=True)
+        return Finding(answer, cached=True)
 
     def report(self, decision: Decision, step: str, message: Message) -> None:
         """Count a decision of a step, `rcpt` or `data`, and log a refusal or a fault."""
@@ -1503,7 +1491,7 @@ class Policy:
         if fault or is_refusal or self.options.verbose:
             in_flight = 0
             if decision.target:
-                known = decision.finding.remembered
+                known = decision.finding.answer
                 in_flight = self.ledger.in_flight_since(decision.target.mailbox, known)
             dry_run = " dry_run=yes" if self.dry_run and is_refusal else ""
             text = "%s step=%s size=%d inflight=%d%s"
