@@ -382,14 +382,12 @@ class Question:
                 socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
 
-class RequestHandler(urllib.request.AbstractHTTPHandler):
+class RequestHandler(urllib.request.BaseHandler):
     """Sends a urllib request over the connection that comes with it.
 
     With no other handler beside this one urllib follows no redirect, uses no proxy of the
     environment, opens nothing else and leaves every status to us.
     """
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     def http_open(self, request: Any) -> http.client.HTTPResponse:
         """Send a request. Raises OSError, http.client.HTTPException."""
@@ -421,11 +419,8 @@ class Client:
     def __init__(self, url: str, context: ssl.SSLContext, timeout: float) -> None:
         parts = urllib.parse.urlsplit(url)
         self.host = parts.netloc.rpartition("@")[2]
-        self.is_encrypted = parts.scheme.lower() == "https"
+        self.url = parts._replace(netloc=self.host, path=parts.path or "/", fragment="").geturl()
         self.context, self.timeout = context, timeout
-        self.url = urllib.parse.urlunsplit(
-            (parts.scheme, self.host, parts.path or "/", parts.query, "")
-        )
         self.headers = {"User-Agent": "quota_milter/" + VERSION}
         if parts.username is not None:
             secret = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
@@ -443,59 +438,60 @@ class Client:
         Trouble on a kept connection says nothing of the server, which may have closed it in that
         very moment: then the same question goes out once more, on a new one.
         """
-        mailbox, may_reuse = question.mailbox, True
-        request = self.request(mailbox)
-        while True:
-            connection, is_kept = self.open_connection(question, may_reuse)
-            request.connection = connection
-            may_reuse = False
+        kept = self.take_idle(question.mailbox.domain)
+        if kept:
             try:
-                with self.opener.open(request, timeout=self.timeout) as response:
-                    answer, may_keep = read_answer(response)
-            except Exception as error:  # urllib's, http.client's and ssl's have no common base
-                connection.close()
-                retry = is_kept and not isinstance(error, BadAnswer) and not question.aborted
-                if retry and time.monotonic() < question.deadline:
-                    continue
-                if isinstance(error, Fault):
+                return self.exchange(question, kept, is_kept=True)
+            except Fault as fault:
+                is_late = time.monotonic() >= question.deadline
+                if question.aborted or is_late or isinstance(fault, BadAnswer):
                     raise
-                raise Fault(question.aborted or repr(error)) from None
-            self.offers_to_keep = "Keep-Alive" in response.headers
-            names_it = answer.name == mailbox.user.encode("utf-8", "surrogateescape")
-            if may_keep and names_it and not question.aborted:
-                with self.lock:
-                    self.idle.append(Idle(time.monotonic(), mailbox.domain, connection))
-                return answer
-            connection.close()
-            if names_it or not is_kept:  # on a new one a server may spell the name in its own way
-                return answer
+            self.close_idle(0)  # the others are as old as the one that made trouble
+        return self.exchange(question, self.connect(), is_kept=False)
 
-    def request(self, mailbox: Mailbox) -> Any:
-        """Make the request about a mailbox (README, Protocol)."""
+    def exchange(
+        self, question: Question, connection: http.client.HTTPConnection, is_kept: bool
+    ) -> Answer:
+        """Ask over a connection, and keep or close it. Raises Fault."""
+        user, domain = question.mailbox
+        request: Any = self.request(user, domain)
+        request.connection = connection
+        question.attach(connection.sock)
+        try:
+            with self.opener.open(request) as response:
+                answer, may_keep = read_answer(response)
+            names_it = answer.name == user.encode("utf-8", "surrogateescape")
+            if is_kept and not names_it:  # on a new one a server may spell it in its own way
+                raise Fault("the answer is about another mailbox")
+        except Exception as error:  # urllib's, http.client's and ssl's have no common base
+            connection.close()
+            if isinstance(error, Fault):
+                raise
+            raise Fault(question.aborted or repr(error)) from None
+        self.offers_to_keep = "Keep-Alive" in response.headers
+        if may_keep and names_it and not question.aborted:
+            with self.lock:
+                self.idle.append(Idle(time.monotonic(), domain, connection))
+        else:
+            connection.close()
+        return answer
+
+    def request(self, *mailbox: str) -> urllib.request.Request:
+        """Make the request about a user and domain (README, Protocol)."""
         user, domain = (urllib.parse.quote(n, safe="", errors="surrogateescape") for n in mailbox)
         query = f"u={user}&d={domain}" if domain else f"u={user}"
         url = self.url + ("&" if "?" in self.url else "?") + query
         keep = "keep-alive" if self.offers_to_keep else "close"
         return urllib.request.Request(url, headers={**self.headers, "Connection": keep})
 
-    def open_connection(
-        self, question: Question, may_reuse: bool
-    ) -> tuple[http.client.HTTPConnection, bool]:
-        """Give a connection and whether it was kept. Raises Unreachable."""
-        if not may_reuse:
-            self.close_idle(0)  # the others are as old as the one that made trouble
-        self.close_idle(IDLE)
-        with self.lock:
-            kept = [idle for idle in self.idle if idle.domain == question.mailbox.domain][-1:]
-            self.idle = [idle for idle in self.idle if idle not in kept]
-        for idle in kept:
-            if is_quiet(idle.connection.sock):
-                question.attach(idle.connection.sock)
-                return idle.connection, True
-            idle.connection.close()
-        # Who got a turn late connects late, and that is no reason to call the server unreachable.
+    def connect(self) -> http.client.HTTPConnection:
+        """Open a connection. Raises Unreachable.
+
+        It gets the whole timeout: who got a turn late connects late, and that is no reason to
+        call the server unreachable.
+        """
         connection = http.client.HTTPConnection(self.host, timeout=self.timeout)
-        if self.is_encrypted:
+        if self.url[:6].lower() == "https:":
             connection = http.client.HTTPSConnection(
                 self.host, timeout=self.timeout, context=self.context
             )
@@ -505,8 +501,19 @@ class Client:
             connection.close()
             hint = ": see --cafile" if isinstance(error, ssl.SSLCertVerificationError) else ""
             raise Unreachable(f"no connection: {error}{hint}") from None
-        question.attach(connection.sock)
-        return connection, False
+        return connection
+
+    def take_idle(self, domain: str) -> Optional[http.client.HTTPConnection]:
+        """Take the latest kept connection of a domain that holds neither an end nor an answer."""
+        self.close_idle(IDLE)
+        with self.lock:
+            for idle in reversed(self.idle):
+                poll = select.poll()
+                poll.register(idle.connection.sock, select.POLLIN)
+                if idle.domain == domain and not poll.poll(0):
+                    self.idle.remove(idle)
+                    return idle.connection
+        return None
 
     def close_idle(self, seconds: float) -> None:
         """Close the connections that have rested for so long, and what is too many of them."""
@@ -516,15 +523,6 @@ class Client:
             closing, self.idle = [idle for idle in self.idle if idle not in kept], kept
         for idle in closing:
             idle.connection.close()
-
-
-def is_quiet(sock: Any) -> bool:
-    """Say whether a resting connection holds neither an end nor a stray answer."""
-    if sock is None:
-        return False
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return not poll.poll(0)
 
 
 def read_answer(response: http.client.HTTPResponse) -> tuple[Answer, bool]:
