@@ -356,15 +356,24 @@ class Decision(NamedTuple):
 class Question:
     """A question that is under way: what other threads may know of it and do with it."""
 
-    def __init__(self, mailbox: Mailbox, generation: int, asked: float, seconds: float) -> None:
+    def __init__(
+        self, mailbox: Mailbox, generation: int, asked: float, seconds: float, elsewhere: bool
+    ) -> None:
         self.mailbox, self.generation = mailbox, generation
         self.asked, self.seconds = asked, seconds
         self.deadline = asked + seconds  # of the session that asked; then it is overdue
-        self.begun: Optional[float] = None  # when a thread took it; None: it waits for its turn
+        self.may_be_elsewhere = elsewhere  # UNKNOWN here says nothing of the mailbox
+        self.begun = 0.0  # when a thread took it; 0: it waits for its turn
         self.is_given_up = False  # nobody waits for it any more
         self.aborted = ""  # why
         self.socket: Optional[socket.socket] = None
         self.future: concurrent.futures.Future[Answer]  # for all sessions that want to know
+
+    def hangs(self, now: float, last_answered: float) -> bool:
+        """Say whether it is overdue, or has had half its time and a later one was answered."""
+        if not self.begun or now >= self.deadline:
+            return self.begun > 0
+        return self.begun < last_answered and now - self.begun > self.seconds / 2
 
     def attach(self, sock: socket.socket) -> None:
         """Note the connection. From here on `hang_up` bounds the time, not the socket."""
@@ -563,45 +572,35 @@ class Breaker:
 
     def __init__(self, name: str, retry_after: float) -> None:
         self.name = name  # for the log
-        self.retry_after = retry_after
+        self.retry_after = retry_after  # seconds
         self.is_open = False
-        self.retry_at = 0.0  # on the monotonic clock, while open
-        self.answered = 0.0  # when it last did
+        self.retry_at = self.answered_at = 0.0  # on the monotonic clock
         self.timeouts = 0  # in a row
 
     def allows(self, now: float) -> bool:
-        """Say whether it may be asked."""
         return not self.is_open or now >= self.retry_at
 
     def begin_trial(self, now: float) -> None:
         """Note that a question goes out: while it is open no second one follows at once."""
-        if self.is_open:
-            self.retry_at = now + self.retry_after
+        self.retry_at = now + self.retry_after
 
     def record_answer(self) -> None:
-        """Close it."""
         if self.is_open:
             log.warning("backend=%s state=up", self.name)
-        self.is_open, self.timeouts, self.answered = False, 0, time.monotonic()
+        self.is_open, self.timeouts, self.answered_at = False, 0, time.monotonic()
 
     def record_unreachable(self, asked: float, why: str) -> None:
-        """Open it, unless somebody was answered meanwhile."""
-        if self.answered < asked:
-            self.open(why)
+        """Open it, unless somebody was answered since the question was asked."""
+        if self.answered_at < asked:
+            if not self.is_open:
+                log.warning("backend=%s state=down reason=%s", self.name, printable(why))
+            self.is_open, self.retry_at = True, time.monotonic() + self.retry_after
 
     def record_timeout(self, asked: float) -> None:
         """Count a question that ran out of time, and open it after a few in a row."""
-        if self.answered < asked:
-            self.timeouts += 1
-            if self.is_open or self.timeouts >= PATIENCE:
-                self.open(f"{PATIENCE} questions in a row got no answer in time")
-
-    def open(self, why: str) -> None:
-        """Let nothing be asked for a while."""
-        if not self.is_open:
-            log.warning("backend=%s state=down reason=%s", self.name, printable(why))
-        self.is_open, self.timeouts = True, 0
-        self.retry_at = time.monotonic() + self.retry_after
+        self.timeouts += self.answered_at < asked
+        if self.is_open or self.timeouts >= PATIENCE:
+            self.record_unreachable(asked, f"{PATIENCE} questions in a row got no answer in time")
 
 
 # ---- Backend: a Client, its Breaker and its bounded pool of questions ----
@@ -646,8 +645,8 @@ class Backend:
             key = mailbox, self.ledger.generation
             question = self.questions.get(key)
             if question is None:
-                question = Question(*key, now, seconds)
-                self.begin(question, may_be_elsewhere)
+                question = Question(*key, now, seconds, may_be_elsewhere)
+                self.begin(question)
             elif question.deadline <= now:
                 raise Fault("the last question about this mailbox still hangs")
         deadline = min(now + seconds, question.deadline)
@@ -660,21 +659,21 @@ class Backend:
                 self.give_up(question)
             raise Fault(f"no answer within {round(seconds, 1):g} s") from None
 
-    def begin(self, question: Question, may_be_elsewhere: bool) -> None:
+    def begin(self, question: Question) -> None:
         """Give a question to the pool. The lock is held. Raises Fault."""
         if not self.breaker.allows(question.asked):
             raise Fault(DOWN)
         if self.hung.get(question.mailbox, 0) > question.asked:
             raise Fault("this mailbox hung when it was last asked about")
         try:
-            question.future = self.pool.submit(self.carry_out, question, may_be_elsewhere)
+            question.future = self.pool.submit(self.carry_out, question)
         except RuntimeError as error:  # the system's limit of threads
             raise Fault(f"no thread for a question: {error}") from None
         self.questions[question.mailbox, question.generation] = question
         self.breaker.begin_trial(question.asked)
         self.make_room(question.asked)
 
-    def carry_out(self, question: Question, may_be_elsewhere: bool) -> Answer:
+    def carry_out(self, question: Question) -> Answer:
         """Ask one question, in a thread of the pool, and learn from what comes. Raises Fault."""
         question.begun = time.monotonic()
         fault: Optional[Fault] = None
@@ -683,7 +682,7 @@ class Backend:
                 raise Fault("there was no turn for it in time")
             answer = self.client.fetch(question)
             answer.source = self.name
-            if answer.status != "UNKNOWN" or not may_be_elsewhere:
+            if answer.status != "UNKNOWN" or not question.may_be_elsewhere:
                 self.ledger.remember(question.mailbox, answer, question.generation)
             return answer
         except Fault as error:
@@ -716,27 +715,20 @@ class Backend:
             if question.future.cancel():
                 self.forget(question)
             # Who got a turn only in the second half of the time does not speak against the backend.
-            halfway = (question.asked + question.deadline) / 2
-            if question.begun is not None and question.begun <= halfway:
+            elif question.begun and question.begun <= question.deadline - question.seconds / 2:
                 self.breaker.record_timeout(question.asked)
                 self.abandon_if_down()
             self.make_room(time.monotonic())
 
     def make_room(self, now: float) -> None:
-        """Abort as many overdue questions as others wait for a turn. The lock is held."""
-        ending = sum(bool(question.aborted) for question in self.questions.values())
-        waiting = len(self.questions) - ending - self.max_queries
-        if waiting <= 0:
-            return
-        hanging = []
-        for question in self.questions.values():
-            if question.begun is not None and not question.aborted:
-                had_half = now - question.begun > question.seconds / 2
-                if now >= question.deadline or had_half and question.begun < self.last_answered:
-                    hanging.append(question)
-        for question in sorted(hanging, key=lambda question: question.deadline)[:waiting]:
-            question.hang_up("no answer, and others wait for a turn")
-            self.hung[question.mailbox] = now + self.breaker.retry_after
+        """Abort as many hanging questions as others wait for a turn. The lock is held."""
+        live = [question for question in self.questions.values() if not question.aborted]
+        waiting = len(live) - self.max_queries
+        if waiting > 0:
+            hanging = [question for question in live if question.hangs(now, self.last_answered)]
+            for question in sorted(hanging, key=lambda question: question.deadline)[:waiting]:
+                question.hang_up("no answer, and others wait for a turn")
+                self.hung[question.mailbox] = now + self.breaker.retry_after
 
     def abandon_if_down(self) -> None:
         """Give up all that is under way to a backend that is down. The lock is held."""
