@@ -55,6 +55,7 @@ import email.utils
 import errno
 import functools
 import http.client
+import itertools
 import logging
 import logging.handlers
 import os
@@ -113,9 +114,8 @@ AGAIN = -1  # instead of an exit status: start anew
 OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
 TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
 INACTIVE = "552 5.2.2 Mailbox of {address} is full and not in use"
-VERDICTS = ("ok", "overquota", "toolarge", "inactive", "unknown", "fault")
-UNASKED = ("empty", "exempt", "alias", "nobackend")
 REFUSED = ("overquota", "toolarge", "inactive")  # there is no room for the message
+VERDICTS = ("ok", *REFUSED, "unknown", "fault", "empty", "exempt", "alias", "nobackend")
 DOWN = "the backend is down and is left alone for a while"
 HINTS = {  # what an administrator has usually got wrong
     401: ": is the password in --backend right?",
@@ -226,15 +226,16 @@ class Reply(NamedTuple):
     @classmethod
     def from_template(cls, template: str) -> Reply:
         """Read `452 4.2.2 text`. Raises ArgumentTypeError."""
-        pattern = r"([45][0-9]{2}) (([45])\.[0-9]{1,3}\.[0-9]{1,3}) ([ -~]{1,200})"
+        pattern = r"(([45])[0-9]{2}) (\2\.[0-9]{1,3}\.[0-9]{1,3}) (([^{}%]|{address}){1,200})"
         match = re.fullmatch(pattern, template)
-        if not match or match[1][0] != match[3]:
-            raise argparse.ArgumentTypeError("is not a code, enhanced code and text: 452 4.2.2 ...")
+        if not match or not template.isascii() or not template.isprintable():
+            raise argparse.ArgumentTypeError(
+                "is not a code, its enhanced code and a text without % and braces, but for"
+                " {address}: 452 4.2.2 ..."
+            )
         if match[1] == "421":
             raise argparse.ArgumentTypeError("is a 421, which would end the whole session")
-        if re.search(r"[{}%]", match[4].replace("{address}", "")):
-            raise argparse.ArgumentTypeError("has a % or a {...} other than {address}")
-        return cls(match[1], match[2], match[4])
+        return cls(match[1], match[3], match[4])
 
     @property
     def is_permanent(self) -> bool:
@@ -336,18 +337,14 @@ class Decision(NamedTuple):
     def __str__(self) -> str:
         """Give the line for the log (README, Log and figures)."""
         answer = self.finding.answer or Answer("")
-        fields = {
-            "recipient": self.address.given,
-            "user": self.target.user if self.target else "-",
-            "verdict": self.verdict,
-            "used": "-" if answer.used is None else answer.used,
-            "quota": "-" if answer.quota is None else answer.quota,
-            "cached": "yes" if self.finding.cached else "no",
-            "ms": round(self.seconds * 1000),
-        }
-        if self.finding.fault:
-            fields["reason"] = self.finding.fault
-        return " ".join(f"{name}={printable(value)}" for name, value in fields.items())
+        used, quota = ("-" if n is None else n for n in (answer.used, answer.quota))
+        user = printable(self.target.user) if self.target else "-"
+        cached = "yes" if self.finding.cached else "no"
+        reason = f" reason={printable(self.finding.fault)}" if self.finding.fault else ""
+        return (
+            f"recipient={printable(self.address.given)} user={user} verdict={self.verdict}"
+            f" used={used} quota={quota} cached={cached} ms={round(self.seconds * 1000)}{reason}"
+        )
 
 
 # ---- Client: one URL; a mailbox in, an Answer or a Fault out ----
@@ -939,15 +936,15 @@ class AliasFile:
 
     def __init__(self, path: str) -> None:
         """Read the file. Raises OSError, ValueError."""
-        self.path = path
-        self.stamp = self.seen = self.look()
-        self.ticks_still = 0
+        self.name = path
+        self.stamp = self.look()
+        self.ticks_still = 2  # since when nothing has changed the file; at the second it is read
         self.table, self.bad_lines = self.read()
 
     def look(self) -> object:
         """Tell one version of the file from the next, and from none."""
         try:
-            status = os.stat(self.path)
+            status = os.stat(self.name)
         except OSError as error:
             return error.errno
         return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
@@ -958,20 +955,18 @@ class AliasFile:
         Called every second. Whoever rewrites the file in place may take a while, and half a file
         would let mail for full mailboxes through: so it is read when it has held still.
         """
-        stamp = self.look()
-        self.ticks_still = self.ticks_still + 1 if stamp == self.seen else 0
-        self.seen = stamp
-        if stamp == self.stamp or self.ticks_still < 2:
+        before, self.stamp = self.stamp, self.look()
+        self.ticks_still = self.ticks_still + 1 if self.stamp == before else 0
+        if self.ticks_still != 2:
             return False
         try:
             table, bad_lines = self.read()
         except (OSError, ValueError) as error:
-            self.stamp = stamp
-            log.warning("aliases=%s state=kept reason=%s", self.path, printable(error))
+            log.warning("aliases=%s state=kept reason=%s", self.name, printable(error))
             return False
-        if self.look() != stamp:  # it changed while it was read
+        if self.look() != self.stamp:  # it changed while it was read
             return False
-        self.stamp, self.table, self.bad_lines = stamp, table, bad_lines
+        self.table, self.bad_lines = table, bad_lines
         self.log_state()
         return True
 
@@ -982,7 +977,7 @@ class AliasFile:
         """
         table: dict[str, str] = {}
         bad: list[int] = []
-        with open_regular(self.path) as lines:
+        with open_regular(self.name) as lines:
             for number, line in logical_lines(lines):
                 match = ALIAS.fullmatch(line)
                 if match:
@@ -994,12 +989,10 @@ class AliasFile:
         return table, bad
 
     def log_state(self) -> None:
-        """Log what was read."""
-        bad = self.bad_lines
-        if bad:
+        if self.bad_lines:
             text = "aliases=%s state=incomplete skipped=%d line=%d"
-            log.warning(text, self.path, len(bad), bad[0])
-        log.info("aliases=%s state=read names=%d", self.path, len(self.table))
+            log.warning(text, self.name, len(self.bad_lines), self.bad_lines[0])
+        log.info("aliases=%s state=read names=%d", self.name, len(self.table))
 
     def find(self, address: Address, deadline: float) -> dict[str, str]:
         """Give what the file has for the names of an address."""
@@ -1033,6 +1026,9 @@ def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     yield from [(start, " ".join(parts))] if start else []
 
 
+Results = dict[tuple[str, ...], concurrent.futures.Future[tuple[float, dict[str, str]]]]
+
+
 class Table:
     """Any Postfix table, asked by `postmap -q` as Postfix asks it.
 
@@ -1048,19 +1044,17 @@ class Table:
         kind = re.sub("^proxy:", "", name).partition(":")[0]
         self.takes_whole_address = kind in ("regexp", "pcre", "tcp", "socketmap")
         self.pool = concurrent.futures.ThreadPoolExecutor(TABLE_QUERIES)
-        self.lock = threading.Lock()  # guards what follows
-        self.domains: frozenset[Optional[str]] = frozenset()  # ours; None: all
-        self.cache_ttl = 0.0  # seconds
-        self.generation = 0  # of the results: one that was asked for before a HUP is not kept
-        self.results: dict[tuple[str, ...], tuple[float, dict[str, str]]] = {}  # oldest first
-        self.under_way: dict[tuple[Any, ...], concurrent.futures.Future[dict[str, str]]] = {}
+        self.lock = threading.Lock()  # guards the results
+        self.configure((), 0)
 
-    def forget_results(self, domains: Iterable[Optional[str]], cache_ttl: float) -> None:
-        """Take the options and forget the results."""
-        with self.lock:
-            self.domains, self.cache_ttl = frozenset(domains), cache_ttl
-            self.generation += 1
-            self.results.clear()
+    def configure(self, domains: Iterable[Optional[str]], cache_ttl: float) -> None:
+        """Take the options and forget the results.
+
+        A question that was asked before leaves its result in the dictionary that is dropped here.
+        """
+        self.domains = frozenset(domains)  # ours; None: all
+        self.cache_ttl = cache_ttl  # seconds
+        self.results: Results = {}  # oldest first, those under way included
 
     def keys(self, address: Address) -> dict[str, str]:
         """Give what Postfix would look up, in its order, and the name that each key stands for.
@@ -1092,44 +1086,41 @@ class Table:
 
     def look_up(self, keys: tuple[str, ...], deadline: float) -> dict[str, str]:
         """Give what the table has for some keys, from memory or by a question. Raises Fault."""
+        results = self.results  # not what a HUP may put into its place
         with self.lock:
-            at, result = self.results.get(keys, (0.0, {}))
-            if at and time.monotonic() - at < self.cache_ttl:
-                return result
-            key = self.generation, *keys
-            future = self.under_way.get(key)
-            if future is None:
+            future = results.get(keys)
+            if future is None or future.done() and time.monotonic() >= future.result()[0]:
+                results.pop(keys, None)
                 try:
-                    future = self.pool.submit(self.query, key, deadline)
+                    future = self.pool.submit(self.query, keys, deadline, results)
                 except RuntimeError as error:
                     raise Fault(f"no thread for table {self.name}: {error}") from None
-                self.under_way[key] = future
+                results[keys] = future
+                if len(results) > TABLE_RESULTS:
+                    del results[next(iter(results))]
         try:
-            return future.result(max(0, deadline - time.monotonic()))
+            return future.result(max(0, deadline - time.monotonic()))[1]
         except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
-            if future.cancel():
-                with self.lock:
-                    self.under_way.pop(key, None)
+            with self.lock:
+                if future.cancel():
+                    results.pop(keys, None)
             raise Fault(f"table {self.name} gave no answer in time") from None
 
-    def query(self, key: tuple[Any, ...], deadline: float) -> dict[str, str]:
-        """Ask the table, in a thread of the pool, and remember the result. Raises Fault."""
-        generation, *keys = key
-        result = None
+    def query(
+        self, keys: tuple[str, ...], deadline: float, results: Results
+    ) -> tuple[float, dict[str, str]]:
+        """Ask the table, in a thread of the pool; say until when that holds. Raises Fault."""
+        is_kept = False
         try:
-            result = self.run_postmap(keys, deadline - time.monotonic())
-            return result
+            found = self.run_postmap(keys, deadline - time.monotonic())
+            is_kept = sum(map(len, keys)) <= 4 * LONG_NAME
+            return time.monotonic() + self.cache_ttl, found
         except OSError as error:
             raise Fault(f"postmap cannot be run: {error}") from None
         finally:
-            with self.lock:
-                self.under_way.pop(key, None)
-                is_short = sum(map(len, keys)) <= 4 * LONG_NAME
-                if result is not None and is_short and generation == self.generation:
-                    self.results.pop(tuple(keys), None)
-                    self.results[tuple(keys)] = time.monotonic(), result
-                    if len(self.results) > TABLE_RESULTS:
-                        del self.results[next(iter(self.results))]
+            if not is_kept:
+                with self.lock:
+                    results.pop(keys, None)
 
     def run_postmap(self, keys: Sequence[str], seconds: float) -> dict[str, str]:
         """Ask postmap, which gets `seconds`. Raises OSError, Fault.
@@ -1143,8 +1134,8 @@ class Table:
         path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
         command = [shutil.which("postmap", path=path) or "postmap", "-q", "-", self.name]
         asked = "".join(key + "\n" for key in keys).encode()
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
             Table.postmaps.add(process)
             try:
                 output, errors = process.communicate(asked, 0 if Table.has_ended else seconds)
@@ -1179,7 +1170,6 @@ class Aliases:
 
     def __init__(self, sources: list[AliasSource], parse_address: Callable[[str], Address]) -> None:
         self.sources, self.parse_address = sources, parse_address
-        self.has_tables = any(isinstance(source, Table) for source in sources)
 
     def resolve(self, address: Address, deadline: float) -> Optional[Address]:
         """Follow an address to its mailbox; None where it does not lead to exactly one.
@@ -1222,21 +1212,15 @@ class Aliases:
 # ---- Policy: the rule, from a recipient and a size to a Decision ----
 
 
-class Passed:
-    """A mailbox that recipients of a message were let through for."""
-
-    def __init__(self, decision: Decision) -> None:
-        self.first = decision
-        self.targets: set[int] = set()  # hashes: an address may be long, and there may be many
-
-
 class Message:
     """The message that a session is giving: its size as far as it is known, and its recipients."""
 
     def __init__(self, declared: int = 0) -> None:
         self.declared = declared  # bytes (RFC 1870), 0 where they are not
         self.counted = 0  # bytes of the body until now
-        self.passed: dict[Mailbox, Passed] = {}
+        self.passed: dict[Mailbox, Decision] = {}  # of the first recipient who was let through
+        # Of all of them, as hashes: an address may be long, and there may be many.
+        self.targets: dict[Mailbox, set[int]] = collections.defaultdict(set)
         self.others_passed = False  # somebody who was not asked about, or could not be
 
     @property
@@ -1244,19 +1228,20 @@ class Message:
         """The size in bytes, as far as it is known; never less than the declared one."""
         return max(self.declared, self.counted)
 
-    def copies(self, target: Address) -> int:
+    def copies(self, mailbox: Mailbox, target: Address) -> int:
         """Say how many copies a mailbox gets with this recipient: john, john+a and john+b three."""
-        passed = self.passed.get(target.mailbox)
-        return len(passed.targets | {hash(target[1:])}) if passed else 1
+        targets = self.targets.get(mailbox)
+        return len(targets | {hash(target[1:])}) if targets else 1
 
     def let_through(self, decision: Decision) -> None:
         """Note a recipient who was let through."""
-        is_long = bool(decision.target and decision.target.mailbox.is_long)
+        mailbox = decision.target and decision.target.mailbox
+        is_long = bool(mailbox and mailbox.is_long)
         if not decision.finding.answer or is_long:
             self.others_passed = True
-        if decision.target and not is_long:
-            passed = self.passed.setdefault(decision.target.mailbox, Passed(decision))
-            passed.targets.add(hash(decision.target[1:]))
+        if decision.target and mailbox and not is_long:
+            self.passed.setdefault(mailbox, decision)
+            self.targets[mailbox].add(hash(decision.target[1:]))
 
     def wants_body(self) -> bool:
         """Say whether more of the body can matter.
@@ -1266,7 +1251,7 @@ class Message:
         """
         if self.counted <= self.declared:
             return False
-        answers = (passed.first.finding.answer for passed in self.passed.values())
+        answers = (decision.finding.answer for decision in self.passed.values())
         return any(answer and self.counted <= answer.most for answer in answers)
 
 
@@ -1291,14 +1276,6 @@ class Policy:
     ) -> None:
         """Take the backends and tables that the policy in force before had, too."""
         self.options, self.ledger, self.counters = options, ledger, counters
-        self.timeout: float = options.timeout
-        self.dry_run: bool = options.dry_run
-        self.ignore_size: bool = options.ignore_size
-        self.parse_address = functools.partial(
-            Address.parse,
-            delimiters=options.recipient_delimiter,
-            case_sensitive=options.case_sensitive,
-        )
         self.replies: dict[str, Optional[Reply]] = {
             "overquota": options.overquota_reply,
             "toolarge": options.toolarge_reply,
@@ -1306,19 +1283,24 @@ class Policy:
             "unknown": options.unknown_reply,
             "fault": CANNOT_CHECK if options.on_error == "tempfail" else None,
         }
+        # No method: the aliases, which may be large, must not keep an old policy and it them.
+        self.parse_address = functools.partial(
+            Address.parse,
+            delimiters=options.recipient_delimiter,
+            case_sensitive=options.case_sensitive,
+        )
         exempt = ["postmaster", *options.exempt]
         self.exempt = {self.parse_address(e).names()[0 if "@" in e else 2] for e in exempt}
         self.backends: dict[tuple[Any, ...], Backend] = {}  # by URL and what bounds the questions
         self.mailboxes = self.map_domains(before.backends if before else {})
-        tables = {table.name: table for table in before.tables()} if before else {}
-        sources = [
-            tables.get(source.name, source) if isinstance(source, Table) else source
-            for source in options.aliases
-        ]
+        kept = {table.name: table for table in before.tables} if before else {}
+        sources: list[AliasSource] = [kept.get(source.name, source) for source in options.aliases]
         self.aliases = Aliases(sources, self.parse_address)
-        for table in self.tables():
-            table.forget_results(self.mailboxes, options.cache_ttl)
-        for file in self.alias_files():
+        self.tables: list[Table] = [source for source in sources if isinstance(source, Table)]
+        self.alias_files = [source for source in sources if isinstance(source, AliasFile)]
+        for table in self.tables:
+            table.configure(self.mailboxes, options.cache_ttl)
+        for file in self.alias_files:
             file.log_state()
         self.routes: dict[str, Route] = {}  # of the recipients who came last
 
@@ -1329,21 +1311,13 @@ class Policy:
         for domains, url in options.backend or [parse_backend(DEFAULT_BACKEND)]:
             key = url, options.timeout, options.max_queries, options.retry_after
             if key not in self.backends:
-                client = Client(url, context, self.timeout)
+                client = Client(url, context, options.timeout)
                 backend = before.get(key) or Backend(client, options, self.ledger, self.counters)
                 backend.client.context = context
                 self.backends[key] = backend
             for domain in domains:
                 by_domain[domain].append(self.backends[key])
         return {domain: Mailboxes(found, self.ledger) for domain, found in by_domain.items()}
-
-    def tables(self) -> list[Table]:
-        """Give the tables that aliases are looked up in."""
-        return [source for source in self.aliases.sources if isinstance(source, Table)]
-
-    def alias_files(self) -> list[AliasFile]:
-        """Give the alias files."""
-        return [source for source in self.aliases.sources if isinstance(source, AliasFile)]
 
     def route(self, recipient: str, deadline: float) -> Route:
         """Say where a recipient leads. Raises Fault.
@@ -1354,7 +1328,7 @@ class Policy:
         route = routes.get(recipient)
         if route is None:
             route = self.find_route(recipient, deadline)
-            if len(recipient) <= LONG_NAME and not self.aliases.has_tables:
+            if len(recipient) <= LONG_NAME and not self.tables:
                 if len(routes) >= ROUTES:
                     routes.clear()
                 routes[recipient] = route
@@ -1365,34 +1339,31 @@ class Policy:
         address = self.parse_address(recipient)
         if not address.local:
             return Route(address, None, None, "empty")
-        if self.is_exempt(address):
+        if not self.exempt.isdisjoint(address.names()):
             return Route(address, None, None, "exempt")
         target = self.aliases.resolve(address, deadline)
         if target is None:
             return Route(address, None, None, "alias")
-        if self.is_exempt(target):
+        if not self.exempt.isdisjoint(target.names()):
             return Route(address, target, None, "exempt")
         mailboxes = self.mailboxes.get(target.domain, self.mailboxes.get(None))
         return Route(address, target, mailboxes, "" if mailboxes else "nobackend")
 
-    def is_exempt(self, address: Address) -> bool:
-        """Say whether an address is one that is never asked about."""
-        return not self.exempt.isdisjoint(address.names())
-
     def decide(self, recipient: str, message: Message) -> Decision:
         """Decide about a recipient of a message, within the timeout."""
         start = time.monotonic()
-        deadline = start + self.timeout
+        deadline = start + self.options.timeout
         finding = Finding()
         try:
-            route = self.route(recipient, deadline)
+            address, target, mailboxes, verdict = self.route(recipient, deadline)
         except Fault as fault:  # a table
-            route = Route(self.parse_address(recipient), None, None, "fault")
-            finding = Finding(fault=str(fault))
-        address, target, mailboxes, verdict = route
+            address, target, mailboxes = self.parse_address(recipient), None, None
+            verdict, finding = "fault", Finding(fault=str(fault))
         if target and mailboxes:
-            finding = mailboxes.ask_about(target.mailbox, deadline)
-            verdict = self.judge(target.mailbox, finding, message.size, message.copies(target))
+            mailbox = target.mailbox
+            finding = mailboxes.ask_about(mailbox, deadline)
+            copies = message.copies(mailbox, target)
+            verdict = self.judge(mailbox, finding, message.size, copies)
         else:
             target = None
         reply = self.reply(verdict, finding, address)
@@ -1407,8 +1378,8 @@ class Policy:
             return "unknown"
         is_full = answer.status == "OVERQUOTA"
         in_flight = 0
-        if not self.ignore_size:
-            in_flight = self.ledger.in_flight_since(mailbox, finding.answer)
+        if not self.options.ignore_size:
+            in_flight = self.ledger.in_flight_since(mailbox, answer)
             # A mailbox that does not exist yet has no size in some answers: nothing is in it.
             expected = (answer.used or 0) + in_flight
             if answer.quota:
@@ -1418,13 +1389,10 @@ class Policy:
                 is_full = is_full or in_flight > 0 and expected >= answer.quota
         if not is_full:
             return "ok"
-        is_dead = self.is_inactive(answer) and not in_flight and not finding.fault
+        unchanged = time.time() - answer.changed if answer.changed else 0  # seconds
+        days = self.options.inactive_after
+        is_dead = days and unchanged > days * DAY and not in_flight and not finding.fault
         return "inactive" if is_dead else "overquota"
-
-    def is_inactive(self, answer: Answer) -> bool:
-        """Say whether nothing has changed a mailbox for --inactive-after."""
-        days: float = self.options.inactive_after
-        return bool(days and answer.changed) and time.time() - (answer.changed or 0) > days * DAY
 
     def reply(self, verdict: str, finding: Finding, address: Address) -> Optional[Reply]:
         """Give the reply to a verdict, None to let it through.
@@ -1443,57 +1411,45 @@ class Policy:
         Taken is what fits into one mailbox at least, or has a recipient who was not asked about:
         the reply concerns all recipients, and he must get his mail.
         """
-        if self.ignore_size:
+        if self.options.ignore_size:
             return None
         start = time.monotonic()
         refusals = []
         with self.ledger.lock:  # to decide and to count is one step
-            for mailbox, passed in message.passed.items():
-                finding = self.latest(mailbox, passed.first.finding)
-                verdict = self.judge(mailbox, finding, message.size, len(passed.targets))
+            for mailbox, decision in message.passed.items():
+                finding, copies = decision.finding, len(message.targets[mailbox])
+                latest = self.ledger.last(mailbox)  # somebody else may have asked since RCPT
+                if latest and latest is not finding.answer:
+                    finding = Finding(latest, cached=True)
+                verdict = self.judge(mailbox, finding, message.size, copies)
                 if verdict in REFUSED and not message.others_passed:
                     refusals.append((verdict, finding))
             is_refused = 0 < len(refusals) == len(message.passed)
-            if not is_refused or self.dry_run:
-                for mailbox, passed in message.passed.items():
-                    size = (message.size + HEADERS) * len(passed.targets)
-                    self.ledger.add(mailbox, size, passed.first.finding.answer)
+            if not is_refused or self.options.dry_run:
+                for mailbox, decision in message.passed.items():
+                    size = (message.size + HEADERS) * len(message.targets[mailbox])
+                    self.ledger.add(mailbox, size, decision.finding.answer)
         if not is_refused:
             return None
         verdict, finding = refusals[0]
-        first = next(iter(message.passed.values())).first
+        first = next(iter(message.passed.values()))
         reply = self.reply(verdict, finding, first.address)
         seconds = time.monotonic() - start
         return first._replace(verdict=verdict, reply=reply, finding=finding, seconds=seconds)
 
-    def latest(self, mailbox: Mailbox, at_rcpt: Finding) -> Finding:
-        """Give what is known now of a mailbox: perhaps somebody else has asked since RCPT."""
-        answer = self.ledger.last(mailbox)
-        if answer is None or answer is at_rcpt.answer:
-            return at_rcpt
-        return Finding(answer, cached=True)
-
     def report(self, decision: Decision, step: str, message: Message) -> None:
         """Count a decision of a step, `rcpt` or `data`, and log a refusal or a fault."""
-        fault, is_refusal = bool(decision.finding.fault), decision.reply is not None
-        refused = is_refusal and not self.dry_run
-        self.counters.record_decision(decision, step, message.size if refused else 0, refused)
-        if fault or is_refusal or self.options.verbose:
+        dry_run, is_refusal = self.options.dry_run, decision.reply is not None
+        self.counters.record_decision(decision, step, message.size, is_refusal and not dry_run)
+        if decision.finding.fault or is_refusal or self.options.verbose:
             in_flight = 0
             if decision.target:
-                known = decision.finding.answer
-                in_flight = self.ledger.in_flight_since(decision.target.mailbox, known)
-            dry_run = " dry_run=yes" if self.dry_run and is_refusal else ""
+                mailbox, answer = decision.target.mailbox, decision.finding.answer
+                in_flight = self.ledger.in_flight_since(mailbox, answer)
+            suffix = " dry_run=yes" if dry_run and is_refusal else ""
             text = "%s step=%s size=%d inflight=%d%s"
-            level = logging.WARNING if fault else logging.INFO
-            log.log(level, text, decision, step, message.size, in_flight, dry_run)
-
-    def look_after(self) -> None:
-        """Do what is due every second: look after questions, read changed aliases."""
-        for backend in self.backends.values():
-            backend.end_overdue()
-        if [file for file in self.alias_files() if file.refresh()]:
-            self.routes = {}
+            level = logging.WARNING if decision.finding.fault else logging.INFO
+            log.log(level, text, decision, step, message.size, in_flight, suffix)
 
 
 # ---- Counters and metrics: what has happened, apart from why ----
@@ -1521,11 +1477,11 @@ class Counters:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.values: dict[str, float] = collections.defaultdict(int)
-        for verdict in VERDICTS + UNASKED:
+        for verdict in VERDICTS:
             self.values[f'recipients_total{{verdict="{verdict}"}}'] = 0
         for step in "rcpt", "data":
             self.values[f'refused_bytes_total{{step="{step}"}}'] = 0
-            for verdict in VERDICTS[1:]:
+            for verdict in (*REFUSED, "unknown", "fault"):
                 self.values[f'refused_total{{step="{step}",verdict="{verdict}"}}'] = 0
         self.values.update({"cached_total": 0, "lastknown_total": 0})
 
@@ -1557,7 +1513,7 @@ class Counters:
         """Log the sums since the start."""
         with self.lock:
             values = dict(self.values)
-        verdicts = {v: values[f'recipients_total{{verdict="{v}"}}'] for v in VERDICTS + UNASKED}
+        verdicts = {v: values[f'recipients_total{{verdict="{v}"}}'] for v in VERDICTS}
         refused = sum(value for name, value in values.items() if name[:14] == "refused_total{")
         sums = {"recipients": sum(verdicts.values()), "refused": refused}
         sums.update(cached=values["cached_total"], lastknown=values["lastknown_total"], **verdicts)
@@ -1634,7 +1590,7 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
         if decision.reply is None:
             self.message.let_through(decision)
             return int(Milter.CONTINUE)
-        return int(Milter.CONTINUE) if policy.dry_run else self.refuse(decision.reply)
+        return int(Milter.CONTINUE) if policy.options.dry_run else self.refuse(decision.reply)
 
     def data(self) -> int:
         """Only reply, at once: see the class."""
@@ -1643,7 +1599,7 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
     def body(self, chunk: bytes) -> int:
         """Count the bytes of a message, as long as that can matter."""
         self.message.counted += len(chunk)
-        more = self.message.wants_body() and not self.service.policy.ignore_size
+        more = self.message.wants_body() and not self.service.policy.options.ignore_size
         return int(Milter.CONTINUE if more or not self._protocol & Milter.P_SKIP else Milter.SKIP)
 
     def eom(self) -> int:
@@ -1654,7 +1610,7 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
         if decision is None:
             return int(Milter.CONTINUE)
         policy.report(decision, "data", message)
-        if decision.reply is None or policy.dry_run:
+        if decision.reply is None or policy.options.dry_run:
             return int(Milter.CONTINUE)
         return self.refuse(decision.reply)
 
@@ -1744,51 +1700,40 @@ def trust(file: str) -> ssl.SSLContext:
         raise argparse.ArgumentTypeError(f"cannot be used: {error}") from None
 
 
-class Option(NamedTuple):
-    """An option of the command line; a flag where nothing stands for its value."""
-
-    name: str
-    metavar: str
-    read: Callable[[str], Any]  # raises ArgumentTypeError
-    default: Any  # a list: the option may be repeated
-    text: str
-
-
+REPLY = Reply.from_template
 SECONDS = number(float, 0, DAY)
 COUNT = number(int, 1, 9999)
 DELIMITERS = matching(r"""[!#-/:-?\[\]-`{-~]*""", 'ASCII punctuation other than @ " \\')
 ERROR_WORDS = matching("accept|tempfail", "accept or tempfail")
 EXEMPT = matching("[^@].*", "user or user@domain")
-OPTIONS = [
-    Option(
-        "listen", "SOCKET", listen_socket, "inet:8894@127.0.0.1", "inet:PORT@HOST or unix:/PATH"
-    ),
-    Option("backend", "[DOMAIN[,DOMAIN...]=]URL", parse_backend, [], f"to ask ({DEFAULT_BACKEND})"),
-    Option("timeout", "SECONDS", number(float, 0.01, DAY), 5, "whole budget of a question"),
-    Option("retry-after", "SECONDS", SECONDS, 10, "how long a backend that failed is not asked"),
-    Option("max-queries", "N", COUNT, 16, "questions to one backend at a time"),
-    Option("cache-ttl", "SECONDS", SECONDS, 60, "how long an answer is used again; 0: never"),
-    Option("on-error", "accept|tempfail", ERROR_WORDS, "accept", "where a backend gives a fault"),
-    Option("overquota-reply", "REPLY", Reply.from_template, OVERQUOTA, "for a full mailbox"),
-    Option(
-        "toolarge-reply", "REPLY", Reply.from_template, TOOLARGE, "for what the quota cannot hold"
-    ),
-    Option("unknown-reply", "REPLY", Reply.from_template, None, "for UNKNOWN (let through)"),
-    Option("ignore-size", "", bool, False, "sizes do not matter, only the status does"),
-    Option("in-flight", "SECONDS", SECONDS, 60, "how long mail is under way; 0: not at all"),
-    Option("frontends", "N", COUNT, 1, "frontends that share the mail"),
-    Option("inactive-after", "DAYS", number(float, 0, 36500), 0, "a full mailbox is dead; 0: off"),
-    Option("inactive-reply", "REPLY", Reply.from_template, INACTIVE, "for a dead mailbox"),
-    Option("recipient-delimiter", "CHARS", DELIMITERS, "+", "john+lists is john; empty: off"),
-    Option("case-sensitive", "", bool, False, "do not fold the user to lower case"),
-    Option("exempt", "ADDRESS", EXEMPT, [], "user or user@domain that is never asked about"),
-    Option("aliases", "FILE|TYPE:NAME", alias_source, [], "an alias file, or a Postfix table"),
-    Option("cafile", "FILE", trust, None, "certificates to trust for https (the system's)"),
-    Option("dry-run", "", bool, False, "log what would be answered, let everything through"),
-    Option("check", "[ADDRESS...]", str, None, "ask now, print the verdicts, exit"),
-    Option("metrics", "FILE", str, None, "counters for Prometheus, every 15 seconds"),
-    Option("syslog", "", bool, False, "log to syslog, facility mail, not to standard error"),
-    Option("verbose", "", bool, False, "log a line for every recipient"),
+OPTIONS: list[tuple[str, str, Callable[[str], Any], Any, str]] = [
+    # name, what stands for its value (a flag has none), how that is read, default (a list: the
+    # option may be repeated), help
+    ("listen", "SOCKET", listen_socket, "inet:8894@127.0.0.1", "inet:PORT@HOST or unix:/PATH"),
+    ("backend", "[DOMAIN[,DOMAIN...]=]URL", parse_backend, [], f"to ask ({DEFAULT_BACKEND})"),
+    ("timeout", "SECONDS", number(float, 0.01, DAY), 5, "whole budget of a question"),
+    ("retry-after", "SECONDS", SECONDS, 10, "how long a backend that failed is not asked"),
+    ("max-queries", "N", COUNT, 16, "questions to one backend at a time"),
+    ("cache-ttl", "SECONDS", SECONDS, 60, "how long an answer is used again; 0: never"),
+    ("on-error", "accept|tempfail", ERROR_WORDS, "accept", "where a backend gives a fault"),
+    ("overquota-reply", "REPLY", REPLY, OVERQUOTA, "for a full mailbox"),
+    ("toolarge-reply", "REPLY", REPLY, TOOLARGE, "for what the quota cannot hold"),
+    ("unknown-reply", "REPLY", REPLY, None, "for UNKNOWN (let through)"),
+    ("ignore-size", "", bool, False, "sizes do not matter, only the status does"),
+    ("in-flight", "SECONDS", SECONDS, 60, "how long mail is under way; 0: not at all"),
+    ("frontends", "N", COUNT, 1, "frontends that share the mail"),
+    ("inactive-after", "DAYS", number(float, 0, 36500), 0, "a full mailbox is dead; 0: off"),
+    ("inactive-reply", "REPLY", REPLY, INACTIVE, "for a dead mailbox"),
+    ("recipient-delimiter", "CHARS", DELIMITERS, "+", "john+lists is john; empty: off"),
+    ("case-sensitive", "", bool, False, "do not fold the user to lower case"),
+    ("exempt", "ADDRESS", EXEMPT, [], "user or user@domain that is never asked about"),
+    ("aliases", "FILE|TYPE:NAME", alias_source, [], "an alias file, or a Postfix table"),
+    ("cafile", "FILE", trust, None, "certificates to trust for https (the system's)"),
+    ("dry-run", "", bool, False, "log what would be answered, let everything through"),
+    ("check", "[ADDRESS...]", str, None, "ask now, print the verdicts, exit"),
+    ("metrics", "FILE", str, None, "counters for Prometheus, every 15 seconds"),
+    ("syslog", "", bool, False, "log to syslog, facility mail, not to standard error"),
+    ("verbose", "", bool, False, "log a line for every recipient"),
 ]
 
 
@@ -1832,7 +1777,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     argparse reads a line at a time, so that an error can say in which file and line it stands.
     """
     parser = option_parser()
-    options = argparse.Namespace()
+    options = parser.parse_args([])
     for where, words in option_lines(arguments):
         try:
             parser.parse_args(words, options)
@@ -1851,23 +1796,21 @@ def option_lines(
 
     Raises BadOptions.
     """
-    plain: list[str] = []
-    for word in words:
-        if word[:1] != "@":
-            plain.append(word)
+    for is_file, group in itertools.groupby(words, lambda word: word[:1] == "@"):
+        if not is_file:
+            yield where, list(group)
             continue
-        yield where, plain
-        plain, path = [], word[1:]
-        if depth > 9:
-            raise BadOptions(f"{where}argument {word}: the file reads itself")
-        try:
-            with open_regular(path) as file:
-                lines = file.read().splitlines()
-        except (OSError, ValueError) as error:
-            raise BadOptions(f"{where}argument {word}: cannot be read: {error}") from None
-        for number, line in enumerate(lines, 1):
-            yield from option_lines(split_line(line), f"{path} line {number}: ", depth + 1)
-    yield where, plain
+        for word in group:
+            try:
+                if depth > 9:
+                    raise ValueError("the file reads itself")
+                with open_regular(word[1:]) as file:
+                    lines = file.read().splitlines()
+            except (OSError, ValueError) as error:
+                raise BadOptions(f"{where}argument {word}: cannot be read: {error}") from None
+            for number, line in enumerate(lines, 1):
+                place = f"{word[1:]} line {number}: "
+                yield from option_lines(split_line(line), place, depth + 1)
 
 
 def split_line(line: str) -> list[str]:
@@ -1943,10 +1886,12 @@ class Service:
 
     def tidy(self) -> None:
         """Look after questions and alias files, and write the metrics."""
-        self.policy.look_after()
-        for backend in self.retired:
+        policy = self.policy
+        for backend in [*policy.backends.values(), *self.retired]:
             backend.end_overdue()
         self.retired = [backend for backend in self.retired if backend.questions]
+        if [file for file in policy.alias_files if file.refresh()]:
+            policy.routes = {}
         if time.monotonic() >= self.metrics_due:
             self.metrics_due = time.monotonic() + METRICS_EVERY
             self.write_metrics()
