@@ -7,19 +7,17 @@ USE
 
     At each RCPT the backend that has the mailbox is asked over HTTP (quota.cgi
     or maildir_quota.cgi there: `GET URL?u=USER&d=DOMAIN`). A recipient who is
-    over quota gets a temporary failure, `452 4.2.2 Quota exceeded for ...`, so
-    that the user who makes room still gets the mail. All others pass.
+    over quota gets `452 4.2.2 Quota exceeded for ...`, a temporary failure.
 
-    An answer is remembered for a while. What has been taken since counts as in
-    flight to its mailbox, and at the end of the data, when the size of the
-    message is known, it is looked at once more: so many messages at once do not
-    overfill a mailbox either.
+    An answer is remembered for a while. What was taken since counts as in flight
+    to its mailbox, and the end of the data, where the size of the message is
+    known, is looked at once more: many messages at once overfill no mailbox.
 
     A file given as @FILE holds one option and its value a line, `#` comments.
-    TERM and INT end the program. HUP makes it forget its answers and read the
-    option files and aliases again; bad ones change nothing. USR1 makes it log
-    its counters. --check ends with status 0 where all would be accepted, 1 where
-    one would be refused, 2 where a backend could not be asked or there is none.
+    TERM and INT end the program, HUP makes it forget its answers and read option
+    files and aliases again, USR1 logs its counters. --check ends with status 0
+    where all would be accepted, 1 where one would be refused, 2 where a backend
+    could not be asked or there is none.
 
 WHEN SOMETHING FAILS
     A backend that cannot be asked within --timeout costs no mail: its last
@@ -28,18 +26,16 @@ WHEN SOMETHING FAILS
     for longer than --timeout. What went wrong is in the log, a line each.
 
 SECURITY
-    Trusts the backends, and believes what they answer. Never trusts an address:
-    it is escaped before it is asked about, answered or logged. Proxies of the
-    environment are not used, redirects not followed. Needs no privilege: run it
-    as a user of its own. Passwords in --backend are seen in the list of
-    processes: put them into a file.
+    Believes what its backends answer. Never trusts an address: it is escaped
+    before it is asked about, answered or logged. Uses no proxies, follows no
+    redirects, needs no privilege: run it as a user of its own. Passwords in
+    --backend are seen in the list of processes: put them into a file.
 
 HOW IT IS MADE
-    A callback of QuotaMilter asks the Policy, which finds the mailbox of a
-    recipient through the Aliases and asks the Mailboxes of its domain. These
-    look into the Ledger, and else ask one Backend after the other. A Backend
-    bounds its questions and stops asking where its Breaker says so; its Client
-    speaks HTTP. libmilter calls from many threads; what they share is in the
+    A callback of QuotaMilter asks the Policy, which finds a recipient's mailbox
+    through the Aliases and asks the Mailboxes of its domain: these look into the
+    Ledger, else ask one Backend after the other through its Client, as long as its
+    Breaker allows. libmilter calls from many threads: what they share is in the
     Ledger, the Backends, the Tables and the Counters, each with one lock.
 """
 
@@ -165,7 +161,6 @@ class Mailbox(NamedTuple):
 
     @property
     def is_long(self) -> bool:
-        """Say whether the name is so long that nothing is remembered of it."""
         return len(self.user) + len(self.domain) > LONG_NAME
 
 
@@ -194,7 +189,6 @@ class Address(NamedTuple):
 
     @property
     def mailbox(self) -> Mailbox:
-        """What a backend is asked about."""
         return Mailbox(self.user, self.domain)
 
     def names(self) -> list[str]:
@@ -239,7 +233,6 @@ class Reply(NamedTuple):
 
     @property
     def is_permanent(self) -> bool:
-        """Say whether the sender will not try again."""
         return self.code[0] == "5"
 
     def to(self, address: str) -> Reply:
@@ -335,7 +328,6 @@ class Decision(NamedTuple):
     seconds: float
 
     def __str__(self) -> str:
-        """Give the line for the log (README, Log and figures)."""
         answer = self.finding.answer or Answer("")
         used, quota = ("-" if n is None else n for n in (answer.used, answer.quota))
         user = printable(self.target.user) if self.target else "-"
@@ -396,7 +388,6 @@ class RequestHandler(urllib.request.BaseHandler):
     """
 
     def http_open(self, request: Any) -> http.client.HTTPResponse:
-        """Send a request. Raises OSError, http.client.HTTPException."""
         connection: http.client.HTTPConnection = request.connection
         connection.request("GET", request.selector, headers=dict(request.header_items()))
         return connection.getresponse()
@@ -458,7 +449,6 @@ class Client:
     def exchange(
         self, question: Question, connection: http.client.HTTPConnection, is_kept: bool
     ) -> Answer:
-        """Ask over a connection, and keep or close it. Raises Fault."""
         user, domain = question.mailbox
         request: Any = self.request(user, domain)
         request.connection = connection
@@ -995,7 +985,6 @@ class AliasFile:
         log.info("aliases=%s state=read names=%d", self.name, len(self.table))
 
     def find(self, address: Address, deadline: float) -> dict[str, str]:
-        """Give what the file has for the names of an address."""
         names, table = [*address.names(), "@" + address.domain], self.table
         return {name: table[name] for name in names if name in table}
 
@@ -1234,7 +1223,6 @@ class Message:
         return len(targets | {hash(target[1:])}) if targets else 1
 
     def let_through(self, decision: Decision) -> None:
-        """Note a recipient who was let through."""
         mailbox = decision.target and decision.target.mailbox
         is_long = bool(mailbox and mailbox.is_long)
         if not decision.finding.answer or is_long:
@@ -1498,7 +1486,6 @@ class Counters:
                 self.values[f'refused_bytes_total{{step="{step}"}}'] += size
 
     def record_question(self, backend: str, seconds: float, is_fault: bool) -> None:
-        """Count a question to a backend that took so many seconds."""
         label = label_of(backend)
         with self.lock:
             self.values[f"backend_questions_total{{{label}}}"] += 1
@@ -1510,7 +1497,6 @@ class Counters:
             self.values[f"backend_seconds_sum{{{label}}}"] += seconds
 
     def log_line(self) -> None:
-        """Log the sums since the start."""
         with self.lock:
             values = dict(self.values)
         verdicts = {v: values[f'recipients_total{{verdict="{v}"}}'] for v in VERDICTS}
@@ -1535,7 +1521,6 @@ class Counters:
 
 
 def label_of(backend: str) -> str:
-    """Give the label of a backend's metrics."""
     return 'backend="' + backend.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
@@ -1583,7 +1568,6 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
         return int(Milter.CONTINUE)
 
     def envrcpt(self, recipient: str, *parameters: str) -> int:
-        """Let a recipient through, defer or reject it."""
         policy = self.service.policy
         decision = policy.decide(recipient, self.message)
         policy.report(decision, "rcpt", self.message)
@@ -1593,7 +1577,6 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
         return int(Milter.CONTINUE) if policy.options.dry_run else self.refuse(decision.reply)
 
     def data(self) -> int:
-        """Only reply, at once: see the class."""
         return int(Milter.CONTINUE)
 
     def body(self, chunk: bytes) -> int:
@@ -1664,20 +1647,17 @@ def parse_backend(text: str) -> tuple[list[Optional[str]], str]:
     match = re.fullmatch(r"(?:([^/:?#=\s]+)=)?(https?://[!-~]+)", text, re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError("is not [DOMAIN[,DOMAIN...]=]http[s]://HOST[:PORT]/PATH")
+    domains = [lower(name).rstrip(".") for name in match[1].split(",")] if match[1] else [None]
     try:
         parts = urllib.parse.urlsplit(match[2])
-        good = bool(parts.hostname) and parts.port != 0 and not parts.fragment
+        is_good = parts.hostname and parts.port != 0 and not parts.fragment and "" not in domains
     except ValueError:
-        good = False
-    if not good:
+        is_good = False
+    if not is_good:
         hint = "; in a password @ : / ? # % are written %40 %3A %2F %3F %23 %25"
         hint = hint if "@" in match[2] else ""
-        raise argparse.ArgumentTypeError(f"has no host, a # or no port from 1 to 65535{hint}")
-    if not match[1]:
-        return [None], match[2]
-    domains = [lower(domain.strip()).rstrip(".") for domain in match[1].split(",")]
-    if "" in domains:
-        raise argparse.ArgumentTypeError("has an empty domain")
+        reason = "has an empty domain, no host, a # or no port from 1 to 65535"
+        raise argparse.ArgumentTypeError(reason + hint)
     return list(dict.fromkeys(domains)), match[2]
 
 
@@ -1750,7 +1730,6 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def option_parser() -> OptionParser:
-    """Describe the command line (README, Options)."""
     parser = OptionParser(
         prog="quota_milter.py",
         usage="%(prog)s [@FILE] [options]",
@@ -2049,7 +2028,6 @@ def serve(service: Service, where: str) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the program and return its exit status."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it serves: no traceback
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it serves: no end
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # in all threads but one
