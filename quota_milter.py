@@ -49,7 +49,6 @@ import contextlib
 import dataclasses
 import email.utils
 import errno
-import functools
 import http.client
 import itertools
 import logging
@@ -71,6 +70,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Optional, Union
 
@@ -183,8 +183,7 @@ class Address(NamedTuple):
             local = re.sub(r'\\(.)|"', r"\1", local, flags=re.DOTALL)
         if not case_sensitive:
             local = lower(local)
-        domain = lower(domain)
-        domain = domain[:-1] if domain[-1:] == "." else domain
+        domain = lower(domain[:-1] if domain[-1:] == "." else domain)
         return cls(given, local, without_detail(local, delimiters), domain)
 
     @property
@@ -198,14 +197,11 @@ class Address(NamedTuple):
 
 
 def without_detail(local: str, delimiters: str) -> str:
-    """Drop what follows the first delimiter, except from the names that Postfix leaves whole.
-
-    With the delimiter `-` these are roles of mailing lists, too: owner-... and ...-request.
-    """
+    """Drop what follows the first delimiter, except from the names that Postfix leaves whole."""
+    # With the delimiter `-` these are roles of mailing lists, too: owner-... and ...-request.
     name = lower(local)
-    if name in ("postmaster", "mailer-daemon", "double-bounce") or not delimiters:
-        return local
-    if "-" in delimiters and (name.startswith("owner-") or name.endswith("-request")):
+    is_role = "-" in delimiters and (name.startswith("owner-") or name.endswith("-request"))
+    if is_role or not delimiters or name in ("postmaster", "mailer-daemon", "double-bounce"):
         return local
     return re.split(f"[{re.escape(delimiters)}]", local, maxsplit=1)[0] or local
 
@@ -223,12 +219,9 @@ class Reply(NamedTuple):
         pattern = r"(([45])[0-9]{2}) (\2\.[0-9]{1,3}\.[0-9]{1,3}) (([^{}%]|{address}){1,200})"
         match = re.fullmatch(pattern, template)
         if not match or not template.isascii() or not template.isprintable():
-            raise argparse.ArgumentTypeError(
-                "is not a code, its enhanced code and a text without % and braces, but for"
-                " {address}: 452 4.2.2 ..."
-            )
+            raise ArgumentTypeError("is not 452 4.2.2 TEXT, without %, { and } but {address}")
         if match[1] == "421":
-            raise argparse.ArgumentTypeError("is a 421, which would end the whole session")
+            raise ArgumentTypeError("is a 421, which would end the whole session")
         return cls(match[1], match[3], match[4])
 
     @property
@@ -263,11 +256,9 @@ class Answer:
 
     @classmethod
     def from_line(cls, line: bytes, is_whole: bool = True) -> Answer:
-        """Read `STATUS user used quota` (README, Protocol). Raises BadAnswer.
-
-        Of a line that may be cut short the numbers are not known: of 209715200 there is perhaps
-        20 left, which would be a permanent refusal.
-        """
+        """Read `STATUS user used quota` (README, Protocol). Raises BadAnswer."""
+        # Of a line that may be cut short the numbers are not known: of 209715200 there is perhaps
+        # 20 left, which would be a permanent refusal.
         status, *fields = line.rstrip(b"\r\n").split(b" ")
         if status not in (b"OK", b"OVERQUOTA", b"UNKNOWN"):
             raise BadAnswer(f"no status in the answer {line[:80]!r}: is the URL right?")
@@ -345,13 +336,10 @@ class Decision(NamedTuple):
 class Question:
     """A question that is under way: what other threads may know of it and do with it."""
 
-    def __init__(
-        self, mailbox: Mailbox, generation: int, asked: float, seconds: float, elsewhere: bool
-    ) -> None:
+    def __init__(self, mailbox: Mailbox, generation: int, asked: float, seconds: float) -> None:
         self.mailbox, self.generation = mailbox, generation
         self.asked, self.seconds = asked, seconds
         self.deadline = asked + seconds  # of the session that asked; then it is overdue
-        self.may_be_elsewhere = elsewhere  # UNKNOWN here says nothing of the mailbox
         self.begun = 0.0  # when a thread took it; 0: it waits for its turn
         self.is_given_up = False  # nobody waits for it any more
         self.aborted = ""  # why
@@ -395,14 +383,6 @@ class RequestHandler(urllib.request.BaseHandler):
     https_open = http_open
 
 
-class Idle(NamedTuple):
-    """A kept connection that rests, and what the last question on it was about."""
-
-    since: float  # on the monotonic clock
-    domain: str
-    connection: http.client.HTTPConnection
-
-
 class Client:
     """Asks one URL. Connections are kept where the server offers that by a header Keep-Alive.
 
@@ -427,14 +407,13 @@ class Client:
         self.opener.add_handler(RequestHandler())
         self.offers_to_keep = False
         self.lock = threading.Lock()
-        self.idle: list[Idle] = []  # the latest at the end
+        # Kept connections: since when they rest, and the domain of their last question.
+        self.idle: dict[http.client.HTTPConnection, tuple[float, str]] = {}  # the latest at the end
 
     def fetch(self, question: Question) -> Answer:
-        """Send the question and read the answer. All that can go wrong raises Fault.
-
-        Trouble on a kept connection says nothing of the server, which may have closed it in that
-        very moment: then the same question goes out once more, on a new one.
-        """
+        """Send the question and read the answer. All that can go wrong raises Fault."""
+        # Trouble on a kept connection says nothing of the server, which may have closed it in that
+        # very moment: then the same question goes out once more, on a new one.
         kept = self.take_idle(question.mailbox.domain)
         if kept:
             try:
@@ -467,7 +446,7 @@ class Client:
         self.offers_to_keep = "Keep-Alive" in response.headers
         if may_keep and names_it and not question.aborted:
             with self.lock:
-                self.idle.append(Idle(time.monotonic(), domain, connection))
+                self.idle[connection] = time.monotonic(), domain
         else:
             connection.close()
         return answer
@@ -481,16 +460,13 @@ class Client:
         return urllib.request.Request(url, headers={**self.headers, "Connection": keep})
 
     def connect(self) -> http.client.HTTPConnection:
-        """Open a connection. Raises Unreachable.
-
-        It gets the whole timeout: who got a turn late connects late, and that is no reason to
-        call the server unreachable.
-        """
-        connection = http.client.HTTPConnection(self.host, timeout=self.timeout)
-        if self.url[:6].lower() == "https:":
-            connection = http.client.HTTPSConnection(
-                self.host, timeout=self.timeout, context=self.context
-            )
+        """Open a connection. Raises Unreachable."""
+        # It gets the whole timeout: who got a turn late connects late, and that is no reason to
+        # call the server unreachable.
+        host, timeout = self.host, self.timeout
+        connection = http.client.HTTPConnection(host, timeout=timeout)
+        if self.url.startswith("https:"):
+            connection = http.client.HTTPSConnection(host, timeout=timeout, context=self.context)
         try:
             connection.connect()
         except (OSError, ValueError) as error:  # ValueError: a name that cannot be looked up
@@ -503,30 +479,28 @@ class Client:
         """Take the latest kept connection of a domain that holds neither an end nor an answer."""
         self.close_idle(IDLE)
         with self.lock:
-            for idle in reversed(self.idle):
+            for connection in reversed([c for c in self.idle if self.idle[c][1] == domain]):
                 poll = select.poll()
-                poll.register(idle.connection.sock, select.POLLIN)
-                if idle.domain == domain and not poll.poll(0):
-                    self.idle.remove(idle)
-                    return idle.connection
+                poll.register(connection.sock, select.POLLIN)
+                if not poll.poll(0):
+                    del self.idle[connection]
+                    return connection
         return None
 
     def close_idle(self, seconds: float) -> None:
         """Close the connections that have rested for so long, and what is too many of them."""
         latest = time.monotonic() - seconds
         with self.lock:
-            kept = [idle for idle in self.idle if idle.since > latest][-IDLE_CONNECTIONS:]
-            closing, self.idle = [idle for idle in self.idle if idle not in kept], kept
-        for idle in closing:
-            idle.connection.close()
+            surplus = list(self.idle)[:-IDLE_CONNECTIONS]
+            for connection, (since, _) in list(self.idle.items()):
+                if since <= latest or connection in surplus:
+                    del self.idle[connection]
+                    connection.close()
 
 
 def read_answer(response: http.client.HTTPResponse) -> tuple[Answer, bool]:
-    """Read an answer, and whether it was complete and its connection may be kept.
-
-    Raises Fault, http.client.HTTPException. Proof that the line is whole is its end, the length
-    that the header gives, or the last chunk.
-    """
+    """Read an answer, and whether its connection may be kept. Raises Fault, HTTPException."""
+    # Proof that the line is whole is its end, the length in the header, or the last chunk.
     if response.status < 200:  # an interim response, which is no answer
         raise http.client.HTTPException(f"status {response.status}")
     line = response.readline(ANSWER_LENGTH)
@@ -606,7 +580,7 @@ class Backend:
     """
 
     def __init__(
-        self, client: Client, options: argparse.Namespace, ledger: Ledger, counters: Counters
+        self, client: Client, options: Namespace, ledger: Ledger, counters: Counters
     ) -> None:
         self.client, self.ledger, self.counters = client, ledger, counters
         self.name = client.url.partition("?")[0]  # for the log
@@ -618,12 +592,10 @@ class Backend:
         self.hung: dict[Mailbox, float] = {}  # mailboxes whose question was aborted; until when
         self.last_answered = 0.0  # when the latest question that was answered had begun
 
-    def ask(self, mailbox: Mailbox, seconds: float, may_be_elsewhere: bool) -> Answer:
-        """Ask about a mailbox, or join the question that is under way. Raises Fault.
-
-        Waits for so long. The answer is remembered, also when it comes too late; but not UNKNOWN,
-        where the mailbox may be elsewhere.
-        """
+    def ask(self, mailbox: Mailbox, seconds: float) -> Answer:
+        """Ask about a mailbox, or join the question that is under way. Raises Fault."""
+        # The answer is remembered, also when it comes too late; but not UNKNOWN: the mailbox may be
+        # elsewhere.
         now = time.monotonic()
         with self.lock:
             answer = self.ledger.fresh(mailbox)
@@ -632,7 +604,7 @@ class Backend:
             key = mailbox, self.ledger.generation
             question = self.questions.get(key)
             if question is None:
-                question = Question(*key, now, seconds, may_be_elsewhere)
+                question = Question(*key, now, seconds)
                 self.begin(question)
             elif question.deadline <= now:
                 raise Fault("the last question about this mailbox still hangs")
@@ -669,7 +641,7 @@ class Backend:
                 raise Fault("there was no turn for it in time")
             answer = self.client.fetch(question)
             answer.source = self.name
-            if answer.status != "UNKNOWN" or not question.may_be_elsewhere:
+            if answer.status != "UNKNOWN":
                 self.ledger.remember(question.mailbox, answer, question.generation)
             return answer
         except Fault as error:
@@ -786,7 +758,7 @@ class Ledger:
         self.answers: dict[Mailbox, Answer] = {}  # oldest first
         self.flights: dict[Mailbox, Flight] = {}
 
-    def configure(self, options: argparse.Namespace) -> None:
+    def configure(self, options: Namespace) -> None:
         """Take the options and forget the answers, but not what is in flight."""
         with self.lock:
             self.cache_ttl, self.in_flight = options.cache_ttl, options.in_flight
@@ -802,10 +774,8 @@ class Ledger:
         return None
 
     def fresh(self, mailbox: Mailbox) -> Optional[Answer]:
-        """Give the answer that may be used again without a question.
-
-        One is asked again when what was taken since is no longer in flight: it has arrived.
-        """
+        """Give the answer that may be used again without a question."""
+        # One is asked again when what was taken since is no longer in flight: it has arrived.
         answer = self.answers.get(mailbox)
         if answer is None or time.monotonic() - answer.at >= self.cache_ttl:
             return None
@@ -849,37 +819,37 @@ class Ledger:
         size *= self.frontends
         with self.lock:
             newest = self.answers.get(mailbox)
-            for answer in [newest] if newest is at_rcpt else [newest, at_rcpt]:
-                if answer:
-                    answer.taken += size
+            known = [answer for answer in (newest, at_rcpt) if answer]
+            for answer in set(known):
+                answer.taken += size
             flight = self.flights.setdefault(mailbox, Flight())
             if not flight.parts:  # where growth is counted from
-                latest = newest or at_rcpt
-                flight.used = latest.used if latest else None
+                flight.used = known[0].used if known else None
             flight.parts.append((time.monotonic() + self.in_flight, size))
             flight.size += size
 
-    def drop_and_count(self) -> tuple[int, int, int]:
-        """Drop what has arrived or is too old; count answers, and messages and bytes in flight."""
-        now, messages, size = time.monotonic(), 0, 0
+    def drop_and_count(self) -> dict[str, int]:
+        """Drop what is no longer in flight; give the figures for the metrics."""
         with self.lock:
-            for mailbox, flight in list(self.flights.items()):
-                flight.drop_old(now)
-                size += flight.size
-                messages += len(flight.parts)
-                if not flight.parts:
+            for mailbox in list(self.flights):
+                if not self.flight_size(mailbox):
                     del self.flights[mailbox]
-            return len(self.answers), messages, size
+            flights = self.flights.values()
+            return {
+                "in_flight_messages": sum(len(flight.parts) for flight in flights),
+                "in_flight_bytes": sum(flight.size for flight in flights),
+                "remembered_answers": len(self.answers),
+            }
 
 
 # ---- Mailboxes: the backends of a domain, asked in order ----
 
 
-class Mailboxes:
+class Mailboxes(NamedTuple):
     """The mailboxes of a domain, which may be spread over several backends."""
 
-    def __init__(self, backends: Sequence[Backend], ledger: Ledger) -> None:
-        self.backends, self.ledger = backends, ledger
+    backends: Sequence[Backend]
+    ledger: Ledger
 
     def ask_about(self, mailbox: Mailbox, deadline: float) -> Finding:
         """Say what is known of a mailbox, from memory or by a question."""
@@ -893,11 +863,9 @@ class Mailboxes:
             return Finding(last, cached=last is not None, fault=str(fault))
 
     def ask_in_order(self, mailbox: Mailbox, deadline: float) -> Answer:
-        """Ask the backends in order, whoever knew the mailbox the last time first. Raises Fault.
-
-        Each may take what is left of the time, divided by those that are still to be asked. All
-        that matters is a definite answer: UNKNOWN counts only where every backend says it.
-        """
+        """Ask the backends in order, whoever knew the mailbox the last time first. Raises Fault."""
+        # Each may take what is left of the time, divided by those that are still to be asked. All
+        # that matters is a definite answer: UNKNOWN counts only where every backend says it.
         last, generation = self.ledger.last(mailbox), self.ledger.generation
         known_by = last.source if last else ""
         order = sorted(self.backends, key=lambda backend: backend.name != known_by)
@@ -905,7 +873,7 @@ class Mailboxes:
         for number, backend in enumerate(order):
             seconds = max(0, (deadline - time.monotonic()) / (len(order) - number))
             try:
-                answer = backend.ask(mailbox, seconds, may_be_elsewhere=len(order) > 1)
+                answer = backend.ask(mailbox, seconds)
             except Fault as fault:
                 faults.append(str(fault) if len(order) == 1 else f"{backend.name}: {fault}")
                 continue
@@ -913,8 +881,7 @@ class Mailboxes:
                 return answer
         if faults:
             raise Fault("; ".join(faults))
-        if len(order) > 1:
-            self.ledger.remember(mailbox, answer, generation)
+        self.ledger.remember(mailbox, answer, generation)
         return answer
 
 
@@ -940,11 +907,9 @@ class AliasFile:
         return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
     def refresh(self) -> bool:
-        """Read the file again if it has changed, and say so; while it is unreadable, keep the old.
-
-        Called every second. Whoever rewrites the file in place may take a while, and half a file
-        would let mail for full mailboxes through: so it is read when it has held still.
-        """
+        """Read the file again if it has changed, and say so; unreadable, the old is kept."""
+        # Called every second. Whoever rewrites the file in place may take a while, and half a file
+        # would let mail for full mailboxes through: so it is read when it has held still.
         before, self.stamp = self.stamp, self.look()
         self.ticks_still = self.ticks_still + 1 if self.stamp == before else 0
         if self.ticks_still != 2:
@@ -961,10 +926,7 @@ class AliasFile:
         return True
 
     def read(self) -> tuple[dict[str, str], list[int]]:
-        """Read names and what they stand for, and the numbers of lines that are neither.
-
-        Of two lines for a name the first counts. Raises OSError, ValueError.
-        """
+        """Read names, what they stand for, and numbers of bad lines. Raises OSError, ValueError."""
         table: dict[str, str] = {}
         bad: list[int] = []
         with open_regular(self.name) as lines:
@@ -973,7 +935,7 @@ class AliasFile:
                 if match:
                     name = Address.parse(match[1], "", False)
                     key = f"{name.local}@{name.domain}" if name.domain else name.local
-                    table.setdefault(key, match[2])
+                    table.setdefault(key, match[2])  # of two lines for a name the first counts
                 else:
                     bad.append(number)
         return table, bad
@@ -1015,9 +977,6 @@ def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     yield from [(start, " ".join(parts))] if start else []
 
 
-Results = dict[tuple[str, ...], concurrent.futures.Future[tuple[float, dict[str, str]]]]
-
-
 class Table:
     """Any Postfix table, asked by `postmap -q` as Postfix asks it.
 
@@ -1037,19 +996,16 @@ class Table:
         self.configure((), 0)
 
     def configure(self, domains: Iterable[Optional[str]], cache_ttl: float) -> None:
-        """Take the options and forget the results.
-
-        A question that was asked before leaves its result in the dictionary that is dropped here.
-        """
+        """Take the options and forget the results."""
+        # A question that was asked before leaves its result in the dictionary that is dropped here.
         self.domains = frozenset(domains)  # ours; None: all
         self.cache_ttl = cache_ttl  # seconds
-        self.results: Results = {}  # oldest first, those under way included
+        # Results and until when they hold, those under way included, the longest unused first.
+        self.results: dict[tuple[str, ...], concurrent.futures.Future[Any]] = {}
 
     def keys(self, address: Address) -> dict[str, str]:
-        """Give what Postfix would look up, in its order, and the name that each key stands for.
-
-        Postfix quotes a local part that needs it, and tries it without the quotes after that.
-        """
+        """Give what Postfix would look up, in its order, and the name that each key stands for."""
+        # Postfix quotes a local part that needs it, and tries it without the quotes after that.
         local, user, domain = lower(address.local), lower(address.user), address.domain
         names = [(local, f"@{domain}" if domain else "")]
         if not self.takes_whole_address and domain:
@@ -1077,47 +1033,42 @@ class Table:
         """Give what the table has for some keys, from memory or by a question. Raises Fault."""
         results = self.results  # not what a HUP may put into its place
         with self.lock:
-            future = results.get(keys)
-            if future is None or future.done() and time.monotonic() >= future.result()[0]:
-                results.pop(keys, None)
+            future = results.pop(keys, None)
+            if (
+                future is None
+                or future.done()
+                and (future.exception() or time.monotonic() >= future.result()[0])
+            ):
                 try:
-                    future = self.pool.submit(self.query, keys, deadline, results)
+                    future = self.pool.submit(self.query, keys, deadline)
                 except RuntimeError as error:
                     raise Fault(f"no thread for table {self.name}: {error}") from None
+            if sum(map(len, keys)) <= 4 * LONG_NAME:
                 results[keys] = future
-                if len(results) > TABLE_RESULTS:
-                    del results[next(iter(results))]
+            if len(results) > TABLE_RESULTS:
+                del results[next(iter(results))]
         try:
-            return future.result(max(0, deadline - time.monotonic()))[1]
+            found: dict[str, str] = future.result(max(0, deadline - time.monotonic()))[1]
+            return found
         except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
             with self.lock:
                 if future.cancel():
                     results.pop(keys, None)
             raise Fault(f"table {self.name} gave no answer in time") from None
 
-    def query(
-        self, keys: tuple[str, ...], deadline: float, results: Results
-    ) -> tuple[float, dict[str, str]]:
+    def query(self, keys: tuple[str, ...], deadline: float) -> tuple[float, dict[str, str]]:
         """Ask the table, in a thread of the pool; say until when that holds. Raises Fault."""
-        is_kept = False
         try:
             found = self.run_postmap(keys, deadline - time.monotonic())
-            is_kept = sum(map(len, keys)) <= 4 * LONG_NAME
-            return time.monotonic() + self.cache_ttl, found
         except OSError as error:
             raise Fault(f"postmap cannot be run: {error}") from None
-        finally:
-            if not is_kept:
-                with self.lock:
-                    results.pop(keys, None)
+        return time.monotonic() + self.cache_ttl, found
 
     def run_postmap(self, keys: Sequence[str], seconds: float) -> dict[str, str]:
-        """Ask postmap, which gets `seconds`. Raises OSError, Fault.
-
-        The keys go in on standard input: as an argument the user `-` would mean just that. "Not
-        found" and a fault both end with status 1, but only a fault says why. Signals but KILL are
-        blocked in a child of a libmilter thread.
-        """
+        """Ask postmap, which gets `seconds`. Raises OSError, Fault."""
+        # The keys go in on standard input: as an argument the user `-` would mean just that. "Not
+        # found" and a fault both end with status 1, but only a fault says why. Signals but KILL are
+        # blocked in a child of a libmilter thread.
         if seconds <= 0:
             raise Fault(f"table {self.name} was not asked in time")
         path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
@@ -1161,10 +1112,7 @@ class Aliases:
         self.sources, self.parse_address = sources, parse_address
 
     def resolve(self, address: Address, deadline: float) -> Optional[Address]:
-        """Follow an address to its mailbox; None where it does not lead to exactly one.
-
-        Raises Fault where a table does not answer.
-        """
+        """Follow an address to its mailbox; None where it leads to none or many. Raises Fault."""
         following = address
         visited: set[tuple[str, ...]] = set()
         while address[1:] not in visited and len(visited) < STEPS:
@@ -1232,11 +1180,9 @@ class Message:
             self.targets[mailbox].add(hash(decision.target[1:]))
 
     def wants_body(self) -> bool:
-        """Say whether more of the body can matter.
-
-        It does not where the size was declared, unless the body shows that to be a lie, and not
-        where it is already more than the largest of the mailboxes could hold.
-        """
+        """Say whether more of the body can matter."""
+        # It does not where the size was declared, unless the body shows that to be a lie, and not
+        # where it is already more than the largest of the mailboxes could hold.
         if self.counted <= self.declared:
             return False
         answers = (decision.finding.answer for decision in self.passed.values())
@@ -1256,26 +1202,18 @@ class Policy:
     """Decides about recipients and messages, by one set of options."""
 
     def __init__(
-        self,
-        options: argparse.Namespace,
-        ledger: Ledger,
-        counters: Counters,
-        before: Optional[Policy] = None,
+        self, options: Namespace, ledger: Ledger, counters: Counters, before: Optional[Policy]
     ) -> None:
         """Take the backends and tables that the policy in force before had, too."""
         self.options, self.ledger, self.counters = options, ledger, counters
         self.replies: dict[str, Optional[Reply]] = {
-            "overquota": options.overquota_reply,
-            "toolarge": options.toolarge_reply,
-            "inactive": options.inactive_reply,
-            "unknown": options.unknown_reply,
-            "fault": CANNOT_CHECK if options.on_error == "tempfail" else None,
+            verdict: getattr(options, f"{verdict}_reply", None) for verdict in VERDICTS
         }
+        if options.on_error == "tempfail":
+            self.replies["fault"] = CANNOT_CHECK
         # No method: the aliases, which may be large, must not keep an old policy and it them.
-        self.parse_address = functools.partial(
-            Address.parse,
-            delimiters=options.recipient_delimiter,
-            case_sensitive=options.case_sensitive,
+        self.parse_address: Callable[[str], Address] = lambda text: Address.parse(
+            text, options.recipient_delimiter, options.case_sensitive
         )
         exempt = ["postmaster", *options.exempt]
         self.exempt = {self.parse_address(e).names()[0 if "@" in e else 2] for e in exempt}
@@ -1308,10 +1246,8 @@ class Policy:
         return {domain: Mailboxes(found, self.ledger) for domain, found in by_domain.items()}
 
     def route(self, recipient: str, deadline: float) -> Route:
-        """Say where a recipient leads. Raises Fault.
-
-        That is remembered, but not what tables say: they remember it, and know for how long.
-        """
+        """Say where a recipient leads. Raises Fault."""
+        # That is remembered, but not what tables say: they remember it, and know for how long.
         routes = self.routes  # not the one that may be begun meanwhile, with other aliases
         route = routes.get(recipient)
         if route is None:
@@ -1383,22 +1319,18 @@ class Policy:
         return "inactive" if is_dead else "overquota"
 
     def reply(self, verdict: str, finding: Finding, address: Address) -> Optional[Reply]:
-        """Give the reply to a verdict, None to let it through.
-
-        Only a fresh answer refuses for good: a last known one, while the backend gives faults,
-        defers, whatever the options say.
-        """
+        """Give the reply to a verdict, None to let it through."""
+        # Only a fresh answer refuses for good: a last known one, while the backend gives faults,
+        # defers, whatever the options say.
         template = self.replies.get(verdict)
         if template and template.is_permanent and finding.fault:
             template = CANNOT_CHECK if verdict == "unknown" else DEFERRED
         return template and template.to(address.given)
 
     def end_of_data(self, message: Message) -> Optional[Decision]:
-        """Decide about a whole message; None: it is taken, and counts as in flight.
-
-        Taken is what fits into one mailbox at least, or has a recipient who was not asked about:
-        the reply concerns all recipients, and he must get his mail.
-        """
+        """Decide about a whole message; None: it is taken, and counts as in flight."""
+        # Taken is what fits into one mailbox at least, or has a recipient who was not asked about:
+        # the reply concerns all recipients, and he must get his mail.
         if self.options.ignore_size:
             return None
         start = time.monotonic()
@@ -1525,10 +1457,7 @@ def label_of(backend: str) -> str:
 
 
 def write_whole(path: str, text: str) -> None:
-    """Replace a file, which nobody ever sees half; a link is replaced, not followed.
-
-    Raises OSError.
-    """
+    """Replace a file, or a link, by one that nobody ever sees half. Raises OSError."""
     folder, name = os.path.split(os.path.abspath(path))
     file, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
     try:
@@ -1561,9 +1490,8 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
         """Begin a message, whose size the sender may declare (RFC 1870)."""
         declared = 0
         for parameter in parameters:
-            name, _, value = parameter.partition("=")
-            if name.upper() == "SIZE" and re.fullmatch("[0-9]{1,20}", value):
-                declared = int(value)
+            match = re.fullmatch("(?ai)SIZE=([0-9]{1,20})", parameter)
+            declared = int(match[1]) if match else declared
         self.message = Message(declared)
         return int(Milter.CONTINUE)
 
@@ -1573,8 +1501,7 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
         policy.report(decision, "rcpt", self.message)
         if decision.reply is None:
             self.message.let_through(decision)
-            return int(Milter.CONTINUE)
-        return int(Milter.CONTINUE) if policy.options.dry_run else self.refuse(decision.reply)
+        return self.answer(decision.reply)
 
     def data(self) -> int:
         return int(Milter.CONTINUE)
@@ -1593,17 +1520,17 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
         if decision is None:
             return int(Milter.CONTINUE)
         policy.report(decision, "data", message)
-        if decision.reply is None or policy.options.dry_run:
-            return int(Milter.CONTINUE)
-        return self.refuse(decision.reply)
+        return self.answer(decision.reply)
 
     def abort(self) -> int:
         """Forget the message: what RSET or a lost connection ends is not in flight."""
         self.message = Message()
         return int(Milter.CONTINUE)
 
-    def refuse(self, reply: Reply) -> int:
+    def answer(self, reply: Optional[Reply]) -> int:
         """Set the reply and give the return code that fits it, without which it is dropped."""
+        if reply is None or self.service.policy.options.dry_run:
+            return int(Milter.CONTINUE)
         self.setreply(*reply)
         return int(Milter.REJECT if reply.is_permanent else Milter.TEMPFAIL)
 
@@ -1617,7 +1544,7 @@ def matching(pattern: str, what: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         if re.fullmatch(pattern, text):
             return text
-        raise argparse.ArgumentTypeError("is not " + what)
+        raise ArgumentTypeError("is not " + what)
 
     return read
 
@@ -1629,7 +1556,7 @@ def number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[s
     def read(text: str) -> Any:
         if re.fullmatch(pattern, text) and least <= kind(text) <= most:
             return kind(text)
-        raise argparse.ArgumentTypeError(f"is not a number from {least:g} to {most:g}")
+        raise ArgumentTypeError(f"is not a number from {least:g} to {most:g}")
 
     return read
 
@@ -1638,7 +1565,7 @@ def listen_socket(text: str) -> str:
     """Check libmilter's syntax of a socket. Raises ArgumentTypeError."""
     match = re.fullmatch(r"inet6?:([0-9]{1,5})(?:@[^@\s]+)?|(?:unix|local):/.+", text)
     if not match or match[1] and not 0 < int(match[1]) < 65536:
-        raise argparse.ArgumentTypeError("is not inet:PORT@HOST, inet6:PORT@HOST or unix:/PATH")
+        raise ArgumentTypeError("is not inet:PORT@HOST, inet6:PORT@HOST or unix:/PATH")
     return text
 
 
@@ -1646,7 +1573,7 @@ def parse_backend(text: str) -> tuple[list[Optional[str]], str]:
     """Read `[DOMAIN[,DOMAIN...]=]URL`. Raises ArgumentTypeError, which shows no password."""
     match = re.fullmatch(r"(?:([^/:?#=\s]+)=)?(https?://[!-~]+)", text, re.IGNORECASE)
     if not match:
-        raise argparse.ArgumentTypeError("is not [DOMAIN[,DOMAIN...]=]http[s]://HOST[:PORT]/PATH")
+        raise ArgumentTypeError("is not [DOMAIN[,DOMAIN...]=]http[s]://HOST[:PORT]/PATH")
     domains = [lower(name).rstrip(".") for name in match[1].split(",")] if match[1] else [None]
     try:
         parts = urllib.parse.urlsplit(match[2])
@@ -1657,7 +1584,7 @@ def parse_backend(text: str) -> tuple[list[Optional[str]], str]:
         hint = "; in a password @ : / ? # % are written %40 %3A %2F %3F %23 %25"
         hint = hint if "@" in match[2] else ""
         reason = "has an empty domain, no host, a # or no port from 1 to 65535"
-        raise argparse.ArgumentTypeError(reason + hint)
+        raise ArgumentTypeError(reason + hint)
     return list(dict.fromkeys(domains)), match[2]
 
 
@@ -1669,7 +1596,7 @@ def alias_source(text: str) -> AliasSource:
         return AliasFile(text)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise argparse.ArgumentTypeError(f"{text} cannot be read: {reason}") from None
+        raise ArgumentTypeError(f"{text} cannot be read: {reason}") from None
 
 
 def trust(file: str) -> ssl.SSLContext:
@@ -1677,7 +1604,7 @@ def trust(file: str) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=file)
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot be used: {error}") from None
+        raise ArgumentTypeError(f"cannot be used: {error}") from None
 
 
 REPLY = Reply.from_template
@@ -1750,11 +1677,9 @@ def option_parser() -> OptionParser:
     return parser
 
 
-def read_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line and the files that it names. Raises BadOptions.
-
-    argparse reads a line at a time, so that an error can say in which file and line it stands.
-    """
+def read_options(arguments: Sequence[str]) -> Namespace:
+    """Read the command line and the files that it names. Raises BadOptions."""
+    # argparse reads a line at a time, so that an error can say in which file and line it stands.
     parser = option_parser()
     options = parser.parse_args([])
     for where, words in option_lines(arguments):
@@ -1771,10 +1696,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
 def option_lines(
     words: Sequence[str], where: str = "", depth: int = 0
 ) -> Iterator[tuple[str, list[str]]]:
-    """Give where arguments stand, and them; a word @FILE stands for the lines of that file.
-
-    Raises BadOptions.
-    """
+    """Give arguments and where they stand, for @FILE those of its lines. Raises BadOptions."""
     for is_file, group in itertools.groupby(words, lambda word: word[:1] == "@"):
         if not is_file:
             yield where, list(group)
@@ -1825,11 +1747,11 @@ def check(policy: Policy, addresses: list[str]) -> int:
 class Service:
     """Holds the policy in force, and looks after all that is due every second."""
 
-    def __init__(self, arguments: Sequence[str], options: argparse.Namespace) -> None:
-        self.arguments, self.options = arguments, options
+    def __init__(self, arguments: Sequence[str], options: Namespace) -> None:
+        self.arguments = arguments
         self.counters, self.ledger = Counters(), Ledger()
         self.ledger.configure(options)
-        self.policy = Policy(options, self.ledger, self.counters)
+        self.policy = Policy(options, self.ledger, self.counters, None)
         self.retired: list[Backend] = []  # out of use, with questions under way
         self.wants_reload = threading.Event()
         self.metrics_due = 0.0  # on the monotonic clock
@@ -1855,10 +1777,10 @@ class Service:
             policy = Policy(options, self.ledger, self.counters, before)
         except (BadOptions, OSError, ValueError, SystemExit) as error:
             log.error("state=kept reason=%s", printable(error))
-            self.ledger.configure(self.options)
+            self.ledger.configure(before.options)
             return
         self.ledger.configure(options)
-        self.options, self.policy = options, policy
+        self.policy = policy
         in_use = policy.backends.values()
         self.retired += [backend for backend in before.backends.values() if backend not in in_use]
         log.info("state=reloaded")
@@ -1874,28 +1796,25 @@ class Service:
         if time.monotonic() >= self.metrics_due:
             self.metrics_due = time.monotonic() + METRICS_EVERY
             self.write_metrics()
-        else:
-            self.ledger.drop_and_count()
+        self.ledger.drop_and_count()
 
     def write_metrics(self) -> None:
         """Write the metrics; log once where that fails, and once where it works again."""
-        answers, messages, size = self.ledger.drop_and_count()
-        if not self.options.metrics:
+        file = self.policy.options.metrics
+        if not file:
             return
-        gauges = {"in_flight_messages": messages, "in_flight_bytes": size}
-        gauges["remembered_answers"] = answers
+        gauges = self.ledger.drop_and_count()
         for backend in self.policy.backends.values():
             gauges[f"backend_up{{{label_of(backend.name)}}}"] = not backend.breaker.is_open
-        reason = ""
         try:
-            write_whole(self.options.metrics, self.counters.render(gauges))
+            write_whole(file, self.counters.render(gauges))
+            if self.metrics_fail:
+                log.info("metrics=%s state=written", file)
+            self.metrics_fail = False
         except OSError as error:
-            reason = printable(error)
-        if reason and not self.metrics_fail:
-            log.error("metrics=%s state=failed reason=%s", self.options.metrics, reason)
-        elif self.metrics_fail and not reason:
-            log.info("metrics=%s state=written", self.options.metrics)
-        self.metrics_fail = bool(reason)
+            if not self.metrics_fail:
+                log.error("metrics=%s state=failed reason=%s", file, printable(error))
+            self.metrics_fail = True
 
     def finish(self) -> None:
         """Let the questions under way have their answers, for a moment, and tell the figures."""
@@ -1935,41 +1854,33 @@ def log_to(syslog: bool) -> Iterator[None]:
             listener.stop()
 
 
-def socket_address(where: str) -> tuple[int, Any]:
-    """Turn libmilter's syntax of a socket into the family and address of the socket module."""
-    kind, _, rest = where.partition(":")
-    if kind not in ("inet", "inet6"):
-        return socket.AF_UNIX, rest
-    port, _, host = rest.partition("@")
-    family = socket.AF_INET6 if kind == "inet6" else socket.AF_INET
-    return family, (host.strip("[]"), int(port))
-
-
-def claim(where: str) -> None:
-    """See that a socket can be listened on, and remove a stale one. Raises OSError."""
-    family, address = socket_address(where)
+def claim(where: str) -> str:
+    """See that a socket can be listened on, remove a stale one, give its path. Raises OSError."""
+    kind, _, path = where.partition(":")
+    port, _, host = path.partition("@")
+    family = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get(kind, socket.AF_UNIX)
+    path = path if family == socket.AF_UNIX else ""
     with socket.socket(family) as probe:
-        if family == socket.AF_UNIX and os.path.lexists(address):
-            if not stat.S_ISSOCK(os.stat(address).st_mode):
+        if path and os.path.lexists(path):
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
                 raise OSError("it is no socket")
             probe.settimeout(1)
-            if probe.connect_ex(address) != errno.ECONNREFUSED:
+            if probe.connect_ex(path) != errno.ECONNREFUSED:
                 raise OSError("somebody answers there")
-            os.unlink(address)
+            os.unlink(path)
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(address)
-    if family == socket.AF_UNIX:
-        os.unlink(address)
+        probe.bind(path or (host.strip("[]"), int(port)))
+    if path:
+        os.unlink(path)
+    return path
 
 
 def catch_signals(service: Service) -> tuple[int, set[int]]:
-    """Catch HUP, TERM and INT in a set, and make a pipe readable then; let USR1 log the counters.
-
-    libmilter ends at HUP, TERM and INT, for which a thread of its own waits. The kernel prefers
-    the main thread, but not while a signal is on its way there, and then takes any other thread
-    that lets it in, the oldest first. So some idle threads, older than libmilter's, let it in.
-    """
+    """Catch HUP, TERM and INT in a set and make a pipe readable; let USR1 log the counters."""
+    # libmilter ends at HUP, TERM and INT, for which a thread of its own waits. The kernel prefers
+    # the main thread, but not while a signal is on its way there, and then takes any other thread
+    # that lets it in, the oldest first. So some idle threads, older than libmilter's, let it in.
     caught: set[int] = set()
     reader, writer = os.pipe()
     for end in reader, writer:
@@ -1989,11 +1900,9 @@ def catch_signals(service: Service) -> tuple[int, set[int]]:
 
 
 def serve(service: Service, where: str) -> int:
-    """Serve the MTA at a socket until TERM or INT; return the exit status. Raises OSError.
-
-    AGAIN means that a HUP has reached libmilter after all.
-    """
-    claim(where)
+    """Serve the MTA at a socket until TERM or INT; return the exit status. Raises OSError."""
+    # AGAIN means that a HUP has reached libmilter after all.
+    path = claim(where)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # libmilter spins when it has none
     reader, caught = catch_signals(service)
@@ -2019,10 +1928,8 @@ def serve(service: Service, where: str) -> int:
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
     signal.setitimer(signal.ITIMER_REAL, STOPPING)
     service.finish()
-    family, address = socket_address(where)
-    if family == socket.AF_UNIX:
-        with contextlib.suppress(OSError):
-            os.unlink(address)
+    with contextlib.suppress(OSError):  # "" is no path
+        os.unlink(path)
     log.info("listen=%s state=stopped", where)
     return 0 if libmilter.is_alive() else AGAIN if has_stopped.is_set() else 1
 
