@@ -10,8 +10,8 @@ USE
     over quota gets `452 4.2.2 Quota exceeded for ...`, a temporary failure.
 
     An answer is remembered for a while. What was taken since counts as in flight
-    to its mailbox, and the end of the data, where the size of the message is
-    known, is looked at once more: many messages at once overfill no mailbox.
+    to its mailbox, and at the end of the data, when the size of the message is
+    known, it is looked at once more: many messages at once overfill no mailbox.
 
     A file given as @FILE holds one option and its value a line, `#` comments.
     TERM and INT end the program, HUP makes it forget its answers and read option
@@ -101,7 +101,7 @@ REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RF
 LOG_LENGTH = 10_000  # lines that may wait to be written
 TICK = 1  # seconds between two looks at the alias files and at overdue questions
 METRICS_EVERY = 15  # seconds
-DAY = 86400  # seconds: the most that an option takes
+DAY = 86400  # seconds
 LAST_QUESTIONS = 1  # seconds that questions under way get when the program is to end
 STOPPING = 1.7  # seconds that all of the end may take
 IDLE_THREADS = 32  # that take signals which the main thread cannot take in that moment
@@ -993,9 +993,9 @@ class Table:
         self.takes_whole_address = kind in ("regexp", "pcre", "tcp", "socketmap")
         self.pool = concurrent.futures.ThreadPoolExecutor(TABLE_QUERIES)
         self.lock = threading.Lock()  # guards the results
-        self.configure((), 0)
+        self.forget_results((), 0)
 
-    def configure(self, domains: Iterable[Optional[str]], cache_ttl: float) -> None:
+    def forget_results(self, domains: Iterable[Optional[str]], cache_ttl: float) -> None:
         """Take the options and forget the results."""
         # A question that was asked before leaves its result in the dictionary that is dropped here.
         self.domains = frozenset(domains)  # ours; None: all
@@ -1225,7 +1225,7 @@ class Policy:
         self.tables: list[Table] = [source for source in sources if isinstance(source, Table)]
         self.alias_files = [source for source in sources if isinstance(source, AliasFile)]
         for table in self.tables:
-            table.configure(self.mailboxes, options.cache_ttl)
+            table.forget_results(self.mailboxes, options.cache_ttl)
         for file in self.alias_files:
             file.log_state()
         self.routes: dict[str, Route] = {}  # of the recipients who came last
@@ -1538,27 +1538,15 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
 # ---- Options: one table of them, in README's order ----
 
 
-def matching(pattern: str, what: str) -> Callable[[str], str]:
-    """Make a reader of a text that a pattern fits. It raises ArgumentTypeError."""
+def matching(pattern: str, what: str, kind: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """Make a reader of what a pattern fits. It raises ArgumentTypeError."""
 
-    def read(text: str) -> str:
+    def read_value(text: str) -> Any:
         if re.fullmatch(pattern, text):
-            return text
+            return kind(text)
         raise ArgumentTypeError("is not " + what)
 
-    return read
-
-
-def number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
-    """Make a reader of numbers in a range. It raises ArgumentTypeError."""
-    pattern = "[0-9]{1,9}" if kind is int else r"[0-9]{1,9}(\.[0-9]{1,9})?|\.[0-9]{1,9}"
-
-    def read(text: str) -> Any:
-        if re.fullmatch(pattern, text) and least <= kind(text) <= most:
-            return kind(text)
-        raise ArgumentTypeError(f"is not a number from {least:g} to {most:g}")
-
-    return read
+    return read_value
 
 
 def listen_socket(text: str) -> str:
@@ -1608,8 +1596,11 @@ def trust(file: str) -> ssl.SSLContext:
 
 
 REPLY = Reply.from_template
-SECONDS = number(float, 0, DAY)
-COUNT = number(int, 1, 9999)
+DECIMAL = r"([0-9]{1,5}(\.[0-9]{1,9})?|\.[0-9]{1,9})"
+SECONDS = matching(DECIMAL, "a number of seconds from 0 to 99999", float)
+TIMEOUT = matching("(?=.*[1-9])" + DECIMAL, "a number of seconds above 0, to 99999", float)
+DAYS = matching(DECIMAL, "a number of days from 0 to 99999", float)
+COUNT = matching("[1-9][0-9]{0,3}", "a number from 1 to 9999", int)
 DELIMITERS = matching(r"""[!#-/:-?\[\]-`{-~]*""", 'ASCII punctuation other than @ " \\')
 ERROR_WORDS = matching("accept|tempfail", "accept or tempfail")
 EXEMPT = matching("[^@].*", "user or user@domain")
@@ -1618,7 +1609,7 @@ OPTIONS: list[tuple[str, str, Callable[[str], Any], Any, str]] = [
     # option may be repeated), help
     ("listen", "SOCKET", listen_socket, "inet:8894@127.0.0.1", "inet:PORT@HOST or unix:/PATH"),
     ("backend", "[DOMAIN[,DOMAIN...]=]URL", parse_backend, [], f"to ask ({DEFAULT_BACKEND})"),
-    ("timeout", "SECONDS", number(float, 0.01, DAY), 5, "whole budget of a question"),
+    ("timeout", "SECONDS", TIMEOUT, 5, "whole budget of a question"),
     ("retry-after", "SECONDS", SECONDS, 10, "how long a backend that failed is not asked"),
     ("max-queries", "N", COUNT, 16, "questions to one backend at a time"),
     ("cache-ttl", "SECONDS", SECONDS, 60, "how long an answer is used again; 0: never"),
@@ -1629,7 +1620,7 @@ OPTIONS: list[tuple[str, str, Callable[[str], Any], Any, str]] = [
     ("ignore-size", "", bool, False, "sizes do not matter, only the status does"),
     ("in-flight", "SECONDS", SECONDS, 60, "how long mail is under way; 0: not at all"),
     ("frontends", "N", COUNT, 1, "frontends that share the mail"),
-    ("inactive-after", "DAYS", number(float, 0, 36500), 0, "a full mailbox is dead; 0: off"),
+    ("inactive-after", "DAYS", DAYS, 0, "a full mailbox is dead; 0: off"),
     ("inactive-reply", "REPLY", REPLY, INACTIVE, "for a dead mailbox"),
     ("recipient-delimiter", "CHARS", DELIMITERS, "+", "john+lists is john; empty: off"),
     ("case-sensitive", "", bool, False, "do not fold the user to lower case"),
