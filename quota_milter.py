@@ -7,19 +7,17 @@ USE
 
     At each RCPT the backend that has the mailbox is asked over HTTP (quota.cgi
     or maildir_quota.cgi there: `GET URL?u=USER&d=DOMAIN`). A recipient who is
-    over quota gets a temporary failure, `452 4.2.2 Quota exceeded for ...`, so
-    that the user who makes room still gets the mail. All others pass.
+    over quota gets `452 4.2.2 Quota exceeded for ...`, a temporary failure.
 
-    An answer is remembered for a while. What has been taken since counts as in
-    flight to its mailbox, and at the end of the data, when the size of the
-    message is known, it is looked at once more: so many messages at once do not
-    overfill a mailbox either.
+    An answer is remembered for a while. What was taken since counts as in flight
+    to its mailbox, and at the end of the data, when the size of the message is
+    known, it is looked at once more: many messages at once overfill no mailbox.
 
     A file given as @FILE holds one option and its value a line, `#` comments.
-    TERM and INT end the program. HUP makes it forget its answers and read the
-    option files and aliases again; bad ones change nothing. USR1 makes it log
-    its counters. --check ends with status 0 where all would be accepted, 1 where
-    one would be refused, 2 where a backend could not be asked or there is none.
+    TERM and INT end the program, HUP makes it forget its answers and read option
+    files and aliases again, USR1 logs its counters. --check ends with status 0
+    where all would be accepted, 1 where one would be refused, 2 where a backend
+    could not be asked or there is none.
 
 WHEN SOMETHING FAILS
     A backend that cannot be asked within --timeout costs no mail: its last
@@ -28,18 +26,16 @@ WHEN SOMETHING FAILS
     for longer than --timeout. What went wrong is in the log, a line each.
 
 SECURITY
-    Trusts the backends, and believes what they answer. Never trusts an address:
-    it is escaped before it is asked about, answered or logged. Proxies of the
-    environment are not used, redirects not followed. Needs no privilege: run it
-    as a user of its own. Passwords in --backend are seen in the list of
-    processes: put them into a file.
+    Believes what its backends answer. Never trusts an address: it is escaped
+    before it is asked about, answered or logged. Uses no proxies, follows no
+    redirects, needs no privilege: run it as a user of its own. Passwords in
+    --backend are seen in the list of processes: put them into a file.
 
 HOW IT IS MADE
-    A callback of QuotaMilter asks the Policy, which finds the mailbox of a
-    recipient through the Aliases and asks the Mailboxes of its domain. These
-    look into the Ledger, and else ask one Backend after the other. A Backend
-    bounds its questions and stops asking where its Breaker says so; its Client
-    speaks HTTP. libmilter calls from many threads; what they share is in the
+    A callback of QuotaMilter asks the Policy, which finds a recipient's mailbox
+    through the Aliases and asks the Mailboxes of its domain: these look into the
+    Ledger, else ask one Backend after the other through its Client, as long as its
+    Breaker allows. libmilter calls from many threads: what they share is in the
     Ledger, the Backends, the Tables and the Counters, each with one lock.
 """
 
@@ -50,10 +46,11 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import email.utils
 import errno
-import functools
 import http.client
+import itertools
 import logging
 import logging.handlers
 import os
@@ -73,6 +70,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Optional, Union
 
@@ -103,7 +101,7 @@ REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RF
 LOG_LENGTH = 10_000  # lines that may wait to be written
 TICK = 1  # seconds between two looks at the alias files and at overdue questions
 METRICS_EVERY = 15  # seconds
-DAY = 86400  # seconds: the most that an option takes
+DAY = 86400  # seconds
 LAST_QUESTIONS = 1  # seconds that questions under way get when the program is to end
 STOPPING = 1.7  # seconds that all of the end may take
 IDLE_THREADS = 32  # that take signals which the main thread cannot take in that moment
@@ -112,9 +110,8 @@ AGAIN = -1  # instead of an exit status: start anew
 OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
 TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
 INACTIVE = "552 5.2.2 Mailbox of {address} is full and not in use"
-VERDICTS = ("ok", "overquota", "toolarge", "inactive", "unknown", "fault")
-UNASKED = ("empty", "exempt", "alias", "nobackend")
 REFUSED = ("overquota", "toolarge", "inactive")  # there is no room for the message
+VERDICTS = ("ok", *REFUSED, "unknown", "fault", "empty", "exempt", "alias", "nobackend")
 DOWN = "the backend is down and is left alone for a while"
 HINTS = {  # what an administrator has usually got wrong
     401: ": is the password in --backend right?",
@@ -164,7 +161,6 @@ class Mailbox(NamedTuple):
 
     @property
     def is_long(self) -> bool:
-        """Say whether the name is so long that nothing is remembered of it."""
         return len(self.user) + len(self.domain) > LONG_NAME
 
 
@@ -187,13 +183,11 @@ class Address(NamedTuple):
             local = re.sub(r'\\(.)|"', r"\1", local, flags=re.DOTALL)
         if not case_sensitive:
             local = lower(local)
-        domain = lower(domain)
-        domain = domain[:-1] if domain[-1:] == "." else domain
+        domain = lower(domain[:-1] if domain[-1:] == "." else domain)
         return cls(given, local, without_detail(local, delimiters), domain)
 
     @property
     def mailbox(self) -> Mailbox:
-        """What a backend is asked about."""
         return Mailbox(self.user, self.domain)
 
     def names(self) -> list[str]:
@@ -203,14 +197,11 @@ class Address(NamedTuple):
 
 
 def without_detail(local: str, delimiters: str) -> str:
-    """Drop what follows the first delimiter, except from the names that Postfix leaves whole.
-
-    With the delimiter `-` these are roles of mailing lists, too: owner-... and ...-request.
-    """
+    """Drop what follows the first delimiter, except from the names that Postfix leaves whole."""
+    # With the delimiter `-` these are roles of mailing lists, too: owner-... and ...-request.
     name = lower(local)
-    if name in ("postmaster", "mailer-daemon", "double-bounce") or not delimiters:
-        return local
-    if "-" in delimiters and (name.startswith("owner-") or name.endswith("-request")):
+    is_role = "-" in delimiters and (name.startswith("owner-") or name.endswith("-request"))
+    if is_role or not delimiters or name in ("postmaster", "mailer-daemon", "double-bounce"):
         return local
     return re.split(f"[{re.escape(delimiters)}]", local, maxsplit=1)[0] or local
 
@@ -225,19 +216,16 @@ class Reply(NamedTuple):
     @classmethod
     def from_template(cls, template: str) -> Reply:
         """Read `452 4.2.2 text`. Raises ArgumentTypeError."""
-        pattern = r"([45][0-9]{2}) (([45])\.[0-9]{1,3}\.[0-9]{1,3}) ([ -~]{1,200})"
+        pattern = r"(([45])[0-9]{2}) (\2\.[0-9]{1,3}\.[0-9]{1,3}) (([^{}%]|{address}){1,200})"
         match = re.fullmatch(pattern, template)
-        if not match or match[1][0] != match[3]:
-            raise argparse.ArgumentTypeError("is not a code, enhanced code and text: 452 4.2.2 ...")
+        if not match or not template.isascii() or not template.isprintable():
+            raise ArgumentTypeError("is not 452 4.2.2 TEXT, without %, { and } but {address}")
         if match[1] == "421":
-            raise argparse.ArgumentTypeError("is a 421, which would end the whole session")
-        if re.search(r"[{}%]", match[4].replace("{address}", "")):
-            raise argparse.ArgumentTypeError("has a % or a {...} other than {address}")
-        return cls(match[1], match[2], match[4])
+            raise ArgumentTypeError("is a 421, which would end the whole session")
+        return cls(match[1], match[3], match[4])
 
     @property
     def is_permanent(self) -> bool:
-        """Say whether the sender will not try again."""
         return self.code[0] == "5"
 
     def to(self, address: str) -> Reply:
@@ -252,23 +240,25 @@ DEFERRED = Reply.from_template(OVERQUOTA)
 CANNOT_CHECK = Reply("451", "4.3.0", "The mailbox of {address} cannot be checked, try again later")
 
 
-class Answer(NamedTuple):
+@dataclasses.dataclass(eq=False)  # two that say the same are two
+class Answer:
     """What a backend said of a mailbox; figures in bytes, None where not known."""
 
     status: str
     used: Optional[int] = None
     quota: Optional[int] = None  # 0: no limit
+    name: bytes = b""  # of the mailbox, as the answer has it
     grace: int = 0  # what the message that fills the mailbox may take beyond the quota
     changed: Optional[float] = None  # seconds since 1970: a delivery, or the user
-    name: bytes = b""  # of the mailbox, as the answer has it
+    source: str = ""  # the name of the backend that gave it
+    at: float = dataclasses.field(default_factory=time.monotonic)
+    taken: int = 0  # bytes of the mail that was taken since: the Ledger counts that
 
     @classmethod
     def from_line(cls, line: bytes, is_whole: bool = True) -> Answer:
-        """Read `STATUS user used quota` (README, Protocol). Raises BadAnswer.
-
-        Of a line that may be cut short the numbers are not known: of 209715200 there is perhaps
-        20 left, which would be a permanent refusal.
-        """
+        """Read `STATUS user used quota` (README, Protocol). Raises BadAnswer."""
+        # Of a line that may be cut short the numbers are not known: of 209715200 there is perhaps
+        # 20 left, which would be a permanent refusal.
         status, *fields = line.rstrip(b"\r\n").split(b" ")
         if status not in (b"OK", b"OVERQUOTA", b"UNKNOWN"):
             raise BadAnswer(f"no status in the answer {line[:80]!r}: is the URL right?")
@@ -276,7 +266,7 @@ class Answer(NamedTuple):
         if len(fields) > 2:  # a lone number may be either
             name, numbers = fields[:-2], fields[-2:]
         used, quota = (read_number(number) if is_whole else None for number in numbers)
-        return cls(status.decode(), used, quota, name=b" ".join(name))
+        return cls(status.decode(), used, quota, b" ".join(name))
 
     @property
     def most(self) -> int:
@@ -310,29 +300,12 @@ class Unreachable(Fault):
     """There is no connection to it: that concerns all mailboxes."""
 
 
-class Remembered:
-    """An answer about a mailbox, and how much has been taken since: the Ledger counts that."""
-
-    __slots__ = ("answer", "at", "source", "taken")
-
-    def __init__(self, answer: Answer, source: str) -> None:
-        self.answer = answer
-        self.at = time.monotonic()
-        self.source = source  # the name of the backend that gave it
-        self.taken = 0  # bytes
-
-
 class Finding(NamedTuple):
     """What is known of a mailbox now: a fault may come with the last known answer."""
 
-    remembered: Optional[Remembered] = None
+    answer: Optional[Answer] = None
     cached: bool = False
     fault: str = ""
-
-    @property
-    def answer(self) -> Optional[Answer]:
-        """The answer, None where nothing is known."""
-        return self.remembered.answer if self.remembered else None
 
 
 class Decision(NamedTuple):
@@ -346,20 +319,15 @@ class Decision(NamedTuple):
     seconds: float
 
     def __str__(self) -> str:
-        """Give the line for the log (README, Log and figures)."""
         answer = self.finding.answer or Answer("")
-        fields = {
-            "recipient": self.address.given,
-            "user": self.target.user if self.target else "-",
-            "verdict": self.verdict,
-            "used": "-" if answer.used is None else answer.used,
-            "quota": "-" if answer.quota is None else answer.quota,
-            "cached": "yes" if self.finding.cached else "no",
-            "ms": round(self.seconds * 1000),
-        }
-        if self.finding.fault:
-            fields["reason"] = self.finding.fault
-        return " ".join(f"{name}={printable(value)}" for name, value in fields.items())
+        used, quota = ("-" if n is None else n for n in (answer.used, answer.quota))
+        user = printable(self.target.user) if self.target else "-"
+        cached = "yes" if self.finding.cached else "no"
+        reason = f" reason={printable(self.finding.fault)}" if self.finding.fault else ""
+        return (
+            f"recipient={printable(self.address.given)} user={user} verdict={self.verdict}"
+            f" used={used} quota={quota} cached={cached} ms={round(self.seconds * 1000)}{reason}"
+        )
 
 
 # ---- Client: one URL; a mailbox in, an Answer or a Fault out ----
@@ -372,11 +340,17 @@ class Question:
         self.mailbox, self.generation = mailbox, generation
         self.asked, self.seconds = asked, seconds
         self.deadline = asked + seconds  # of the session that asked; then it is overdue
-        self.begun: Optional[float] = None  # when a thread took it; None: it waits for its turn
+        self.begun = 0.0  # when a thread took it; 0: it waits for its turn
         self.is_given_up = False  # nobody waits for it any more
         self.aborted = ""  # why
         self.socket: Optional[socket.socket] = None
-        self.future: concurrent.futures.Future[Remembered]  # for all sessions that want to know
+        self.future: concurrent.futures.Future[Answer]  # for all sessions that want to know
+
+    def hangs(self, now: float, last_answered: float) -> bool:
+        """Say whether it is overdue, or has had half its time and a later one was answered."""
+        if not self.begun or now >= self.deadline:
+            return self.begun > 0
+        return self.begun < last_answered and now - self.begun > self.seconds / 2
 
     def attach(self, sock: socket.socket) -> None:
         """Note the connection. From here on `hang_up` bounds the time, not the socket."""
@@ -394,30 +368,19 @@ class Question:
                 socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
 
-class RequestHandler(urllib.request.AbstractHTTPHandler):
+class RequestHandler(urllib.request.BaseHandler):
     """Sends a urllib request over the connection that comes with it.
 
     With no other handler beside this one urllib follows no redirect, uses no proxy of the
     environment, opens nothing else and leaves every status to us.
     """
 
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
     def http_open(self, request: Any) -> http.client.HTTPResponse:
-        """Send a request. Raises OSError, http.client.HTTPException."""
         connection: http.client.HTTPConnection = request.connection
         connection.request("GET", request.selector, headers=dict(request.header_items()))
         return connection.getresponse()
 
     https_open = http_open
-
-
-class Idle(NamedTuple):
-    """A kept connection that rests, and what the last question on it was about."""
-
-    since: float  # on the monotonic clock
-    domain: str
-    connection: http.client.HTTPConnection
 
 
 class Client:
@@ -433,11 +396,8 @@ class Client:
     def __init__(self, url: str, context: ssl.SSLContext, timeout: float) -> None:
         parts = urllib.parse.urlsplit(url)
         self.host = parts.netloc.rpartition("@")[2]
-        self.is_encrypted = parts.scheme.lower() == "https"
+        self.url = parts._replace(netloc=self.host, path=parts.path or "/", fragment="").geturl()
         self.context, self.timeout = context, timeout
-        self.url = urllib.parse.urlunsplit(
-            (parts.scheme, self.host, parts.path or "/", parts.query, "")
-        )
         self.headers = {"User-Agent": "quota_milter/" + VERSION}
         if parts.username is not None:
             secret = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
@@ -447,104 +407,100 @@ class Client:
         self.opener.add_handler(RequestHandler())
         self.offers_to_keep = False
         self.lock = threading.Lock()
-        self.idle: list[Idle] = []  # the latest at the end
+        # Kept connections: since when they rest, and the domain of their last question.
+        self.idle: dict[http.client.HTTPConnection, tuple[float, str]] = {}  # the latest at the end
 
     def fetch(self, question: Question) -> Answer:
-        """Send the question and read the answer. All that can go wrong raises Fault.
-
-        Trouble on a kept connection says nothing of the server, which may have closed it in that
-        very moment: then the same question goes out once more, on a new one.
-        """
-        mailbox, may_reuse = question.mailbox, True
-        request = self.request(mailbox)
-        while True:
-            connection, is_kept = self.open_connection(question, may_reuse)
-            request.connection = connection
-            may_reuse = False
+        """Send the question and read the answer. All that can go wrong raises Fault."""
+        # Trouble on a kept connection says nothing of the server, which may have closed it in that
+        # very moment: then the same question goes out once more, on a new one.
+        kept = self.take_idle(question.mailbox.domain)
+        if kept:
             try:
-                with self.opener.open(request, timeout=self.timeout) as response:
-                    answer, may_keep = read_answer(response)
-            except Exception as error:  # urllib's, http.client's and ssl's have no common base
-                connection.close()
-                retry = is_kept and not isinstance(error, BadAnswer) and not question.aborted
-                if retry and time.monotonic() < question.deadline:
-                    continue
-                if isinstance(error, Fault):
+                return self.exchange(question, kept, is_kept=True)
+            except Fault as fault:
+                is_late = time.monotonic() >= question.deadline
+                if question.aborted or is_late or isinstance(fault, BadAnswer):
                     raise
-                raise Fault(question.aborted or repr(error)) from None
-            self.offers_to_keep = "Keep-Alive" in response.headers
-            names_it = answer.name == mailbox.user.encode("utf-8", "surrogateescape")
-            if may_keep and names_it and not question.aborted:
-                with self.lock:
-                    self.idle.append(Idle(time.monotonic(), mailbox.domain, connection))
-                return answer
-            connection.close()
-            if names_it or not is_kept:  # on a new one a server may spell the name in its own way
-                return answer
+            self.close_idle(0)  # the others are as old as the one that made trouble
+        return self.exchange(question, self.connect(), is_kept=False)
 
-    def request(self, mailbox: Mailbox) -> Any:
-        """Make the request about a mailbox (README, Protocol)."""
+    def exchange(
+        self, question: Question, connection: http.client.HTTPConnection, is_kept: bool
+    ) -> Answer:
+        user, domain = question.mailbox
+        request: Any = self.request(user, domain)
+        request.connection = connection
+        question.attach(connection.sock)
+        try:
+            with self.opener.open(request) as response:
+                answer, may_keep = read_answer(response)
+            names_it = answer.name == user.encode("utf-8", "surrogateescape")
+            if is_kept and not names_it:  # on a new one a server may spell it in its own way
+                raise Fault("the answer is about another mailbox")
+        except Exception as error:  # urllib's, http.client's and ssl's have no common base
+            connection.close()
+            if isinstance(error, Fault):
+                raise
+            raise Fault(question.aborted or repr(error)) from None
+        self.offers_to_keep = "Keep-Alive" in response.headers
+        if may_keep and names_it and not question.aborted:
+            with self.lock:
+                self.idle[connection] = time.monotonic(), domain
+        else:
+            connection.close()
+        return answer
+
+    def request(self, *mailbox: str) -> urllib.request.Request:
+        """Make the request about a user and domain (README, Protocol)."""
         user, domain = (urllib.parse.quote(n, safe="", errors="surrogateescape") for n in mailbox)
         query = f"u={user}&d={domain}" if domain else f"u={user}"
         url = self.url + ("&" if "?" in self.url else "?") + query
         keep = "keep-alive" if self.offers_to_keep else "close"
         return urllib.request.Request(url, headers={**self.headers, "Connection": keep})
 
-    def open_connection(
-        self, question: Question, may_reuse: bool
-    ) -> tuple[http.client.HTTPConnection, bool]:
-        """Give a connection and whether it was kept. Raises Unreachable."""
-        if not may_reuse:
-            self.close_idle(0)  # the others are as old as the one that made trouble
-        self.close_idle(IDLE)
-        with self.lock:
-            kept = [idle for idle in self.idle if idle.domain == question.mailbox.domain][-1:]
-            self.idle = [idle for idle in self.idle if idle not in kept]
-        for idle in kept:
-            if is_quiet(idle.connection.sock):
-                question.attach(idle.connection.sock)
-                return idle.connection, True
-            idle.connection.close()
-        # Who got a turn late connects late, and that is no reason to call the server unreachable.
-        connection = http.client.HTTPConnection(self.host, timeout=self.timeout)
-        if self.is_encrypted:
-            connection = http.client.HTTPSConnection(
-                self.host, timeout=self.timeout, context=self.context
-            )
+    def connect(self) -> http.client.HTTPConnection:
+        """Open a connection. Raises Unreachable."""
+        # It gets the whole timeout: who got a turn late connects late, and that is no reason to
+        # call the server unreachable.
+        host, timeout = self.host, self.timeout
+        connection = http.client.HTTPConnection(host, timeout=timeout)
+        if self.url.startswith("https:"):
+            connection = http.client.HTTPSConnection(host, timeout=timeout, context=self.context)
         try:
             connection.connect()
         except (OSError, ValueError) as error:  # ValueError: a name that cannot be looked up
             connection.close()
             hint = ": see --cafile" if isinstance(error, ssl.SSLCertVerificationError) else ""
             raise Unreachable(f"no connection: {error}{hint}") from None
-        question.attach(connection.sock)
-        return connection, False
+        return connection
+
+    def take_idle(self, domain: str) -> Optional[http.client.HTTPConnection]:
+        """Take the latest kept connection of a domain that holds neither an end nor an answer."""
+        self.close_idle(IDLE)
+        with self.lock:
+            for connection in reversed([c for c in self.idle if self.idle[c][1] == domain]):
+                poll = select.poll()
+                poll.register(connection.sock, select.POLLIN)
+                if not poll.poll(0):
+                    del self.idle[connection]
+                    return connection
+        return None
 
     def close_idle(self, seconds: float) -> None:
         """Close the connections that have rested for so long, and what is too many of them."""
         latest = time.monotonic() - seconds
         with self.lock:
-            kept = [idle for idle in self.idle if idle.since > latest][-IDLE_CONNECTIONS:]
-            closing, self.idle = [idle for idle in self.idle if idle not in kept], kept
-        for idle in closing:
-            idle.connection.close()
-
-
-def is_quiet(sock: Any) -> bool:
-    """Say whether a resting connection holds neither an end nor a stray answer."""
-    if sock is None:
-        return False
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return not poll.poll(0)
+            surplus = list(self.idle)[:-IDLE_CONNECTIONS]
+            for connection, (since, _) in list(self.idle.items()):
+                if since <= latest or connection in surplus:
+                    del self.idle[connection]
+                    connection.close()
 
 
 def read_answer(response: http.client.HTTPResponse) -> tuple[Answer, bool]:
-    """Read an answer, and whether it was complete and its connection may be kept.
-
-    Raises Fault, http.client.HTTPException. Proof that the line is whole is its end, the length
-    that the header gives, or the last chunk.
-    """
+    """Read an answer, and whether its connection may be kept. Raises Fault, HTTPException."""
+    # Proof that the line is whole is its end, the length in the header, or the last chunk.
     if response.status < 200:  # an interim response, which is no answer
         raise http.client.HTTPException(f"status {response.status}")
     line = response.readline(ANSWER_LENGTH)
@@ -559,7 +515,7 @@ def read_answer(response: http.client.HTTPResponse) -> tuple[Answer, bool]:
     answer = Answer.from_line(line, is_whole)
     grace = response.headers.get("Quota-Grace", "").strip().encode("ascii", "replace")
     changed = response.headers.get("Last-Modified", "")
-    answer = answer._replace(grace=read_number(grace) or 0, changed=read_date(changed))
+    answer.grace, answer.changed = read_number(grace) or 0, read_date(changed)
     may_keep = "Keep-Alive" in response.headers and not response.will_close
     return answer, may_keep and response.length == 0
 
@@ -577,45 +533,35 @@ class Breaker:
 
     def __init__(self, name: str, retry_after: float) -> None:
         self.name = name  # for the log
-        self.retry_after = retry_after
+        self.retry_after = retry_after  # seconds
         self.is_open = False
-        self.retry_at = 0.0  # on the monotonic clock, while open
-        self.answered = 0.0  # when it last did
+        self.retry_at = self.answered_at = 0.0  # on the monotonic clock
         self.timeouts = 0  # in a row
 
     def allows(self, now: float) -> bool:
-        """Say whether it may be asked."""
         return not self.is_open or now >= self.retry_at
 
     def begin_trial(self, now: float) -> None:
         """Note that a question goes out: while it is open no second one follows at once."""
-        if self.is_open:
-            self.retry_at = now + self.retry_after
+        self.retry_at = now + self.retry_after
 
     def record_answer(self) -> None:
-        """Close it."""
         if self.is_open:
             log.warning("backend=%s state=up", self.name)
-        self.is_open, self.timeouts, self.answered = False, 0, time.monotonic()
+        self.is_open, self.timeouts, self.answered_at = False, 0, time.monotonic()
 
     def record_unreachable(self, asked: float, why: str) -> None:
-        """Open it, unless somebody was answered meanwhile."""
-        if self.answered < asked:
-            self.open(why)
+        """Open it, unless somebody was answered since the question was asked."""
+        if self.answered_at < asked:
+            if not self.is_open:
+                log.warning("backend=%s state=down reason=%s", self.name, printable(why))
+            self.is_open, self.retry_at = True, time.monotonic() + self.retry_after
 
     def record_timeout(self, asked: float) -> None:
         """Count a question that ran out of time, and open it after a few in a row."""
-        if self.answered < asked:
-            self.timeouts += 1
-            if self.is_open or self.timeouts >= PATIENCE:
-                self.open(f"{PATIENCE} questions in a row got no answer in time")
-
-    def open(self, why: str) -> None:
-        """Let nothing be asked for a while."""
-        if not self.is_open:
-            log.warning("backend=%s state=down reason=%s", self.name, printable(why))
-        self.is_open, self.timeouts = True, 0
-        self.retry_at = time.monotonic() + self.retry_after
+        self.timeouts += self.answered_at < asked
+        if self.is_open or self.timeouts >= PATIENCE:
+            self.record_unreachable(asked, f"{PATIENCE} questions in a row got no answer in time")
 
 
 # ---- Backend: a Client, its Breaker and its bounded pool of questions ----
@@ -634,7 +580,7 @@ class Backend:
     """
 
     def __init__(
-        self, client: Client, options: argparse.Namespace, ledger: Ledger, counters: Counters
+        self, client: Client, options: Namespace, ledger: Ledger, counters: Counters
     ) -> None:
         self.client, self.ledger, self.counters = client, ledger, counters
         self.name = client.url.partition("?")[0]  # for the log
@@ -646,22 +592,20 @@ class Backend:
         self.hung: dict[Mailbox, float] = {}  # mailboxes whose question was aborted; until when
         self.last_answered = 0.0  # when the latest question that was answered had begun
 
-    def ask(self, mailbox: Mailbox, seconds: float, may_be_elsewhere: bool) -> Remembered:
-        """Ask about a mailbox, or join the question that is under way. Raises Fault.
-
-        Waits for so long. The answer is remembered, also when it comes too late; but not UNKNOWN,
-        where the mailbox may be elsewhere.
-        """
+    def ask(self, mailbox: Mailbox, seconds: float) -> Answer:
+        """Ask about a mailbox, or join the question that is under way. Raises Fault."""
+        # The answer is remembered, also when it comes too late; but not UNKNOWN: the mailbox may be
+        # elsewhere.
         now = time.monotonic()
         with self.lock:
-            remembered = self.ledger.fresh(mailbox)
-            if remembered:  # it came before the lock
-                return remembered
+            answer = self.ledger.fresh(mailbox)
+            if answer:  # it came before the lock
+                return answer
             key = mailbox, self.ledger.generation
             question = self.questions.get(key)
             if question is None:
                 question = Question(*key, now, seconds)
-                self.begin(question, may_be_elsewhere)
+                self.begin(question)
             elif question.deadline <= now:
                 raise Fault("the last question about this mailbox still hangs")
         deadline = min(now + seconds, question.deadline)
@@ -674,21 +618,21 @@ class Backend:
                 self.give_up(question)
             raise Fault(f"no answer within {round(seconds, 1):g} s") from None
 
-    def begin(self, question: Question, may_be_elsewhere: bool) -> None:
+    def begin(self, question: Question) -> None:
         """Give a question to the pool. The lock is held. Raises Fault."""
         if not self.breaker.allows(question.asked):
             raise Fault(DOWN)
         if self.hung.get(question.mailbox, 0) > question.asked:
             raise Fault("this mailbox hung when it was last asked about")
         try:
-            question.future = self.pool.submit(self.carry_out, question, may_be_elsewhere)
+            question.future = self.pool.submit(self.carry_out, question)
         except RuntimeError as error:  # the system's limit of threads
             raise Fault(f"no thread for a question: {error}") from None
         self.questions[question.mailbox, question.generation] = question
         self.breaker.begin_trial(question.asked)
         self.make_room(question.asked)
 
-    def carry_out(self, question: Question, may_be_elsewhere: bool) -> Remembered:
+    def carry_out(self, question: Question) -> Answer:
         """Ask one question, in a thread of the pool, and learn from what comes. Raises Fault."""
         question.begun = time.monotonic()
         fault: Optional[Fault] = None
@@ -696,10 +640,10 @@ class Backend:
             if question.begun > question.deadline - question.seconds / 10:
                 raise Fault("there was no turn for it in time")
             answer = self.client.fetch(question)
-            remembered = Remembered(answer, self.name)
-            if answer.status != "UNKNOWN" or not may_be_elsewhere:
-                self.ledger.remember(question.mailbox, remembered, question.generation)
-            return remembered
+            answer.source = self.name
+            if answer.status != "UNKNOWN":
+                self.ledger.remember(question.mailbox, answer, question.generation)
+            return answer
         except Fault as error:
             fault = error
             raise
@@ -730,27 +674,20 @@ class Backend:
             if question.future.cancel():
                 self.forget(question)
             # Who got a turn only in the second half of the time does not speak against the backend.
-            halfway = (question.asked + question.deadline) / 2
-            if question.begun is not None and question.begun <= halfway:
+            elif question.begun and question.begun <= question.deadline - question.seconds / 2:
                 self.breaker.record_timeout(question.asked)
                 self.abandon_if_down()
             self.make_room(time.monotonic())
 
     def make_room(self, now: float) -> None:
-        """Abort as many overdue questions as others wait for a turn. The lock is held."""
-        ending = sum(bool(question.aborted) for question in self.questions.values())
-        waiting = len(self.questions) - ending - self.max_queries
-        if waiting <= 0:
-            return
-        hanging = []
-        for question in self.questions.values():
-            if question.begun is not None and not question.aborted:
-                had_half = now - question.begun > question.seconds / 2
-                if now >= question.deadline or had_half and question.begun < self.last_answered:
-                    hanging.append(question)
-        for question in sorted(hanging, key=lambda question: question.deadline)[:waiting]:
-            question.hang_up("no answer, and others wait for a turn")
-            self.hung[question.mailbox] = now + self.breaker.retry_after
+        """Abort as many hanging questions as others wait for a turn. The lock is held."""
+        live = [question for question in self.questions.values() if not question.aborted]
+        waiting = len(live) - self.max_queries
+        if waiting > 0:
+            hanging = [question for question in live if question.hangs(now, self.last_answered)]
+            for question in sorted(hanging, key=lambda question: question.deadline)[:waiting]:
+                question.hang_up("no answer, and others wait for a turn")
+                self.hung[question.mailbox] = now + self.breaker.retry_after
 
     def abandon_if_down(self) -> None:
         """Give up all that is under way to a backend that is down. The lock is held."""
@@ -818,10 +755,10 @@ class Ledger:
         self.cache_ttl = self.in_flight = 0.0  # seconds
         self.frontends = 1
         self.generation = 0  # of the answers: one that was asked for before a HUP is not kept
-        self.answers: dict[Mailbox, Remembered] = {}  # oldest first
+        self.answers: dict[Mailbox, Answer] = {}  # oldest first
         self.flights: dict[Mailbox, Flight] = {}
 
-    def configure(self, options: argparse.Namespace) -> None:
+    def configure(self, options: Namespace) -> None:
         """Take the options and forget the answers, but not what is in flight."""
         with self.lock:
             self.cache_ttl, self.in_flight = options.cache_ttl, options.in_flight
@@ -829,26 +766,24 @@ class Ledger:
             self.generation += 1
             self.answers.clear()
 
-    def last(self, mailbox: Mailbox) -> Optional[Remembered]:
+    def last(self, mailbox: Mailbox) -> Optional[Answer]:
         """Give the last answer about a mailbox that is under an hour old."""
-        remembered = self.answers.get(mailbox)
-        if remembered and time.monotonic() - remembered.at < max(LAST_KNOWN, self.cache_ttl):
-            return remembered
+        answer = self.answers.get(mailbox)
+        if answer and time.monotonic() - answer.at < max(LAST_KNOWN, self.cache_ttl):
+            return answer
         return None
 
-    def fresh(self, mailbox: Mailbox) -> Optional[Remembered]:
-        """Give the answer that may be used again without a question.
-
-        One is asked again when what was taken since is no longer in flight: it has arrived.
-        """
-        remembered = self.answers.get(mailbox)
-        if remembered is None or time.monotonic() - remembered.at >= self.cache_ttl:
+    def fresh(self, mailbox: Mailbox) -> Optional[Answer]:
+        """Give the answer that may be used again without a question."""
+        # One is asked again when what was taken since is no longer in flight: it has arrived.
+        answer = self.answers.get(mailbox)
+        if answer is None or time.monotonic() - answer.at >= self.cache_ttl:
             return None
-        if remembered.taken and remembered.taken > self.flight_size(mailbox):
+        if answer.taken and answer.taken > self.flight_size(mailbox):
             return None
-        return remembered
+        return answer
 
-    def remember(self, mailbox: Mailbox, remembered: Remembered, generation: int) -> None:
+    def remember(self, mailbox: Mailbox, answer: Answer, generation: int) -> None:
         """Keep an answer as the newest, and not too many."""
         if mailbox.is_long:
             return
@@ -856,83 +791,81 @@ class Ledger:
             if generation != self.generation:
                 return
             self.answers.pop(mailbox, None)
-            self.answers[mailbox] = remembered
+            self.answers[mailbox] = answer
             if len(self.answers) > ANSWERS:
                 del self.answers[next(iter(self.answers))]
-            flight, used = self.flights.get(mailbox), remembered.answer.used
+            flight, used = self.flights.get(mailbox), answer.used
             if flight and used is not None:
                 flight.drop_old(time.monotonic())
                 flight.deduct(used)
 
     def flight_size(self, mailbox: Mailbox) -> int:
         """Give the bytes that are on their way to a mailbox."""
-        if mailbox not in self.flights:
+        flight = self.flights.get(mailbox)
+        if flight is None:
             return 0
         with self.lock:
-            flight = self.flights.get(mailbox, Flight())
             flight.drop_old(time.monotonic())
             return flight.size
 
-    def in_flight_since(self, mailbox: Mailbox, remembered: Optional[Remembered]) -> int:
+    def in_flight_since(self, mailbox: Mailbox, answer: Optional[Answer]) -> int:
         """Give the bytes that an answer about a mailbox does not know of."""
-        return max(self.flight_size(mailbox), remembered.taken if remembered else 0)
+        return max(self.flight_size(mailbox), answer.taken if answer else 0)
 
-    def add(self, mailbox: Mailbox, size: int, at_rcpt: Optional[Remembered]) -> None:
+    def add(self, mailbox: Mailbox, size: int, at_rcpt: Optional[Answer]) -> None:
         """Count a message of `size` bytes that was taken by the answer at its RCPT."""
         if self.in_flight <= 0 or mailbox.is_long:
             return
         size *= self.frontends
         with self.lock:
             newest = self.answers.get(mailbox)
-            for remembered in {newest, at_rcpt} - {None}:
-                assert remembered
-                remembered.taken += size
+            known = [answer for answer in (newest, at_rcpt) if answer]
+            for answer in set(known):
+                answer.taken += size
             flight = self.flights.setdefault(mailbox, Flight())
             if not flight.parts:  # where growth is counted from
-                answer = newest or at_rcpt
-                flight.used = answer.answer.used if answer else None
+                flight.used = known[0].used if known else None
             flight.parts.append((time.monotonic() + self.in_flight, size))
             flight.size += size
 
-    def drop_and_count(self) -> tuple[int, int, int]:
-        """Drop what has arrived or is too old; count answers, and messages and bytes in flight."""
-        now, messages, size = time.monotonic(), 0, 0
+    def drop_and_count(self) -> dict[str, int]:
+        """Drop what is no longer in flight; give the figures for the metrics."""
         with self.lock:
-            for mailbox, flight in list(self.flights.items()):
-                flight.drop_old(now)
-                size += flight.size
-                messages += len(flight.parts)
-                if not flight.parts:
+            for mailbox in list(self.flights):
+                if not self.flight_size(mailbox):
                     del self.flights[mailbox]
-            return len(self.answers), messages, size
+            flights = self.flights.values()
+            return {
+                "in_flight_messages": sum(len(flight.parts) for flight in flights),
+                "in_flight_bytes": sum(flight.size for flight in flights),
+                "remembered_answers": len(self.answers),
+            }
 
 
 # ---- Mailboxes: the backends of a domain, asked in order ----
 
 
-class Mailboxes:
+class Mailboxes(NamedTuple):
     """The mailboxes of a domain, which may be spread over several backends."""
 
-    def __init__(self, backends: Sequence[Backend], ledger: Ledger) -> None:
-        self.backends, self.ledger = backends, ledger
+    backends: Sequence[Backend]
+    ledger: Ledger
 
     def ask_about(self, mailbox: Mailbox, deadline: float) -> Finding:
         """Say what is known of a mailbox, from memory or by a question."""
-        remembered = self.ledger.fresh(mailbox)
-        if remembered:
-            return Finding(remembered, cached=True)
+        answer = self.ledger.fresh(mailbox)
+        if answer:
+            return Finding(answer, cached=True)
         try:
             return Finding(self.ask_in_order(mailbox, deadline))
         except Fault as fault:
             last = self.ledger.last(mailbox)
             return Finding(last, cached=last is not None, fault=str(fault))
 
-    def ask_in_order(self, mailbox: Mailbox, deadline: float) -> Remembered:
-        """Ask the backends in order, whoever knew the mailbox the last time first. Raises Fault.
-
-        Each may take what is left of the time, divided by those that are still to be asked. All
-        that matters is a definite answer: UNKNOWN counts only where every backend says it.
-        """
+    def ask_in_order(self, mailbox: Mailbox, deadline: float) -> Answer:
+        """Ask the backends in order, whoever knew the mailbox the last time first. Raises Fault."""
+        # Each may take what is left of the time, divided by those that are still to be asked. All
+        # that matters is a definite answer: UNKNOWN counts only where every backend says it.
         last, generation = self.ledger.last(mailbox), self.ledger.generation
         known_by = last.source if last else ""
         order = sorted(self.backends, key=lambda backend: backend.name != known_by)
@@ -940,17 +873,16 @@ class Mailboxes:
         for number, backend in enumerate(order):
             seconds = max(0, (deadline - time.monotonic()) / (len(order) - number))
             try:
-                found = backend.ask(mailbox, seconds, may_be_elsewhere=len(order) > 1)
+                answer = backend.ask(mailbox, seconds)
             except Fault as fault:
                 faults.append(str(fault) if len(order) == 1 else f"{backend.name}: {fault}")
                 continue
-            if found.answer.status != "UNKNOWN":
-                return found
+            if answer.status != "UNKNOWN":
+                return answer
         if faults:
             raise Fault("; ".join(faults))
-        if len(order) > 1:
-            self.ledger.remember(mailbox, found, generation)
-        return found
+        self.ledger.remember(mailbox, answer, generation)
+        return answer
 
 
 # ---- Aliases and Tables: one name to one mailbox ----
@@ -961,70 +893,60 @@ class AliasFile:
 
     def __init__(self, path: str) -> None:
         """Read the file. Raises OSError, ValueError."""
-        self.path = path
-        self.stamp = self.seen = self.look()
-        self.ticks_still = 0
+        self.name = path
+        self.stamp = self.look()
+        self.ticks_still = 2  # since when nothing has changed the file; at the second it is read
         self.table, self.bad_lines = self.read()
 
     def look(self) -> object:
         """Tell one version of the file from the next, and from none."""
         try:
-            status = os.stat(self.path)
+            status = os.stat(self.name)
         except OSError as error:
             return error.errno
         return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
     def refresh(self) -> bool:
-        """Read the file again if it has changed, and say so; while it is unreadable, keep the old.
-
-        Called every second. Whoever rewrites the file in place may take a while, and half a file
-        would let mail for full mailboxes through: so it is read when it has held still.
-        """
-        stamp = self.look()
-        self.ticks_still = self.ticks_still + 1 if stamp == self.seen else 0
-        self.seen = stamp
-        if stamp == self.stamp or self.ticks_still < 2:
+        """Read the file again if it has changed, and say so; unreadable, the old is kept."""
+        # Called every second. Whoever rewrites the file in place may take a while, and half a file
+        # would let mail for full mailboxes through: so it is read when it has held still.
+        before, self.stamp = self.stamp, self.look()
+        self.ticks_still = self.ticks_still + 1 if self.stamp == before else 0
+        if self.ticks_still != 2:
             return False
         try:
             table, bad_lines = self.read()
         except (OSError, ValueError) as error:
-            self.stamp = stamp
-            log.warning("aliases=%s state=kept reason=%s", self.path, printable(error))
+            log.warning("aliases=%s state=kept reason=%s", self.name, printable(error))
             return False
-        if self.look() != stamp:  # it changed while it was read
+        if self.look() != self.stamp:  # it changed while it was read
             return False
-        self.stamp, self.table, self.bad_lines = stamp, table, bad_lines
+        self.table, self.bad_lines = table, bad_lines
         self.log_state()
         return True
 
     def read(self) -> tuple[dict[str, str], list[int]]:
-        """Read names and what they stand for, and the numbers of lines that are neither.
-
-        Of two lines for a name the first counts. Raises OSError, ValueError.
-        """
+        """Read names, what they stand for, and numbers of bad lines. Raises OSError, ValueError."""
         table: dict[str, str] = {}
         bad: list[int] = []
-        with open_regular(self.path) as lines:
+        with open_regular(self.name) as lines:
             for number, line in logical_lines(lines):
                 match = ALIAS.fullmatch(line)
                 if match:
                     name = Address.parse(match[1], "", False)
                     key = f"{name.local}@{name.domain}" if name.domain else name.local
-                    table.setdefault(key, match[2])
+                    table.setdefault(key, match[2])  # of two lines for a name the first counts
                 else:
                     bad.append(number)
         return table, bad
 
     def log_state(self) -> None:
-        """Log what was read."""
-        bad = self.bad_lines
-        if bad:
+        if self.bad_lines:
             text = "aliases=%s state=incomplete skipped=%d line=%d"
-            log.warning(text, self.path, len(bad), bad[0])
-        log.info("aliases=%s state=read names=%d", self.path, len(self.table))
+            log.warning(text, self.name, len(self.bad_lines), self.bad_lines[0])
+        log.info("aliases=%s state=read names=%d", self.name, len(self.table))
 
     def find(self, address: Address, deadline: float) -> dict[str, str]:
-        """Give what the file has for the names of an address."""
         names, table = [*address.names(), "@" + address.domain], self.table
         return {name: table[name] for name in names if name in table}
 
@@ -1070,25 +992,20 @@ class Table:
         kind = re.sub("^proxy:", "", name).partition(":")[0]
         self.takes_whole_address = kind in ("regexp", "pcre", "tcp", "socketmap")
         self.pool = concurrent.futures.ThreadPoolExecutor(TABLE_QUERIES)
-        self.lock = threading.Lock()  # guards what follows
-        self.domains: frozenset[Optional[str]] = frozenset()  # ours; None: all
-        self.cache_ttl = 0.0  # seconds
-        self.generation = 0  # of the results: one that was asked for before a HUP is not kept
-        self.results: dict[tuple[str, ...], tuple[float, dict[str, str]]] = {}  # oldest first
-        self.under_way: dict[tuple[Any, ...], concurrent.futures.Future[dict[str, str]]] = {}
+        self.lock = threading.Lock()  # guards the results
+        self.forget_results((), 0)
 
     def forget_results(self, domains: Iterable[Optional[str]], cache_ttl: float) -> None:
         """Take the options and forget the results."""
-        with self.lock:
-            self.domains, self.cache_ttl = frozenset(domains), cache_ttl
-            self.generation += 1
-            self.results.clear()
+        # A question that was asked before leaves its result in the dictionary that is dropped here.
+        self.domains = frozenset(domains)  # ours; None: all
+        self.cache_ttl = cache_ttl  # seconds
+        # Results and until when they hold, those under way included, the longest unused first.
+        self.results: dict[tuple[str, ...], concurrent.futures.Future[Any]] = {}
 
     def keys(self, address: Address) -> dict[str, str]:
-        """Give what Postfix would look up, in its order, and the name that each key stands for.
-
-        Postfix quotes a local part that needs it, and tries it without the quotes after that.
-        """
+        """Give what Postfix would look up, in its order, and the name that each key stands for."""
+        # Postfix quotes a local part that needs it, and tries it without the quotes after that.
         local, user, domain = lower(address.local), lower(address.user), address.domain
         names = [(local, f"@{domain}" if domain else "")]
         if not self.takes_whole_address and domain:
@@ -1114,59 +1031,51 @@ class Table:
 
     def look_up(self, keys: tuple[str, ...], deadline: float) -> dict[str, str]:
         """Give what the table has for some keys, from memory or by a question. Raises Fault."""
+        results = self.results  # not what a HUP may put into its place
         with self.lock:
-            at, result = self.results.get(keys, (0.0, {}))
-            if at and time.monotonic() - at < self.cache_ttl:
-                return result
-            key = self.generation, *keys
-            future = self.under_way.get(key)
-            if future is None:
+            future = results.pop(keys, None)
+            if (
+                future is None
+                or future.done()
+                and (future.exception() or time.monotonic() >= future.result()[0])
+            ):
                 try:
-                    future = self.pool.submit(self.query, key, deadline)
+                    future = self.pool.submit(self.query, keys, deadline)
                 except RuntimeError as error:
                     raise Fault(f"no thread for table {self.name}: {error}") from None
-                self.under_way[key] = future
+            if sum(map(len, keys)) <= 4 * LONG_NAME:
+                results[keys] = future
+            if len(results) > TABLE_RESULTS:
+                del results[next(iter(results))]
         try:
-            return future.result(max(0, deadline - time.monotonic()))
+            found: dict[str, str] = future.result(max(0, deadline - time.monotonic()))[1]
+            return found
         except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
-            if future.cancel():
-                with self.lock:
-                    self.under_way.pop(key, None)
+            with self.lock:
+                if future.cancel():
+                    results.pop(keys, None)
             raise Fault(f"table {self.name} gave no answer in time") from None
 
-    def query(self, key: tuple[Any, ...], deadline: float) -> dict[str, str]:
-        """Ask the table, in a thread of the pool, and remember the result. Raises Fault."""
-        generation, *keys = key
-        result = None
+    def query(self, keys: tuple[str, ...], deadline: float) -> tuple[float, dict[str, str]]:
+        """Ask the table, in a thread of the pool; say until when that holds. Raises Fault."""
         try:
-            result = self.run_postmap(keys, deadline - time.monotonic())
-            return result
+            found = self.run_postmap(keys, deadline - time.monotonic())
         except OSError as error:
             raise Fault(f"postmap cannot be run: {error}") from None
-        finally:
-            with self.lock:
-                self.under_way.pop(key, None)
-                is_short = sum(map(len, keys)) <= 4 * LONG_NAME
-                if result is not None and is_short and generation == self.generation:
-                    self.results.pop(tuple(keys), None)
-                    self.results[tuple(keys)] = time.monotonic(), result
-                    if len(self.results) > TABLE_RESULTS:
-                        del self.results[next(iter(self.results))]
+        return time.monotonic() + self.cache_ttl, found
 
     def run_postmap(self, keys: Sequence[str], seconds: float) -> dict[str, str]:
-        """Ask postmap, which gets `seconds`. Raises OSError, Fault.
-
-        The keys go in on standard input: as an argument the user `-` would mean just that. "Not
-        found" and a fault both end with status 1, but only a fault says why. Signals but KILL are
-        blocked in a child of a libmilter thread.
-        """
+        """Ask postmap, which gets `seconds`. Raises OSError, Fault."""
+        # The keys go in on standard input: as an argument the user `-` would mean just that. "Not
+        # found" and a fault both end with status 1, but only a fault says why. Signals but KILL are
+        # blocked in a child of a libmilter thread.
         if seconds <= 0:
             raise Fault(f"table {self.name} was not asked in time")
         path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
         command = [shutil.which("postmap", path=path) or "postmap", "-q", "-", self.name]
         asked = "".join(key + "\n" for key in keys).encode()
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
             Table.postmaps.add(process)
             try:
                 output, errors = process.communicate(asked, 0 if Table.has_ended else seconds)
@@ -1201,13 +1110,9 @@ class Aliases:
 
     def __init__(self, sources: list[AliasSource], parse_address: Callable[[str], Address]) -> None:
         self.sources, self.parse_address = sources, parse_address
-        self.has_tables = any(isinstance(source, Table) for source in sources)
 
     def resolve(self, address: Address, deadline: float) -> Optional[Address]:
-        """Follow an address to its mailbox; None where it does not lead to exactly one.
-
-        Raises Fault where a table does not answer.
-        """
+        """Follow an address to its mailbox; None where it leads to none or many. Raises Fault."""
         following = address
         visited: set[tuple[str, ...]] = set()
         while address[1:] not in visited and len(visited) < STEPS:
@@ -1244,21 +1149,15 @@ class Aliases:
 # ---- Policy: the rule, from a recipient and a size to a Decision ----
 
 
-class Passed:
-    """A mailbox that recipients of a message were let through for."""
-
-    def __init__(self, decision: Decision) -> None:
-        self.first = decision
-        self.targets: set[int] = set()  # hashes: an address may be long, and there may be many
-
-
 class Message:
     """The message that a session is giving: its size as far as it is known, and its recipients."""
 
     def __init__(self, declared: int = 0) -> None:
         self.declared = declared  # bytes (RFC 1870), 0 where they are not
         self.counted = 0  # bytes of the body until now
-        self.passed: dict[Mailbox, Passed] = {}
+        self.passed: dict[Mailbox, Decision] = {}  # of the first recipient who was let through
+        # Of all of them, as hashes: an address may be long, and there may be many.
+        self.targets: dict[Mailbox, set[int]] = collections.defaultdict(set)
         self.others_passed = False  # somebody who was not asked about, or could not be
 
     @property
@@ -1266,29 +1165,27 @@ class Message:
         """The size in bytes, as far as it is known; never less than the declared one."""
         return max(self.declared, self.counted)
 
-    def copies(self, target: Address) -> int:
+    def copies(self, mailbox: Mailbox, target: Address) -> int:
         """Say how many copies a mailbox gets with this recipient: john, john+a and john+b three."""
-        passed = self.passed.get(target.mailbox)
-        return len(passed.targets | {hash(target[1:])}) if passed else 1
+        targets = self.targets.get(mailbox)
+        return len(targets | {hash(target[1:])}) if targets else 1
 
     def let_through(self, decision: Decision) -> None:
-        """Note a recipient who was let through."""
-        is_long = bool(decision.target and decision.target.mailbox.is_long)
+        mailbox = decision.target and decision.target.mailbox
+        is_long = bool(mailbox and mailbox.is_long)
         if not decision.finding.answer or is_long:
             self.others_passed = True
-        if decision.target and not is_long:
-            passed = self.passed.setdefault(decision.target.mailbox, Passed(decision))
-            passed.targets.add(hash(decision.target[1:]))
+        if decision.target and mailbox and not is_long:
+            self.passed.setdefault(mailbox, decision)
+            self.targets[mailbox].add(hash(decision.target[1:]))
 
     def wants_body(self) -> bool:
-        """Say whether more of the body can matter.
-
-        It does not where the size was declared, unless the body shows that to be a lie, and not
-        where it is already more than the largest of the mailboxes could hold.
-        """
+        """Say whether more of the body can matter."""
+        # It does not where the size was declared, unless the body shows that to be a lie, and not
+        # where it is already more than the largest of the mailboxes could hold.
         if self.counted <= self.declared:
             return False
-        answers = (passed.first.finding.answer for passed in self.passed.values())
+        answers = (decision.finding.answer for decision in self.passed.values())
         return any(answer and self.counted <= answer.most for answer in answers)
 
 
@@ -1305,42 +1202,31 @@ class Policy:
     """Decides about recipients and messages, by one set of options."""
 
     def __init__(
-        self,
-        options: argparse.Namespace,
-        ledger: Ledger,
-        counters: Counters,
-        before: Optional[Policy] = None,
+        self, options: Namespace, ledger: Ledger, counters: Counters, before: Optional[Policy]
     ) -> None:
         """Take the backends and tables that the policy in force before had, too."""
         self.options, self.ledger, self.counters = options, ledger, counters
-        self.timeout: float = options.timeout
-        self.dry_run: bool = options.dry_run
-        self.ignore_size: bool = options.ignore_size
-        self.parse_address = functools.partial(
-            Address.parse,
-            delimiters=options.recipient_delimiter,
-            case_sensitive=options.case_sensitive,
-        )
         self.replies: dict[str, Optional[Reply]] = {
-            "overquota": options.overquota_reply,
-            "toolarge": options.toolarge_reply,
-            "inactive": options.inactive_reply,
-            "unknown": options.unknown_reply,
-            "fault": CANNOT_CHECK if options.on_error == "tempfail" else None,
+            verdict: getattr(options, f"{verdict}_reply", None) for verdict in VERDICTS
         }
+        if options.on_error == "tempfail":
+            self.replies["fault"] = CANNOT_CHECK
+        # No method: the aliases, which may be large, must not keep an old policy and it them.
+        self.parse_address: Callable[[str], Address] = lambda text: Address.parse(
+            text, options.recipient_delimiter, options.case_sensitive
+        )
         exempt = ["postmaster", *options.exempt]
         self.exempt = {self.parse_address(e).names()[0 if "@" in e else 2] for e in exempt}
         self.backends: dict[tuple[Any, ...], Backend] = {}  # by URL and what bounds the questions
         self.mailboxes = self.map_domains(before.backends if before else {})
-        tables = {table.name: table for table in before.tables()} if before else {}
-        sources = [
-            tables.get(source.name, source) if isinstance(source, Table) else source
-            for source in options.aliases
-        ]
+        kept = {table.name: table for table in before.tables} if before else {}
+        sources: list[AliasSource] = [kept.get(source.name, source) for source in options.aliases]
         self.aliases = Aliases(sources, self.parse_address)
-        for table in self.tables():
+        self.tables: list[Table] = [source for source in sources if isinstance(source, Table)]
+        self.alias_files = [source for source in sources if isinstance(source, AliasFile)]
+        for table in self.tables:
             table.forget_results(self.mailboxes, options.cache_ttl)
-        for file in self.alias_files():
+        for file in self.alias_files:
             file.log_state()
         self.routes: dict[str, Route] = {}  # of the recipients who came last
 
@@ -1351,7 +1237,7 @@ class Policy:
         for domains, url in options.backend or [parse_backend(DEFAULT_BACKEND)]:
             key = url, options.timeout, options.max_queries, options.retry_after
             if key not in self.backends:
-                client = Client(url, context, self.timeout)
+                client = Client(url, context, options.timeout)
                 backend = before.get(key) or Backend(client, options, self.ledger, self.counters)
                 backend.client.context = context
                 self.backends[key] = backend
@@ -1359,24 +1245,14 @@ class Policy:
                 by_domain[domain].append(self.backends[key])
         return {domain: Mailboxes(found, self.ledger) for domain, found in by_domain.items()}
 
-    def tables(self) -> list[Table]:
-        """Give the tables that aliases are looked up in."""
-        return [source for source in self.aliases.sources if isinstance(source, Table)]
-
-    def alias_files(self) -> list[AliasFile]:
-        """Give the alias files."""
-        return [source for source in self.aliases.sources if isinstance(source, AliasFile)]
-
     def route(self, recipient: str, deadline: float) -> Route:
-        """Say where a recipient leads. Raises Fault.
-
-        That is remembered, but not what tables say: they remember it, and know for how long.
-        """
+        """Say where a recipient leads. Raises Fault."""
+        # That is remembered, but not what tables say: they remember it, and know for how long.
         routes = self.routes  # not the one that may be begun meanwhile, with other aliases
         route = routes.get(recipient)
         if route is None:
             route = self.find_route(recipient, deadline)
-            if len(recipient) <= LONG_NAME and not self.aliases.has_tables:
+            if len(recipient) <= LONG_NAME and not self.tables:
                 if len(routes) >= ROUTES:
                     routes.clear()
                 routes[recipient] = route
@@ -1387,34 +1263,31 @@ class Policy:
         address = self.parse_address(recipient)
         if not address.local:
             return Route(address, None, None, "empty")
-        if self.is_exempt(address):
+        if not self.exempt.isdisjoint(address.names()):
             return Route(address, None, None, "exempt")
         target = self.aliases.resolve(address, deadline)
         if target is None:
             return Route(address, None, None, "alias")
-        if self.is_exempt(target):
+        if not self.exempt.isdisjoint(target.names()):
             return Route(address, target, None, "exempt")
         mailboxes = self.mailboxes.get(target.domain, self.mailboxes.get(None))
         return Route(address, target, mailboxes, "" if mailboxes else "nobackend")
 
-    def is_exempt(self, address: Address) -> bool:
-        """Say whether an address is one that is never asked about."""
-        return not self.exempt.isdisjoint(address.names())
-
     def decide(self, recipient: str, message: Message) -> Decision:
         """Decide about a recipient of a message, within the timeout."""
         start = time.monotonic()
-        deadline = start + self.timeout
+        deadline = start + self.options.timeout
         finding = Finding()
         try:
-            route = self.route(recipient, deadline)
+            address, target, mailboxes, verdict = self.route(recipient, deadline)
         except Fault as fault:  # a table
-            route = Route(self.parse_address(recipient), None, None, "fault")
-            finding = Finding(fault=str(fault))
-        address, target, mailboxes, verdict = route
+            address, target, mailboxes = self.parse_address(recipient), None, None
+            verdict, finding = "fault", Finding(fault=str(fault))
         if target and mailboxes:
-            finding = mailboxes.ask_about(target.mailbox, deadline)
-            verdict = self.judge(target.mailbox, finding, message.size, message.copies(target))
+            mailbox = target.mailbox
+            finding = mailboxes.ask_about(mailbox, deadline)
+            copies = message.copies(mailbox, target)
+            verdict = self.judge(mailbox, finding, message.size, copies)
         else:
             target = None
         reply = self.reply(verdict, finding, address)
@@ -1429,8 +1302,8 @@ class Policy:
             return "unknown"
         is_full = answer.status == "OVERQUOTA"
         in_flight = 0
-        if not self.ignore_size:
-            in_flight = self.ledger.in_flight_since(mailbox, finding.remembered)
+        if not self.options.ignore_size:
+            in_flight = self.ledger.in_flight_since(mailbox, answer)
             # A mailbox that does not exist yet has no size in some answers: nothing is in it.
             expected = (answer.used or 0) + in_flight
             if answer.quota:
@@ -1440,82 +1313,63 @@ class Policy:
                 is_full = is_full or in_flight > 0 and expected >= answer.quota
         if not is_full:
             return "ok"
-        is_dead = self.is_inactive(answer) and not in_flight and not finding.fault
+        unchanged = time.time() - answer.changed if answer.changed else 0  # seconds
+        days = self.options.inactive_after
+        is_dead = days and unchanged > days * DAY and not in_flight and not finding.fault
         return "inactive" if is_dead else "overquota"
 
-    def is_inactive(self, answer: Answer) -> bool:
-        """Say whether nothing has changed a mailbox for --inactive-after."""
-        days: float = self.options.inactive_after
-        return bool(days and answer.changed) and time.time() - (answer.changed or 0) > days * DAY
-
     def reply(self, verdict: str, finding: Finding, address: Address) -> Optional[Reply]:
-        """Give the reply to a verdict, None to let it through.
-
-        Only a fresh answer refuses for good: a last known one, while the backend gives faults,
-        defers, whatever the options say.
-        """
+        """Give the reply to a verdict, None to let it through."""
+        # Only a fresh answer refuses for good: a last known one, while the backend gives faults,
+        # defers, whatever the options say.
         template = self.replies.get(verdict)
         if template and template.is_permanent and finding.fault:
             template = CANNOT_CHECK if verdict == "unknown" else DEFERRED
         return template and template.to(address.given)
 
     def end_of_data(self, message: Message) -> Optional[Decision]:
-        """Decide about a whole message; None: it is taken, and counts as in flight.
-
-        Taken is what fits into one mailbox at least, or has a recipient who was not asked about:
-        the reply concerns all recipients, and he must get his mail.
-        """
-        if self.ignore_size:
+        """Decide about a whole message; None: it is taken, and counts as in flight."""
+        # Taken is what fits into one mailbox at least, or has a recipient who was not asked about:
+        # the reply concerns all recipients, and he must get his mail.
+        if self.options.ignore_size:
             return None
         start = time.monotonic()
         refusals = []
         with self.ledger.lock:  # to decide and to count is one step
-            for mailbox, passed in message.passed.items():
-                finding = self.latest(mailbox, passed.first.finding)
-                verdict = self.judge(mailbox, finding, message.size, len(passed.targets))
+            for mailbox, decision in message.passed.items():
+                finding, copies = decision.finding, len(message.targets[mailbox])
+                latest = self.ledger.last(mailbox)  # somebody else may have asked since RCPT
+                if latest and latest is not finding.answer:
+                    finding = Finding(latest, cached=True)
+                verdict = self.judge(mailbox, finding, message.size, copies)
                 if verdict in REFUSED and not message.others_passed:
                     refusals.append((verdict, finding))
             is_refused = 0 < len(refusals) == len(message.passed)
-            if not is_refused or self.dry_run:
-                for mailbox, passed in message.passed.items():
-                    size = (message.size + HEADERS) * len(passed.targets)
-                    self.ledger.add(mailbox, size, passed.first.finding.remembered)
+            if not is_refused or self.options.dry_run:
+                for mailbox, decision in message.passed.items():
+                    size = (message.size + HEADERS) * len(message.targets[mailbox])
+                    self.ledger.add(mailbox, size, decision.finding.answer)
         if not is_refused:
             return None
         verdict, finding = refusals[0]
-        first = next(iter(message.passed.values())).first
+        first = next(iter(message.passed.values()))
         reply = self.reply(verdict, finding, first.address)
         seconds = time.monotonic() - start
         return first._replace(verdict=verdict, reply=reply, finding=finding, seconds=seconds)
 
-    def latest(self, mailbox: Mailbox, at_rcpt: Finding) -> Finding:
-        """Give what is known now of a mailbox: perhaps somebody else has asked since RCPT."""
-        remembered = self.ledger.last(mailbox)
-        if remembered is None or remembered is at_rcpt.remembered:
-            return at_rcpt
-        return Finding(remembered, cached=True)
-
     def report(self, decision: Decision, step: str, message: Message) -> None:
         """Count a decision of a step, `rcpt` or `data`, and log a refusal or a fault."""
-        fault, is_refusal = bool(decision.finding.fault), decision.reply is not None
-        refused = is_refusal and not self.dry_run
-        self.counters.record_decision(decision, step, message.size if refused else 0, refused)
-        if fault or is_refusal or self.options.verbose:
+        dry_run, is_refusal = self.options.dry_run, decision.reply is not None
+        self.counters.record_decision(decision, step, message.size, is_refusal and not dry_run)
+        if decision.finding.fault or is_refusal or self.options.verbose:
             in_flight = 0
             if decision.target:
-                known = decision.finding.remembered
-                in_flight = self.ledger.in_flight_since(decision.target.mailbox, known)
-            dry_run = " dry_run=yes" if self.dry_run and is_refusal else ""
+                mailbox, answer = decision.target.mailbox, decision.finding.answer
+                in_flight = self.ledger.in_flight_since(mailbox, answer)
+            suffix = " dry_run=yes" if dry_run and is_refusal else ""
             text = "%s step=%s size=%d inflight=%d%s"
-            level = logging.WARNING if fault else logging.INFO
-            log.log(level, text, decision, step, message.size, in_flight, dry_run)
-
-    def look_after(self) -> None:
-        """Do what is due every second: look after questions, read changed aliases."""
-        for backend in self.backends.values():
-            backend.end_overdue()
-        if [file for file in self.alias_files() if file.refresh()]:
-            self.routes = {}
+            level = logging.WARNING if decision.finding.fault else logging.INFO
+            log.log(level, text, decision, step, message.size, in_flight, suffix)
 
 
 # ---- Counters and metrics: what has happened, apart from why ----
@@ -1543,11 +1397,11 @@ class Counters:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.values: dict[str, float] = collections.defaultdict(int)
-        for verdict in VERDICTS + UNASKED:
+        for verdict in VERDICTS:
             self.values[f'recipients_total{{verdict="{verdict}"}}'] = 0
         for step in "rcpt", "data":
             self.values[f'refused_bytes_total{{step="{step}"}}'] = 0
-            for verdict in VERDICTS[1:]:
+            for verdict in (*REFUSED, "unknown", "fault"):
                 self.values[f'refused_total{{step="{step}",verdict="{verdict}"}}'] = 0
         self.values.update({"cached_total": 0, "lastknown_total": 0})
 
@@ -1564,7 +1418,6 @@ class Counters:
                 self.values[f'refused_bytes_total{{step="{step}"}}'] += size
 
     def record_question(self, backend: str, seconds: float, is_fault: bool) -> None:
-        """Count a question to a backend that took so many seconds."""
         label = label_of(backend)
         with self.lock:
             self.values[f"backend_questions_total{{{label}}}"] += 1
@@ -1576,10 +1429,9 @@ class Counters:
             self.values[f"backend_seconds_sum{{{label}}}"] += seconds
 
     def log_line(self) -> None:
-        """Log the sums since the start."""
         with self.lock:
             values = dict(self.values)
-        verdicts = {v: values[f'recipients_total{{verdict="{v}"}}'] for v in VERDICTS + UNASKED}
+        verdicts = {v: values[f'recipients_total{{verdict="{v}"}}'] for v in VERDICTS}
         refused = sum(value for name, value in values.items() if name[:14] == "refused_total{")
         sums = {"recipients": sum(verdicts.values()), "refused": refused}
         sums.update(cached=values["cached_total"], lastknown=values["lastknown_total"], **verdicts)
@@ -1601,15 +1453,11 @@ class Counters:
 
 
 def label_of(backend: str) -> str:
-    """Give the label of a backend's metrics."""
     return 'backend="' + backend.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def write_whole(path: str, text: str) -> None:
-    """Replace a file, which nobody ever sees half; a link is replaced, not followed.
-
-    Raises OSError.
-    """
+    """Replace a file, or a link, by one that nobody ever sees half. Raises OSError."""
     folder, name = os.path.split(os.path.abspath(path))
     file, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
     try:
@@ -1642,30 +1490,26 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
         """Begin a message, whose size the sender may declare (RFC 1870)."""
         declared = 0
         for parameter in parameters:
-            name, _, value = parameter.partition("=")
-            if name.upper() == "SIZE" and re.fullmatch("[0-9]{1,20}", value):
-                declared = int(value)
+            match = re.fullmatch("(?ai)SIZE=([0-9]{1,20})", parameter)
+            declared = int(match[1]) if match else declared
         self.message = Message(declared)
         return int(Milter.CONTINUE)
 
     def envrcpt(self, recipient: str, *parameters: str) -> int:
-        """Let a recipient through, defer or reject it."""
         policy = self.service.policy
         decision = policy.decide(recipient, self.message)
         policy.report(decision, "rcpt", self.message)
         if decision.reply is None:
             self.message.let_through(decision)
-            return int(Milter.CONTINUE)
-        return int(Milter.CONTINUE) if policy.dry_run else self.refuse(decision.reply)
+        return self.answer(decision.reply)
 
     def data(self) -> int:
-        """Only reply, at once: see the class."""
         return int(Milter.CONTINUE)
 
     def body(self, chunk: bytes) -> int:
         """Count the bytes of a message, as long as that can matter."""
         self.message.counted += len(chunk)
-        more = self.message.wants_body() and not self.service.policy.ignore_size
+        more = self.message.wants_body() and not self.service.policy.options.ignore_size
         return int(Milter.CONTINUE if more or not self._protocol & Milter.P_SKIP else Milter.SKIP)
 
     def eom(self) -> int:
@@ -1676,17 +1520,17 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
         if decision is None:
             return int(Milter.CONTINUE)
         policy.report(decision, "data", message)
-        if decision.reply is None or policy.dry_run:
-            return int(Milter.CONTINUE)
-        return self.refuse(decision.reply)
+        return self.answer(decision.reply)
 
     def abort(self) -> int:
         """Forget the message: what RSET or a lost connection ends is not in flight."""
         self.message = Message()
         return int(Milter.CONTINUE)
 
-    def refuse(self, reply: Reply) -> int:
+    def answer(self, reply: Optional[Reply]) -> int:
         """Set the reply and give the return code that fits it, without which it is dropped."""
+        if reply is None or self.service.policy.options.dry_run:
+            return int(Milter.CONTINUE)
         self.setreply(*reply)
         return int(Milter.REJECT if reply.is_permanent else Milter.TEMPFAIL)
 
@@ -1694,34 +1538,22 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
 # ---- Options: one table of them, in README's order ----
 
 
-def matching(pattern: str, what: str) -> Callable[[str], str]:
-    """Make a reader of a text that a pattern fits. It raises ArgumentTypeError."""
+def matching(pattern: str, what: str, kind: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """Make a reader of what a pattern fits. It raises ArgumentTypeError."""
 
-    def read(text: str) -> str:
+    def read_value(text: str) -> Any:
         if re.fullmatch(pattern, text):
-            return text
-        raise argparse.ArgumentTypeError("is not " + what)
-
-    return read
-
-
-def number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
-    """Make a reader of numbers in a range. It raises ArgumentTypeError."""
-    pattern = "[0-9]{1,9}" if kind is int else r"[0-9]{1,9}(\.[0-9]{1,9})?|\.[0-9]{1,9}"
-
-    def read(text: str) -> Any:
-        if re.fullmatch(pattern, text) and least <= kind(text) <= most:
             return kind(text)
-        raise argparse.ArgumentTypeError(f"is not a number from {least:g} to {most:g}")
+        raise ArgumentTypeError("is not " + what)
 
-    return read
+    return read_value
 
 
 def listen_socket(text: str) -> str:
     """Check libmilter's syntax of a socket. Raises ArgumentTypeError."""
     match = re.fullmatch(r"inet6?:([0-9]{1,5})(?:@[^@\s]+)?|(?:unix|local):/.+", text)
     if not match or match[1] and not 0 < int(match[1]) < 65536:
-        raise argparse.ArgumentTypeError("is not inet:PORT@HOST, inet6:PORT@HOST or unix:/PATH")
+        raise ArgumentTypeError("is not inet:PORT@HOST, inet6:PORT@HOST or unix:/PATH")
     return text
 
 
@@ -1729,21 +1561,18 @@ def parse_backend(text: str) -> tuple[list[Optional[str]], str]:
     """Read `[DOMAIN[,DOMAIN...]=]URL`. Raises ArgumentTypeError, which shows no password."""
     match = re.fullmatch(r"(?:([^/:?#=\s]+)=)?(https?://[!-~]+)", text, re.IGNORECASE)
     if not match:
-        raise argparse.ArgumentTypeError("is not [DOMAIN[,DOMAIN...]=]http[s]://HOST[:PORT]/PATH")
+        raise ArgumentTypeError("is not [DOMAIN[,DOMAIN...]=]http[s]://HOST[:PORT]/PATH")
+    domains = [lower(name).rstrip(".") for name in match[1].split(",")] if match[1] else [None]
     try:
         parts = urllib.parse.urlsplit(match[2])
-        good = bool(parts.hostname) and parts.port != 0 and not parts.fragment
+        is_good = parts.hostname and parts.port != 0 and not parts.fragment and "" not in domains
     except ValueError:
-        good = False
-    if not good:
+        is_good = False
+    if not is_good:
         hint = "; in a password @ : / ? # % are written %40 %3A %2F %3F %23 %25"
         hint = hint if "@" in match[2] else ""
-        raise argparse.ArgumentTypeError(f"has no host, a # or no port from 1 to 65535{hint}")
-    if not match[1]:
-        return [None], match[2]
-    domains = [lower(domain.strip()).rstrip(".") for domain in match[1].split(",")]
-    if "" in domains:
-        raise argparse.ArgumentTypeError("has an empty domain")
+        reason = "has an empty domain, no host, a # or no port from 1 to 65535"
+        raise ArgumentTypeError(reason + hint)
     return list(dict.fromkeys(domains)), match[2]
 
 
@@ -1755,7 +1584,7 @@ def alias_source(text: str) -> AliasSource:
         return AliasFile(text)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise argparse.ArgumentTypeError(f"{text} cannot be read: {reason}") from None
+        raise ArgumentTypeError(f"{text} cannot be read: {reason}") from None
 
 
 def trust(file: str) -> ssl.SSLContext:
@@ -1763,54 +1592,46 @@ def trust(file: str) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=file)
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot be used: {error}") from None
+        raise ArgumentTypeError(f"cannot be used: {error}") from None
 
 
-class Option(NamedTuple):
-    """An option of the command line; a flag where nothing stands for its value."""
-
-    name: str
-    metavar: str
-    read: Callable[[str], Any]  # raises ArgumentTypeError
-    default: Any  # a list: the option may be repeated
-    text: str
-
-
-SECONDS = number(float, 0, DAY)
-COUNT = number(int, 1, 9999)
+REPLY = Reply.from_template
+DECIMAL = r"([0-9]{1,5}(\.[0-9]{1,9})?|\.[0-9]{1,9})"
+SECONDS = matching(DECIMAL, "a number of seconds from 0 to 99999", float)
+TIMEOUT = matching("(?=.*[1-9])" + DECIMAL, "a number of seconds above 0, to 99999", float)
+DAYS = matching(DECIMAL, "a number of days from 0 to 99999", float)
+COUNT = matching("[1-9][0-9]{0,3}", "a number from 1 to 9999", int)
 DELIMITERS = matching(r"""[!#-/:-?\[\]-`{-~]*""", 'ASCII punctuation other than @ " \\')
 ERROR_WORDS = matching("accept|tempfail", "accept or tempfail")
 EXEMPT = matching("[^@].*", "user or user@domain")
-OPTIONS = [
-    Option(
-        "listen", "SOCKET", listen_socket, "inet:8894@127.0.0.1", "inet:PORT@HOST or unix:/PATH"
-    ),
-    Option("backend", "[DOMAIN[,DOMAIN...]=]URL", parse_backend, [], f"to ask ({DEFAULT_BACKEND})"),
-    Option("timeout", "SECONDS", number(float, 0.01, DAY), 5, "whole budget of a question"),
-    Option("retry-after", "SECONDS", SECONDS, 10, "how long a backend that failed is not asked"),
-    Option("max-queries", "N", COUNT, 16, "questions to one backend at a time"),
-    Option("cache-ttl", "SECONDS", SECONDS, 60, "how long an answer is used again; 0: never"),
-    Option("on-error", "accept|tempfail", ERROR_WORDS, "accept", "where a backend gives a fault"),
-    Option("overquota-reply", "REPLY", Reply.from_template, OVERQUOTA, "for a full mailbox"),
-    Option(
-        "toolarge-reply", "REPLY", Reply.from_template, TOOLARGE, "for what the quota cannot hold"
-    ),
-    Option("unknown-reply", "REPLY", Reply.from_template, None, "for UNKNOWN (let through)"),
-    Option("ignore-size", "", bool, False, "sizes do not matter, only the status does"),
-    Option("in-flight", "SECONDS", SECONDS, 60, "how long mail is under way; 0: not at all"),
-    Option("frontends", "N", COUNT, 1, "frontends that share the mail"),
-    Option("inactive-after", "DAYS", number(float, 0, 36500), 0, "a full mailbox is dead; 0: off"),
-    Option("inactive-reply", "REPLY", Reply.from_template, INACTIVE, "for a dead mailbox"),
-    Option("recipient-delimiter", "CHARS", DELIMITERS, "+", "john+lists is john; empty: off"),
-    Option("case-sensitive", "", bool, False, "do not fold the user to lower case"),
-    Option("exempt", "ADDRESS", EXEMPT, [], "user or user@domain that is never asked about"),
-    Option("aliases", "FILE|TYPE:NAME", alias_source, [], "an alias file, or a Postfix table"),
-    Option("cafile", "FILE", trust, None, "certificates to trust for https (the system's)"),
-    Option("dry-run", "", bool, False, "log what would be answered, let everything through"),
-    Option("check", "[ADDRESS...]", str, None, "ask now, print the verdicts, exit"),
-    Option("metrics", "FILE", str, None, "counters for Prometheus, every 15 seconds"),
-    Option("syslog", "", bool, False, "log to syslog, facility mail, not to standard error"),
-    Option("verbose", "", bool, False, "log a line for every recipient"),
+OPTIONS: list[tuple[str, str, Callable[[str], Any], Any, str]] = [
+    # name, what stands for its value (a flag has none), how that is read, default (a list: the
+    # option may be repeated), help
+    ("listen", "SOCKET", listen_socket, "inet:8894@127.0.0.1", "inet:PORT@HOST or unix:/PATH"),
+    ("backend", "[DOMAIN[,DOMAIN...]=]URL", parse_backend, [], f"to ask ({DEFAULT_BACKEND})"),
+    ("timeout", "SECONDS", TIMEOUT, 5, "whole budget of a question"),
+    ("retry-after", "SECONDS", SECONDS, 10, "how long a backend that failed is not asked"),
+    ("max-queries", "N", COUNT, 16, "questions to one backend at a time"),
+    ("cache-ttl", "SECONDS", SECONDS, 60, "how long an answer is used again; 0: never"),
+    ("on-error", "accept|tempfail", ERROR_WORDS, "accept", "where a backend gives a fault"),
+    ("overquota-reply", "REPLY", REPLY, OVERQUOTA, "for a full mailbox"),
+    ("toolarge-reply", "REPLY", REPLY, TOOLARGE, "for what the quota cannot hold"),
+    ("unknown-reply", "REPLY", REPLY, None, "for UNKNOWN (let through)"),
+    ("ignore-size", "", bool, False, "sizes do not matter, only the status does"),
+    ("in-flight", "SECONDS", SECONDS, 60, "how long mail is under way; 0: not at all"),
+    ("frontends", "N", COUNT, 1, "frontends that share the mail"),
+    ("inactive-after", "DAYS", DAYS, 0, "a full mailbox is dead; 0: off"),
+    ("inactive-reply", "REPLY", REPLY, INACTIVE, "for a dead mailbox"),
+    ("recipient-delimiter", "CHARS", DELIMITERS, "+", "john+lists is john; empty: off"),
+    ("case-sensitive", "", bool, False, "do not fold the user to lower case"),
+    ("exempt", "ADDRESS", EXEMPT, [], "user or user@domain that is never asked about"),
+    ("aliases", "FILE|TYPE:NAME", alias_source, [], "an alias file, or a Postfix table"),
+    ("cafile", "FILE", trust, None, "certificates to trust for https (the system's)"),
+    ("dry-run", "", bool, False, "log what would be answered, let everything through"),
+    ("check", "[ADDRESS...]", str, None, "ask now, print the verdicts, exit"),
+    ("metrics", "FILE", str, None, "counters for Prometheus, every 15 seconds"),
+    ("syslog", "", bool, False, "log to syslog, facility mail, not to standard error"),
+    ("verbose", "", bool, False, "log a line for every recipient"),
 ]
 
 
@@ -1827,7 +1648,6 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def option_parser() -> OptionParser:
-    """Describe the command line (README, Options)."""
     parser = OptionParser(
         prog="quota_milter.py",
         usage="%(prog)s [@FILE] [options]",
@@ -1848,13 +1668,11 @@ def option_parser() -> OptionParser:
     return parser
 
 
-def read_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line and the files that it names. Raises BadOptions.
-
-    argparse reads a line at a time, so that an error can say in which file and line it stands.
-    """
+def read_options(arguments: Sequence[str]) -> Namespace:
+    """Read the command line and the files that it names. Raises BadOptions."""
+    # argparse reads a line at a time, so that an error can say in which file and line it stands.
     parser = option_parser()
-    options = argparse.Namespace()
+    options = parser.parse_args([])
     for where, words in option_lines(arguments):
         try:
             parser.parse_args(words, options)
@@ -1869,27 +1687,22 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
 def option_lines(
     words: Sequence[str], where: str = "", depth: int = 0
 ) -> Iterator[tuple[str, list[str]]]:
-    """Give where arguments stand, and them; a word @FILE stands for the lines of that file.
-
-    Raises BadOptions.
-    """
-    plain: list[str] = []
-    for word in words:
-        if word[:1] != "@":
-            plain.append(word)
+    """Give arguments and where they stand, for @FILE those of its lines. Raises BadOptions."""
+    for is_file, group in itertools.groupby(words, lambda word: word[:1] == "@"):
+        if not is_file:
+            yield where, list(group)
             continue
-        yield where, plain
-        plain, path = [], word[1:]
-        if depth > 9:
-            raise BadOptions(f"{where}argument {word}: the file reads itself")
-        try:
-            with open_regular(path) as file:
-                lines = file.read().splitlines()
-        except (OSError, ValueError) as error:
-            raise BadOptions(f"{where}argument {word}: cannot be read: {error}") from None
-        for number, line in enumerate(lines, 1):
-            yield from option_lines(split_line(line), f"{path} line {number}: ", depth + 1)
-    yield where, plain
+        for word in group:
+            try:
+                if depth > 9:
+                    raise ValueError("the file reads itself")
+                with open_regular(word[1:]) as file:
+                    lines = file.read().splitlines()
+            except (OSError, ValueError) as error:
+                raise BadOptions(f"{where}argument {word}: cannot be read: {error}") from None
+            for number, line in enumerate(lines, 1):
+                place = f"{word[1:]} line {number}: "
+                yield from option_lines(split_line(line), place, depth + 1)
 
 
 def split_line(line: str) -> list[str]:
@@ -1925,11 +1738,11 @@ def check(policy: Policy, addresses: list[str]) -> int:
 class Service:
     """Holds the policy in force, and looks after all that is due every second."""
 
-    def __init__(self, arguments: Sequence[str], options: argparse.Namespace) -> None:
-        self.arguments, self.options = arguments, options
+    def __init__(self, arguments: Sequence[str], options: Namespace) -> None:
+        self.arguments = arguments
         self.counters, self.ledger = Counters(), Ledger()
         self.ledger.configure(options)
-        self.policy = Policy(options, self.ledger, self.counters)
+        self.policy = Policy(options, self.ledger, self.counters, None)
         self.retired: list[Backend] = []  # out of use, with questions under way
         self.wants_reload = threading.Event()
         self.metrics_due = 0.0  # on the monotonic clock
@@ -1955,45 +1768,44 @@ class Service:
             policy = Policy(options, self.ledger, self.counters, before)
         except (BadOptions, OSError, ValueError, SystemExit) as error:
             log.error("state=kept reason=%s", printable(error))
-            self.ledger.configure(self.options)
+            self.ledger.configure(before.options)
             return
         self.ledger.configure(options)
-        self.options, self.policy = options, policy
+        self.policy = policy
         in_use = policy.backends.values()
         self.retired += [backend for backend in before.backends.values() if backend not in in_use]
         log.info("state=reloaded")
 
     def tidy(self) -> None:
         """Look after questions and alias files, and write the metrics."""
-        self.policy.look_after()
-        for backend in self.retired:
+        policy = self.policy
+        for backend in [*policy.backends.values(), *self.retired]:
             backend.end_overdue()
         self.retired = [backend for backend in self.retired if backend.questions]
+        if [file for file in policy.alias_files if file.refresh()]:
+            policy.routes = {}
         if time.monotonic() >= self.metrics_due:
             self.metrics_due = time.monotonic() + METRICS_EVERY
             self.write_metrics()
-        else:
-            self.ledger.drop_and_count()
+        self.ledger.drop_and_count()
 
     def write_metrics(self) -> None:
         """Write the metrics; log once where that fails, and once where it works again."""
-        answers, messages, size = self.ledger.drop_and_count()
-        if not self.options.metrics:
+        file = self.policy.options.metrics
+        if not file:
             return
-        gauges = {"in_flight_messages": messages, "in_flight_bytes": size}
-        gauges["remembered_answers"] = answers
+        gauges = self.ledger.drop_and_count()
         for backend in self.policy.backends.values():
             gauges[f"backend_up{{{label_of(backend.name)}}}"] = not backend.breaker.is_open
-        reason = ""
         try:
-            write_whole(self.options.metrics, self.counters.render(gauges))
+            write_whole(file, self.counters.render(gauges))
+            if self.metrics_fail:
+                log.info("metrics=%s state=written", file)
+            self.metrics_fail = False
         except OSError as error:
-            reason = printable(error)
-        if reason and not self.metrics_fail:
-            log.error("metrics=%s state=failed reason=%s", self.options.metrics, reason)
-        elif self.metrics_fail and not reason:
-            log.info("metrics=%s state=written", self.options.metrics)
-        self.metrics_fail = bool(reason)
+            if not self.metrics_fail:
+                log.error("metrics=%s state=failed reason=%s", file, printable(error))
+            self.metrics_fail = True
 
     def finish(self) -> None:
         """Let the questions under way have their answers, for a moment, and tell the figures."""
@@ -2033,41 +1845,33 @@ def log_to(syslog: bool) -> Iterator[None]:
             listener.stop()
 
 
-def socket_address(where: str) -> tuple[int, Any]:
-    """Turn libmilter's syntax of a socket into the family and address of the socket module."""
-    kind, _, rest = where.partition(":")
-    if kind not in ("inet", "inet6"):
-        return socket.AF_UNIX, rest
-    port, _, host = rest.partition("@")
-    family = socket.AF_INET6 if kind == "inet6" else socket.AF_INET
-    return family, (host.strip("[]"), int(port))
-
-
-def claim(where: str) -> None:
-    """See that a socket can be listened on, and remove a stale one. Raises OSError."""
-    family, address = socket_address(where)
+def claim(where: str) -> str:
+    """See that a socket can be listened on, remove a stale one, give its path. Raises OSError."""
+    kind, _, path = where.partition(":")
+    port, _, host = path.partition("@")
+    family = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get(kind, socket.AF_UNIX)
+    path = path if family == socket.AF_UNIX else ""
     with socket.socket(family) as probe:
-        if family == socket.AF_UNIX and os.path.lexists(address):
-            if not stat.S_ISSOCK(os.stat(address).st_mode):
+        if path and os.path.lexists(path):
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
                 raise OSError("it is no socket")
             probe.settimeout(1)
-            if probe.connect_ex(address) != errno.ECONNREFUSED:
+            if probe.connect_ex(path) != errno.ECONNREFUSED:
                 raise OSError("somebody answers there")
-            os.unlink(address)
+            os.unlink(path)
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(address)
-    if family == socket.AF_UNIX:
-        os.unlink(address)
+        probe.bind(path or (host.strip("[]"), int(port)))
+    if path:
+        os.unlink(path)
+    return path
 
 
 def catch_signals(service: Service) -> tuple[int, set[int]]:
-    """Catch HUP, TERM and INT in a set, and make a pipe readable then; let USR1 log the counters.
-
-    libmilter ends at HUP, TERM and INT, for which a thread of its own waits. The kernel prefers
-    the main thread, but not while a signal is on its way there, and then takes any other thread
-    that lets it in, the oldest first. So some idle threads, older than libmilter's, let it in.
-    """
+    """Catch HUP, TERM and INT in a set and make a pipe readable; let USR1 log the counters."""
+    # libmilter ends at HUP, TERM and INT, for which a thread of its own waits. The kernel prefers
+    # the main thread, but not while a signal is on its way there, and then takes any other thread
+    # that lets it in, the oldest first. So some idle threads, older than libmilter's, let it in.
     caught: set[int] = set()
     reader, writer = os.pipe()
     for end in reader, writer:
@@ -2087,11 +1891,9 @@ def catch_signals(service: Service) -> tuple[int, set[int]]:
 
 
 def serve(service: Service, where: str) -> int:
-    """Serve the MTA at a socket until TERM or INT; return the exit status. Raises OSError.
-
-    AGAIN means that a HUP has reached libmilter after all.
-    """
-    claim(where)
+    """Serve the MTA at a socket until TERM or INT; return the exit status. Raises OSError."""
+    # AGAIN means that a HUP has reached libmilter after all.
+    path = claim(where)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # libmilter spins when it has none
     reader, caught = catch_signals(service)
@@ -2117,16 +1919,13 @@ def serve(service: Service, where: str) -> int:
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
     signal.setitimer(signal.ITIMER_REAL, STOPPING)
     service.finish()
-    family, address = socket_address(where)
-    if family == socket.AF_UNIX:
-        with contextlib.suppress(OSError):
-            os.unlink(address)
+    with contextlib.suppress(OSError):  # "" is no path
+        os.unlink(path)
     log.info("listen=%s state=stopped", where)
     return 0 if libmilter.is_alive() else AGAIN if has_stopped.is_set() else 1
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the program and return its exit status."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it serves: no traceback
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it serves: no end
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # in all threads but one
