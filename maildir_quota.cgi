@@ -723,7 +723,7 @@ def application(environ: "dict[str, Any]", start_response: "Callable[..., Any]")
 REQUEST_SECONDS = 10  # from a connection, or its last answer, to the end of the next request
 REQUEST_LENGTH = 16384  # bytes of a request's first line and header
 THREADS = 2500  # of which few do not wait, but for what a disk holds up
-PATIENCE = 1  # seconds to wait for a mailbox that is being measured
+PATIENCE = 5  # seconds to wait for a mailbox that is being measured, as long as the milter
 
 # Connections whose request is not whole, and since when; who waits longest is the first. Who waits
 # too long, or longest when another comes and all places are taken, is hung up on: no client holds
@@ -732,7 +732,7 @@ waiting: "dict[socket.socket, float]" = {}
 # Of each query under way: a mailbox whose disk hangs holds one thread, however often it is asked.
 locks: "weakref.WeakValueDictionary[str, Any]" = weakref.WeakValueDictionary()
 users_lock = threading.Lock()
-users_read: "dict[object, dict[bytes, bytes]]" = {}  # by what changes with the file
+users_read: "dict[object, dict[bytes, bytes] | Problem]" = {}  # by what changes with the file
 
 
 def read_once(path: bytes, wanted: "list[bytes]") -> "dict[bytes, bytes]":
@@ -742,8 +742,14 @@ def read_once(path: bytes, wanted: "list[bytes]") -> "dict[bytes, bytes]":
         stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
         if stamp not in users_read:
             users_read.clear()
-            users_read[stamp] = read_limits(path)
-        return users_read[stamp]
+            try:
+                users_read[stamp] = read_limits(path)
+            except Problem as problem:
+                users_read[stamp] = problem
+        found = users_read[stamp]
+    if isinstance(found, Problem):
+        raise found.with_traceback(None)
+    return found
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -41,6 +41,13 @@ HOW IT IS MADE
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # before the imports, which take a while
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it serves: no traceback
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it serves: no end
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # in all threads but one
+
 import argparse
 import base64
 import collections
@@ -59,7 +66,6 @@ import re
 import resource
 import select
 import shutil
-import signal
 import socket
 import ssl
 import stat
@@ -113,6 +119,7 @@ INACTIVE = "552 5.2.2 Mailbox of {address} is full and not in use"
 REFUSED = ("overquota", "toolarge", "inactive")  # there is no room for the message
 VERDICTS = ("ok", *REFUSED, "unknown", "fault", "empty", "exempt", "alias", "nobackend")
 DOWN = "the backend is down and is left alone for a while"
+NO_TURN = "there was no turn for the question in time"
 HINTS = {  # what an administrator has usually got wrong
     401: ": is the password in --backend right?",
     403: ": may this address ask (QUOTA_ALLOW, the web server's rule)?",
@@ -175,7 +182,7 @@ class Address(NamedTuple):
     @classmethod
     def parse(cls, text: str, delimiters: str, case_sensitive: bool) -> Address:
         """Read an envelope address (RFC 5321, 4.1.2). There is none that cannot be read."""
-        given = text[1:-1] if text[:1] == "<" and text[-1:] == ">" else text
+        given = without_brackets(text)
         local, at, domain = SOURCE_ROUTE.sub("", given).rpartition("@")
         if not at or domain.endswith('"'):  # the @ stands in a quoted local part
             local, domain = local + at + domain, ""
@@ -194,6 +201,10 @@ class Address(NamedTuple):
         """Give the names by which tables list this address, the most specific first."""
         local, user = lower(self.local), lower(self.user)
         return [f"{local}@{self.domain}", f"{user}@{self.domain}", local, user]
+
+
+def without_brackets(path: str) -> str:
+    return path[1:-1] if path[:1] == "<" and path[-1:] == ">" else path
 
 
 def without_detail(local: str, delimiters: str) -> str:
@@ -251,8 +262,8 @@ class Answer:
     grace: int = 0  # what the message that fills the mailbox may take beyond the quota
     changed: Optional[float] = None  # seconds since 1970: a delivery, or the user
     source: str = ""  # the name of the backend that gave it
-    at: float = dataclasses.field(default_factory=time.monotonic)
-    taken: int = 0  # bytes of the mail that was taken since: the Ledger counts that
+    at: float = dataclasses.field(default_factory=time.monotonic)  # when it was asked for
+    taken: int = 0  # bytes of the mail that it does not know of: the Ledger counts them
 
     @classmethod
     def from_line(cls, line: bytes, is_whole: bool = True) -> Answer:
@@ -267,6 +278,11 @@ class Answer:
             name, numbers = fields[:-2], fields[-2:]
         used, quota = (read_number(number) if is_whole else None for number in numbers)
         return cls(status.decode(), used, quota, b" ".join(name))
+
+    @property
+    def known_used(self) -> Optional[int]:
+        """A mailbox that does not exist yet has a quota and no size in some answers: 0 bytes."""
+        return 0 if self.used is None and self.quota is not None else self.used
 
     @property
     def most(self) -> int:
@@ -531,8 +547,8 @@ class Breaker:
     backend that has answered anybody since it was asked: it works, and what hangs is one mailbox.
     """
 
-    def __init__(self, name: str, retry_after: float) -> None:
-        self.name = name  # for the log
+    def __init__(self, backend: Backend, retry_after: float) -> None:
+        self.backend = backend  # whose name is for the log
         self.retry_after = retry_after  # seconds
         self.is_open = False
         self.retry_at = self.answered_at = 0.0  # on the monotonic clock
@@ -547,14 +563,15 @@ class Breaker:
 
     def record_answer(self) -> None:
         if self.is_open:
-            log.warning("backend=%s state=up", self.name)
+            log.warning("backend=%s state=up", self.backend.name)
         self.is_open, self.timeouts, self.answered_at = False, 0, time.monotonic()
 
     def record_unreachable(self, asked: float, why: str) -> None:
         """Open it, unless somebody was answered since the question was asked."""
         if self.answered_at < asked:
             if not self.is_open:
-                log.warning("backend=%s state=down reason=%s", self.name, printable(why))
+                reason = printable(why)
+                log.warning("backend=%s state=down reason=%s", self.backend.name, reason)
             self.is_open, self.retry_at = True, time.monotonic() + self.retry_after
 
     def record_timeout(self, asked: float) -> None:
@@ -583,11 +600,12 @@ class Backend:
         self, client: Client, options: Namespace, ledger: Ledger, counters: Counters
     ) -> None:
         self.client, self.ledger, self.counters = client, ledger, counters
-        self.name = client.url.partition("?")[0]  # for the log
+        self.url = client.url.partition("?")[0]
+        self.name = self.url  # for the log; of two that differ in their query alone, one gets #2
         self.max_queries: int = options.max_queries
         self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
         self.lock = threading.Lock()  # guards what follows
-        self.breaker = Breaker(self.name, options.retry_after)
+        self.breaker = Breaker(self, options.retry_after)
         self.questions: dict[tuple[Mailbox, int], Question] = {}  # by mailbox and generation
         self.hung: dict[Mailbox, float] = {}  # mailboxes whose question was aborted; until when
         self.last_answered = 0.0  # when the latest question that was answered had begun
@@ -608,13 +626,12 @@ class Backend:
                 self.begin(question)
             elif question.deadline <= now:
                 raise Fault("the last question about this mailbox still hangs")
-        deadline = min(now + seconds, question.deadline)
         try:
-            return question.future.result(max(0, deadline - time.monotonic()))
+            return question.future.result(max(0, now + seconds - time.monotonic()))
         except concurrent.futures.CancelledError:
-            raise Fault(DOWN) from None
+            raise Fault(DOWN if self.breaker.is_open else NO_TURN) from None
         except concurrent.futures.TimeoutError:
-            if deadline == question.deadline:
+            if now + seconds >= question.deadline:
                 self.give_up(question)
             raise Fault(f"no answer within {round(seconds, 1):g} s") from None
 
@@ -638,9 +655,9 @@ class Backend:
         fault: Optional[Fault] = None
         try:
             if question.begun > question.deadline - question.seconds / 10:
-                raise Fault("there was no turn for it in time")
+                raise Fault(NO_TURN)
             answer = self.client.fetch(question)
-            answer.source = self.name
+            answer.source, answer.at = self.name, question.begun
             if answer.status != "UNKNOWN":
                 self.ledger.remember(question.mailbox, answer, question.generation)
             return answer
@@ -716,7 +733,8 @@ class Flight:
     """What was taken for a mailbox and is not yet in the figures that its backend gives."""
 
     def __init__(self) -> None:
-        self.used: Optional[int] = None  # the last figure, from which growth is counted
+        self.used: Optional[int] = None  # the figure from which growth is counted
+        self.source = ""  # the name of the backend that gave it
         self.parts: collections.deque[tuple[float, int]] = collections.deque()  # until when, bytes
         self.size = 0  # bytes of all parts
 
@@ -727,10 +745,15 @@ class Flight:
             self.size -= size
             self.used = None if self.used is None else self.used + size
 
-    def deduct(self, used: int) -> None:
+    def deduct(self, answer: Answer) -> None:
         """Take away, the oldest first, what the growth of `used` shows to have arrived."""
+        used = answer.known_used
+        if used is None or answer.status == "UNKNOWN":  # perhaps its users cannot be looked up
+            return
         grown = 0 if self.used is None else used - self.used
-        self.used = used
+        if grown < 0 and answer.source != self.source:  # a stand-by, whose figure may be an old one
+            return
+        self.used, self.source = used, answer.source
         while grown > 0 and self.parts:
             until, size = self.parts.popleft()
             if size > grown:
@@ -788,16 +811,19 @@ class Ledger:
         if mailbox.is_long:
             return
         with self.lock:
-            if generation != self.generation:
+            # What it does not know of, for it came so late, may be in flight no longer.
+            is_late = 0 < self.in_flight < time.monotonic() - answer.at
+            if generation != self.generation or is_late:
                 return
             self.answers.pop(mailbox, None)
             self.answers[mailbox] = answer
             if len(self.answers) > ANSWERS:
                 del self.answers[next(iter(self.answers))]
-            flight, used = self.flights.get(mailbox), answer.used
-            if flight and used is not None:
+            flight = self.flights.get(mailbox)
+            if flight:
                 flight.drop_old(time.monotonic())
-                flight.deduct(used)
+                flight.deduct(answer)
+                answer.taken = flight.size
 
     def flight_size(self, mailbox: Mailbox) -> int:
         """Give the bytes that are on their way to a mailbox."""
@@ -818,13 +844,14 @@ class Ledger:
             return
         size *= self.frontends
         with self.lock:
-            newest = self.answers.get(mailbox)
-            known = [answer for answer in (newest, at_rcpt) if answer]
-            for answer in set(known):
-                answer.taken += size
+            newest = self.answers.get(mailbox) or at_rcpt
             flight = self.flights.setdefault(mailbox, Flight())
-            if not flight.parts:  # where growth is counted from
-                flight.used = known[0].used if known else None
+            if not flight.parts and newest:  # where growth is counted from: what came has arrived
+                used = newest.known_used
+                flight.used = None if used is None else used + newest.taken
+                flight.source = newest.source
+            for answer in {newest, at_rcpt} - {None}:
+                answer.taken += size  # type: ignore[union-attr]
             flight.parts.append((time.monotonic() + self.in_flight, size))
             flight.size += size
 
@@ -1108,8 +1135,14 @@ AliasSource = Union[AliasFile, Table]
 class Aliases:
     """Leads an address to its mailbox, as the mail server will when it has taken the mail."""
 
-    def __init__(self, sources: list[AliasSource], parse_address: Callable[[str], Address]) -> None:
+    def __init__(
+        self,
+        sources: list[AliasSource],
+        parse_address: Callable[[str], Address],
+        domains: frozenset[Optional[str]],
+    ) -> None:
         self.sources, self.parse_address = sources, parse_address
+        self.domains = domains  # ours; None: all
 
     def resolve(self, address: Address, deadline: float) -> Optional[Address]:
         """Follow an address to its mailbox; None where it leads to none or many. Raises Fault."""
@@ -1140,7 +1173,8 @@ class Aliases:
         """Give what an address stands for, the most specific rule first. Raises Fault."""
         found = [source.find(address, deadline) for source in self.sources]
         values = []
-        for name in dict.fromkeys(address.names()):
+        is_ours = not address.domain or {address.domain, None} & self.domains
+        for name in dict.fromkeys(address.names() if is_ours else address.names()[:2]):
             values += [table[name] for table in found if name in table][:1]
         catch_all = "@" + address.domain
         return values or [table[catch_all] for table in found if catch_all in table][:1]
@@ -1221,11 +1255,12 @@ class Policy:
         self.mailboxes = self.map_domains(before.backends if before else {})
         kept = {table.name: table for table in before.tables} if before else {}
         sources: list[AliasSource] = [kept.get(source.name, source) for source in options.aliases]
-        self.aliases = Aliases(sources, self.parse_address)
+        domains = frozenset(self.mailboxes)
+        self.aliases = Aliases(sources, self.parse_address, domains)
         self.tables: list[Table] = [source for source in sources if isinstance(source, Table)]
         self.alias_files = [source for source in sources if isinstance(source, AliasFile)]
         for table in self.tables:
-            table.forget_results(self.mailboxes, options.cache_ttl)
+            table.forget_results(domains, options.cache_ttl)
         for file in self.alias_files:
             file.log_state()
         self.routes: dict[str, Route] = {}  # of the recipients who came last
@@ -1240,6 +1275,8 @@ class Policy:
                 client = Client(url, context, options.timeout)
                 backend = before.get(key) or Backend(client, options, self.ledger, self.counters)
                 backend.client.context = context
+                alike = [known for known in self.backends.values() if known.url == backend.url]
+                backend.name = f"{backend.url}#{len(alike) + 1}" if alike else backend.url
                 self.backends[key] = backend
             for domain in domains:
                 by_domain[domain].append(self.backends[key])
@@ -1273,16 +1310,19 @@ class Policy:
         mailboxes = self.mailboxes.get(target.domain, self.mailboxes.get(None))
         return Route(address, target, mailboxes, "" if mailboxes else "nobackend")
 
-    def decide(self, recipient: str, message: Message) -> Decision:
+    def decide(self, recipient: str, message: Message, resolved: str = "") -> Decision:
         """Decide about a recipient of a message, within the timeout."""
+        # The MTA may have found another address in it; the reply has the one that was given.
         start = time.monotonic()
         deadline = start + self.options.timeout
         finding = Finding()
         try:
-            address, target, mailboxes, verdict = self.route(recipient, deadline)
+            address, target, mailboxes, verdict = self.route(resolved or recipient, deadline)
         except Fault as fault:  # a table
             address, target, mailboxes = self.parse_address(recipient), None, None
             verdict, finding = "fault", Finding(fault=str(fault))
+        if resolved not in ("", recipient):
+            address = address._replace(given=without_brackets(recipient))
         if target and mailboxes:
             mailbox = target.mailbox
             finding = mailboxes.ask_about(mailbox, deadline)
@@ -1304,8 +1344,7 @@ class Policy:
         in_flight = 0
         if not self.options.ignore_size:
             in_flight = self.ledger.in_flight_since(mailbox, answer)
-            # A mailbox that does not exist yet has no size in some answers: nothing is in it.
-            expected = (answer.used or 0) + in_flight
+            expected = (answer.known_used or 0) + in_flight
             if answer.quota:
                 if size > answer.most:
                     return "overquota" if finding.fault else "toolarge"
@@ -1458,6 +1497,8 @@ def label_of(backend: str) -> str:
 
 def write_whole(path: str, text: str) -> None:
     """Replace a file, or a link, by one that nobody ever sees half. Raises OSError."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("it is no file")
     folder, name = os.path.split(os.path.abspath(path))
     file, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
     try:
@@ -1497,11 +1538,21 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
 
     def envrcpt(self, recipient: str, *parameters: str) -> int:
         policy = self.service.policy
-        decision = policy.decide(recipient, self.message)
+        decision = policy.decide(recipient, self.message, self.resolved(recipient))
         policy.report(decision, "rcpt", self.message)
         if decision.reply is None:
             self.message.let_through(decision)
         return self.answer(decision.reply)
+
+    def resolved(self, recipient: str) -> str:
+        """Give a recipient as the MTA will deliver to it."""
+        # Postfix takes john%example.com, example.com!john and "john @example.com" for
+        # john@example.com, and a bare john for one at its own domain: {rcpt_addr} tells.
+        try:
+            resolved = self.getsymval("{rcpt_addr}") or ""
+        except (UnicodeError, Milter.error):
+            resolved = ""
+        return f"<{resolved}>" if "@" in resolved else recipient
 
     def data(self) -> int:
         return int(Milter.CONTINUE)
@@ -1926,9 +1977,6 @@ def serve(service: Service, where: str) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it serves: no traceback
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it serves: no end
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # in all threads but one
     arguments = sys.argv[1:] if argv is None else argv
     option = ""
     try:

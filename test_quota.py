@@ -1159,6 +1159,19 @@ def test_an_alias_is_asked_about_as_the_mailbox_it_leads_to(
     )
 
 
+def test_a_name_without_a_domain_is_no_alias_in_a_domain_that_no_backend_serves(
+    backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
+) -> None:
+    backend.default = FULL
+    (tmp_path / "aliases").write_text("support: john\nsales@virtual.net john@example.com\n")
+    options = "--backend", f"example.com={backend.url}", "--aliases", tmp_path / "aliases"
+    running = milter(None, *options)
+    assert running.rcpt("<support@gmail.com>") == ""
+    assert running.rcpt("<support+x@gmail.com>") == "" and backend.asked == []
+    for recipient in "support@example.com", "sales@virtual.net":
+        assert running.rcpt(f"<{recipient}>").startswith(EXCEEDED + recipient)
+
+
 def test_alias_files_are_read_again_when_they_change(
     backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
 ) -> None:
@@ -1943,6 +1956,38 @@ def test_no_postmap_is_left_where_names_wait_for_a_turn_or_a_hup_has_come(
     wait_for(lambda: not left(), "the end of all, also of those that were started last")
     for session in sessions:
         session.socket.close()
+
+
+ADDRESS_SPELLINGS = """john@example.com john john%example.com example.com!john (c)john@example.com
+john(c)@example.com john%example.com@example.com example.com!john@example.com john@EXAMPLE.com.
+@example.net:john@example.com "john"@example.com john+x%example.com""".split()
+
+
+def test_a_spelling_that_postfix_takes_for_the_mailbox_is_asked_about_as_that(
+    backend: Backend, milter: Callable[..., RunningMilter], folder: pathlib.Path
+) -> None:
+    need_root()
+    backend.answers[b"john"] = FULL
+    running = milter(None, "--backend", f"example.com={backend.url}")
+    main_cf = f"""
+myorigin = example.com
+mydestination = example.com
+relay_domains =
+local_recipient_maps =
+local_transport = discard:
+recipient_delimiter = +
+smtpd_milters = {{ inet:127.0.0.1:{running.port}, default_action=tempfail }}
+"""
+    with Postfix(folder, main_cf) as postfix:
+        for spelling in [*ADDRESS_SPELLINGS, "john @example.com"]:
+            with smtplib.SMTP("127.0.0.1", postfix.port, timeout=30) as client:
+                client.ehlo("client.example.net")
+                client.docmd("MAIL FROM:<sender@example.net>")
+                status, reply = client.docmd(f"RCPT TO:<{spelling}>")
+                shown = spelling.replace("%", "?")
+                expected = f"4.2.2 Quota exceeded for {shown}, try again later"
+                assert (status, reply.decode()) == (452, expected), spelling
+        assert send(postfix.port, "mary%example.com") == [""]
 
 
 def test_postfix_itself_leads_a_recipient_to_the_same_mailbox(folder: pathlib.Path) -> None:
@@ -4841,6 +4886,27 @@ STORIES: dict[str, dict[str, list[str]]] = {
             "john has 0",
             "mail 29_001 -> over quota at the end",
         ],
+        "a newer answer does not know of what is still in flight": [
+            "john has 0",
+            "mail 60_000 -> taken",
+            "mail 60_000 -> over quota at the end",
+            "john fails",
+            "mail 60_000 -> over quota at the end",
+        ],
+        "an answer without a size is one of zero bytes": [
+            "john has - of 100_000",
+            "mail 50_000 -> taken",
+            "john has 51_000",
+            "mail 48_000 -> taken",
+        ],
+        "an unknown mailbox has not become smaller": [
+            "john has 50_000",
+            "mail 20_000 -> taken",
+            "john is unknown",
+            "mail 0 to john -> taken",
+            "john has 50_000",
+            "mail 29_001 -> over quota at the end",
+        ],
         "grace that is none": [
             *[
                 step
@@ -4881,6 +4947,23 @@ STORIES: dict[str, dict[str, list[str]]] = {
             "mail 0 -> over quota at RCPT",
             "john has 20_000",
             "mail 80_000 -> taken",
+        ],
+        "also what was in flight when that answer came": [
+            "john has 0",
+            "mail 60_000 -> taken",
+            "mail 60_000 -> over quota at the end",
+            "john fails",
+            "wait 1.2",
+            "mail 60_000 -> over quota at the end",
+        ],
+        "growth after a fault is that of the mail which came first": [
+            "john has 0",
+            "mail 40_000 -> taken",
+            "wait 1.2",
+            "john fails",
+            "mail 40_000 -> taken",
+            "john has 41_000",
+            "mail 30_000 -> over quota at the end",
         ],
     },
     "--in-flight 1 --cache-ttl 600": {
@@ -5505,6 +5588,22 @@ def test_what_is_in_flight_belongs_to_the_mailbox_and_not_to_a_backend(
     assert three[2].users() == ["john"] * 2
 
 
+def test_an_older_figure_of_a_stand_by_does_not_make_the_next_one_grow(
+    three: list[Backend], milter: Callable[..., RunningMilter]
+) -> None:
+    running = milter(None, *of_domain(three[:2]), *UNCACHED)
+    three[1].answers[b"john"] = answer_with(f"OK x 10000 {LIMIT}")
+    with running.session() as session:
+        three[0].answers[b"john"] = answer_with(f"OK x 50000 {LIMIT}")
+        assert session.message("john", 20_000) == ""
+        three[0].answers[b"john"] = OOPS
+        session.mail()
+        assert session.rcpt("<john@example.com>") == "", "by the stand-by"
+        three[0].answers[b"john"] = answer_with(f"OK x 50000 {LIMIT}")
+        three[1].answers[b"john"] = OOPS
+        assert session.message("john", 29_001).startswith("452")
+
+
 # ---- dead mailboxes ----
 
 
@@ -5719,6 +5818,28 @@ def test_metrics_tell_prometheus_what_the_milter_does(
     assert os.listdir(folder) == ["quota.prom"]
     assert running.process.stop() == 0
     assert os.listdir(folder) in ([], ["quota.prom"])
+
+
+def test_backends_that_differ_in_their_query_alone_are_told_apart(
+    backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
+) -> None:
+    file = tmp_path / "quota.prom"
+    urls = [f"--backend={d}.org={backend.url}?secret={d}" for d in ("a", "b")]
+    running = milter(None, *urls, "--metrics", file)
+    wait_for(file.exists, "the metrics", METRICS_TIME)
+    names = re.findall(r'^quota_milter_backend_up{backend="(.*)"} 1$', file.read_text(), re.M)
+    assert names == [backend.url, backend.url + "#2"]
+    assert running.process.stop() == 0
+
+
+def test_metrics_do_not_replace_a_device(
+    backend: Backend, milter: Callable[..., RunningMilter], tmp_path: pathlib.Path
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    running = milter(backend, "--metrics", pipe)
+    assert "state=failed" in running.log(f"metrics={pipe}")
+    assert pipe.is_fifo() and running.process.stop() == 0
 
 
 def test_metrics_that_cannot_be_written_harm_nothing(
@@ -6026,6 +6147,15 @@ def test_one_question_serves_all_sessions_that_ask_about_a_mailbox(
     results = at_once(running, ["<john@example.com>"] * 60)
     assert all(reply.startswith("452") for reply, _ in results)
     assert backend.users() == ["john"]
+
+
+def test_who_joins_a_question_late_has_a_whole_timeout_for_it(
+    backend: Backend, milter: Callable[..., RunningMilter]
+) -> None:
+    backend.answers[b"john"] = taking(1.5)
+    running = milter(backend, "--timeout", "1")
+    results = at_once(running, ["<john@example.com>"] * 2, pause=0.7)
+    assert [reply[:3] for reply, _ in results] == ["", "452"]
 
 
 def test_a_backend_gets_no_more_questions_at_a_time_than_it_has_places(
