@@ -93,6 +93,7 @@ DIGITS = 20  # the longest number that is read: more does not fit 64 bits
 ANSWERS = 50_000  # mailboxes remembered, in some 25 MB with names of usual length
 ROUTES = 10_000  # recipients of whom it is remembered which mailbox they are, in some 10 MB
 LONG_NAME = 320  # characters above which nothing is remembered of a name (RFC 3696: 64 + 1 + 255)
+LONG_MESSAGE = 600  # seconds from RCPT to the end of a message that a HUP comes between
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that gives faults
 IDLE = 4  # seconds for which a connection rests at most: quota.cgi --serve closes it after 10
 IDLE_CONNECTIONS = 16  # that rest at a time for each backend
@@ -779,6 +780,7 @@ class Ledger:
         self.frontends = 1
         self.generation = 0  # of the answers: one that was asked for before a HUP is not kept
         self.answers: dict[Mailbox, Answer] = {}  # oldest first
+        self.forgotten: dict[Mailbox, Answer] = {}  # those before a HUP
         self.flights: dict[Mailbox, Flight] = {}
 
     def configure(self, options: Namespace) -> None:
@@ -787,7 +789,10 @@ class Ledger:
             self.cache_ttl, self.in_flight = options.cache_ttl, options.in_flight
             self.frontends = options.frontends
             self.generation += 1
-            self.answers.clear()
+            earliest = time.monotonic() - LONG_MESSAGE
+            known = {**self.forgotten, **self.answers}
+            self.forgotten = {box: answer for box, answer in known.items() if answer.at > earliest}
+            self.answers = {}
 
     def last(self, mailbox: Mailbox) -> Optional[Answer]:
         """Give the last answer about a mailbox that is under an hour old."""
@@ -795,6 +800,10 @@ class Ledger:
         if answer and time.monotonic() - answer.at < max(LAST_KNOWN, self.cache_ttl):
             return answer
         return None
+
+    def newest(self, mailbox: Mailbox) -> Optional[Answer]:
+        """Give the last answer, also of before a HUP, which a message may have begun with."""
+        return self.last(mailbox) or self.forgotten.get(mailbox)
 
     def fresh(self, mailbox: Mailbox) -> Optional[Answer]:
         """Give the answer that may be used again without a question."""
@@ -844,7 +853,7 @@ class Ledger:
             return
         size *= self.frontends
         with self.lock:
-            newest = self.answers.get(mailbox) or at_rcpt
+            newest = self.newest(mailbox) or at_rcpt
             flight = self.flights.setdefault(mailbox, Flight())
             if not flight.parts and newest:  # where growth is counted from: what came has arrived
                 used = newest.known_used
@@ -1377,7 +1386,7 @@ class Policy:
         with self.ledger.lock:  # to decide and to count is one step
             for mailbox, decision in message.passed.items():
                 finding, copies = decision.finding, len(message.targets[mailbox])
-                latest = self.ledger.last(mailbox)  # somebody else may have asked since RCPT
+                latest = self.ledger.newest(mailbox)  # somebody else may have asked since RCPT
                 if latest and latest is not finding.answer:
                     finding = Finding(latest, cached=True)
                 verdict = self.judge(mailbox, finding, message.size, copies)

@@ -14,10 +14,12 @@ import contextlib
 import email.utils
 import errno
 import functools
+import heapq
 import http.client as http_client
 import imaplib
 import importlib.machinery
 import importlib.util
+import itertools
 import os
 import pathlib
 import pwd
@@ -38,6 +40,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -5303,6 +5306,111 @@ def test_no_mailbox_is_overfilled_and_none_left_empty_whatever_pours_in(
         timer.join(10)
     for user, used in mailboxes.used.items():
         assert 850_000 < used <= 1_000_000, (user, used)
+
+
+class Simulation:
+    """An hour of one mailbox, with the real ledger and a clock that does not wait.
+
+    Messages come in bursts, are slow, and are delivered late and out of order, but within the time
+    that they count as in flight; the user makes room; answers lag, questions fail, HUPs come.
+    """
+
+    def __init__(self, module: Any, seed: int, ttl: float, lag: float, faults: float) -> None:
+        self.noise, self.lag, self.faults = random.Random(seed), lag, faults
+        self.now, self.numbers = 1000.0, itertools.count()
+        module.time = self  # whose monotonic() is the clock
+        self.module, self.mailbox = module, module.Mailbox("john", "example.com")
+        options = types.SimpleNamespace(cache_ttl=ttl, in_flight=60, frontends=1)
+        self.ledger = module.Ledger()
+        self.used = self.taken = self.overfilled = 0
+        self.waiting: list[int] = []  # the sizes that share the question under way
+        self.events: list[tuple[float, int, Callable[[], object]]] = []
+        self.repeat(5, self.recipient)
+        self.repeat(100, lambda: setattr(self, "used", int(self.used * self.noise.random())))
+        self.repeat(50, lambda: self.ledger.configure(options))
+        self.ledger.configure(options)
+
+    def monotonic(self) -> float:
+        """Stand in for the time module."""
+        return self.now
+
+    def after(self, seconds: float, what: Callable[[], object]) -> None:
+        """Let something happen in so many seconds."""
+        heapq.heappush(self.events, (self.now + seconds, next(self.numbers), what))
+
+    def repeat(self, mean: float, what: Callable[[], object]) -> None:
+        """Let something happen now and again."""
+
+        def happen() -> None:
+            what()
+            self.repeat(mean, what)
+
+        mean_now = self.noise.choice([mean / 10, mean, mean * 3])
+        self.after(self.noise.expovariate(1 / mean_now), happen)
+
+    def run(self) -> None:
+        """Let an hour pass."""
+        while self.now < 4600:
+            self.now, _, what = heapq.heappop(self.events)
+            what()
+            self.ledger.drop_and_count()
+
+    def recipient(self) -> None:
+        """Look into the ledger, else ask, or join the question under way."""
+        size = self.noise.randrange(1000, 30_000)
+        known = self.ledger.fresh(self.mailbox)
+        if known is None and self.noise.random() < self.faults:
+            known = self.ledger.last(self.mailbox)
+            if known is None:
+                return
+        if known:
+            self.passed(known, size)
+            return
+        self.waiting.append(size)
+        if len(self.waiting) == 1:
+            answer = self.module.Answer("OK", self.used, LIMIT, at=self.now)
+            generation = self.ledger.generation
+            self.after(self.noise.random() * self.lag, lambda: self.learn(answer, generation))
+
+    def learn(self, answer: Any, generation: int) -> None:
+        """Remember an answer and give it to all who wait."""
+        self.ledger.remember(self.mailbox, answer, generation)
+        sizes, self.waiting = self.waiting, []
+        for size in sizes:
+            self.passed(answer, size)
+
+    def passed(self, answer: Any, size: int) -> None:
+        """Send the body of a message, which may take a while."""
+        self.after(self.noise.random() * 5, lambda: self.end_of_data(answer, size))
+
+    def end_of_data(self, at_rcpt: Any, size: int) -> None:
+        """Take a message that fits with its headers, and deliver it later."""
+        answer = self.ledger.newest(self.mailbox) or at_rcpt
+        in_flight = self.ledger.in_flight_since(self.mailbox, answer)
+        if answer.used + in_flight + size + 1024 <= LIMIT:
+            self.taken += 1
+            self.ledger.add(self.mailbox, size + 1024, at_rcpt)
+            self.after(self.noise.random() * 50, lambda: self.deliver(size + 700))
+
+    def deliver(self, size: int) -> None:
+        """Put a message into the mailbox."""
+        self.used += size
+        self.overfilled += self.used > LIMIT
+
+
+@pytest.mark.parametrize("ttl", [0, 5, 60, 600])
+@pytest.mark.parametrize(("lag", "faults"), [(0, 0), (4, 0), (4, 0.5)])
+def test_in_many_simulated_hours_a_mailbox_is_never_overfilled(
+    ttl: float, lag: float, faults: float
+) -> None:
+    module = load(MILTER)
+    taken = 0
+    for seed in range(10):
+        hour = Simulation(module, seed, ttl, lag, faults)
+        hour.run()
+        assert hour.overfilled == 0, seed
+        taken += hour.taken
+    assert taken > 100
 
 
 def test_the_log_tells_the_step_and_the_size(
