@@ -91,6 +91,7 @@ DEFAULT_BACKEND = "http://127.0.0.1:8025/cgi-bin/quota.cgi"
 ANSWER_LENGTH = 4096  # bytes read of an answer: a line with the longest of names is far below
 DIGITS = 20  # the longest number that is read: more does not fit 64 bits
 ANSWERS = 50_000  # mailboxes remembered, in some 25 MB with names of usual length
+FORGOTTEN = 10_000  # answers of before a HUP that messages which have begun may still need
 ROUTES = 10_000  # recipients of whom it is remembered which mailbox they are, in some 10 MB
 LONG_NAME = 320  # characters above which nothing is remembered of a name (RFC 3696: 64 + 1 + 255)
 LONG_MESSAGE = 600  # seconds from RCPT to the end of a message that a HUP comes between
@@ -365,9 +366,10 @@ class Question:
 
     def hangs(self, now: float, last_answered: float) -> bool:
         """Say whether it is overdue, or has had half its time and a later one was answered."""
-        if not self.begun or now >= self.deadline:
-            return self.begun > 0
-        return self.begun < last_answered and now - self.begun > self.seconds / 2
+        if not self.begun:
+            return False
+        had_half = now - self.begun > self.seconds / 2
+        return now >= self.deadline or had_half and self.begun < last_answered
 
     def attach(self, sock: socket.socket) -> None:
         """Note the connection. From here on `hang_up` bounds the time, not the socket."""
@@ -457,9 +459,9 @@ class Client:
                 raise Fault("the answer is about another mailbox")
         except Exception as error:  # urllib's, http.client's and ssl's have no common base
             connection.close()
-            if isinstance(error, Fault):
+            if isinstance(error, Fault) and not question.aborted:
                 raise
-            raise Fault(question.aborted or repr(error)) from None
+            raise Fault(question.aborted or repr(error)) from None  # what is cut is no answer
         self.offers_to_keep = "Keep-Alive" in response.headers
         if may_keep and names_it and not question.aborted:
             with self.lock:
@@ -611,7 +613,7 @@ class Backend:
         self.hung: dict[Mailbox, float] = {}  # mailboxes whose question was aborted; until when
         self.last_answered = 0.0  # when the latest question that was answered had begun
 
-    def ask(self, mailbox: Mailbox, seconds: float) -> Answer:
+    def ask(self, mailbox: Mailbox, seconds: float, generation: int) -> Answer:
         """Ask about a mailbox, or join the question that is under way. Raises Fault."""
         # The answer is remembered, also when it comes too late; but not UNKNOWN: the mailbox may be
         # elsewhere.
@@ -620,10 +622,9 @@ class Backend:
             answer = self.ledger.fresh(mailbox)
             if answer:  # it came before the lock
                 return answer
-            key = mailbox, self.ledger.generation
-            question = self.questions.get(key)
+            question = self.questions.get((mailbox, generation))
             if question is None:
-                question = Question(*key, now, seconds)
+                question = Question(mailbox, generation, now, seconds)
                 self.begin(question)
             elif question.deadline <= now:
                 raise Fault("the last question about this mailbox still hangs")
@@ -645,7 +646,8 @@ class Backend:
         try:
             question.future = self.pool.submit(self.carry_out, question)
         except RuntimeError as error:  # the system's limit of threads
-            raise Fault(f"no thread for a question: {error}") from None
+            question.aborted = f"no thread for a question: {error}"  # the pool has it all the same
+            raise Fault(question.aborted) from None
         self.questions[question.mailbox, question.generation] = question
         self.breaker.begin_trial(question.asked)
         self.make_room(question.asked)
@@ -653,21 +655,21 @@ class Backend:
     def carry_out(self, question: Question) -> Answer:
         """Ask one question, in a thread of the pool, and learn from what comes. Raises Fault."""
         question.begun = time.monotonic()
-        fault: Optional[Fault] = None
+        fault: Optional[Exception] = None
         try:
-            if question.begun > question.deadline - question.seconds / 10:
-                raise Fault(NO_TURN)
+            if question.aborted or question.begun > question.deadline - question.seconds / 10:
+                raise Fault(question.aborted or NO_TURN)
             answer = self.client.fetch(question)
             answer.source, answer.at = self.name, question.begun
             if answer.status != "UNKNOWN":
                 self.ledger.remember(question.mailbox, answer, question.generation)
             return answer
-        except Fault as error:
+        except Exception as error:
             fault = error
             raise
         finally:
             with self.lock:
-                self.forget(question)
+                self.forget(question)  # last, so that who finds no question finds its answer
                 if isinstance(fault, Unreachable) and not question.aborted:
                     self.breaker.record_unreachable(question.asked, str(fault))
                     self.abandon_if_down()
@@ -790,8 +792,8 @@ class Ledger:
             self.frontends = options.frontends
             self.generation += 1
             earliest = time.monotonic() - LONG_MESSAGE
-            known = {**self.forgotten, **self.answers}
-            self.forgotten = {box: answer for box, answer in known.items() if answer.at > earliest}
+            known = [*self.forgotten.items(), *self.answers.items()][-FORGOTTEN:]
+            self.forgotten = {box: answer for box, answer in known if answer.at > earliest}
             self.answers = {}
 
     def last(self, mailbox: Mailbox) -> Optional[Answer]:
@@ -820,9 +822,11 @@ class Ledger:
         if mailbox.is_long:
             return
         with self.lock:
-            # What it does not know of, for it came so late, may be in flight no longer.
+            # Of mail that was taken after the question began it knows nothing; where that may be
+            # in flight no longer, it would be counted nowhere.
             is_late = 0 < self.in_flight < time.monotonic() - answer.at
-            if generation != self.generation or is_late:
+            held = self.answers.get(mailbox)
+            if generation != self.generation or is_late or held and held.at > answer.at:
                 return
             self.answers.pop(mailbox, None)
             self.answers[mailbox] = answer
@@ -853,14 +857,16 @@ class Ledger:
             return
         size *= self.frontends
         with self.lock:
-            newest = self.newest(mailbox) or at_rcpt
+            known = [answer for answer in (self.newest(mailbox), at_rcpt) if answer]
             flight = self.flights.setdefault(mailbox, Flight())
-            if not flight.parts and newest:  # where growth is counted from: what came has arrived
+            if not flight.parts and known:
+                # Growth is counted from the newest figure and what has arrived since.
+                newest = max(known, key=lambda answer: answer.at)
                 used = newest.known_used
                 flight.used = None if used is None else used + newest.taken
                 flight.source = newest.source
-            for answer in {newest, at_rcpt} - {None}:
-                answer.taken += size  # type: ignore[union-attr]
+            for answer in set(known):
+                answer.taken += size
             flight.parts.append((time.monotonic() + self.in_flight, size))
             flight.size += size
 
@@ -887,29 +893,29 @@ class Mailboxes(NamedTuple):
     backends: Sequence[Backend]
     ledger: Ledger
 
-    def ask_about(self, mailbox: Mailbox, deadline: float) -> Finding:
+    def ask_about(self, mailbox: Mailbox, deadline: float, generation: int) -> Finding:
         """Say what is known of a mailbox, from memory or by a question."""
         answer = self.ledger.fresh(mailbox)
         if answer:
             return Finding(answer, cached=True)
         try:
-            return Finding(self.ask_in_order(mailbox, deadline))
+            return Finding(self.ask_in_order(mailbox, deadline, generation))
         except Fault as fault:
             last = self.ledger.last(mailbox)
             return Finding(last, cached=last is not None, fault=str(fault))
 
-    def ask_in_order(self, mailbox: Mailbox, deadline: float) -> Answer:
+    def ask_in_order(self, mailbox: Mailbox, deadline: float, generation: int) -> Answer:
         """Ask the backends in order, whoever knew the mailbox the last time first. Raises Fault."""
         # Each may take what is left of the time, divided by those that are still to be asked. All
         # that matters is a definite answer: UNKNOWN counts only where every backend says it.
-        last, generation = self.ledger.last(mailbox), self.ledger.generation
+        last = self.ledger.last(mailbox)
         known_by = last.source if last else ""
         order = sorted(self.backends, key=lambda backend: backend.name != known_by)
         faults = []
         for number, backend in enumerate(order):
             seconds = max(0, (deadline - time.monotonic()) / (len(order) - number))
             try:
-                answer = backend.ask(mailbox, seconds)
+                answer = backend.ask(mailbox, seconds, generation)
             except Fault as fault:
                 faults.append(str(fault) if len(order) == 1 else f"{backend.name}: {fault}")
                 continue
@@ -1322,7 +1328,7 @@ class Policy:
     def decide(self, recipient: str, message: Message, resolved: str = "") -> Decision:
         """Decide about a recipient of a message, within the timeout."""
         # The MTA may have found another address in it; the reply has the one that was given.
-        start = time.monotonic()
+        start, generation = time.monotonic(), self.ledger.generation
         deadline = start + self.options.timeout
         finding = Finding()
         try:
@@ -1334,7 +1340,7 @@ class Policy:
             address = address._replace(given=without_brackets(recipient))
         if target and mailboxes:
             mailbox = target.mailbox
-            finding = mailboxes.ask_about(mailbox, deadline)
+            finding = mailboxes.ask_about(mailbox, deadline, generation)
             copies = message.copies(mailbox, target)
             verdict = self.judge(mailbox, finding, message.size, copies)
         else:
@@ -1387,7 +1393,7 @@ class Policy:
             for mailbox, decision in message.passed.items():
                 finding, copies = decision.finding, len(message.targets[mailbox])
                 latest = self.ledger.newest(mailbox)  # somebody else may have asked since RCPT
-                if latest and latest is not finding.answer:
+                if latest and (not finding.answer or latest.at > finding.answer.at):
                     finding = Finding(latest, cached=True)
                 verdict = self.judge(mailbox, finding, message.size, copies)
                 if verdict in REFUSED and not message.others_passed:
@@ -1547,11 +1553,15 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
 
     def envrcpt(self, recipient: str, *parameters: str) -> int:
         policy = self.service.policy
-        decision = policy.decide(recipient, self.message, self.resolved(recipient))
+        try:
+            decision = policy.decide(recipient, self.message, self.resolved(recipient))
+        except Exception:  # a fault of ours lets him through, and the whole message with him
+            self.message.others_passed = True
+            raise
         policy.report(decision, "rcpt", self.message)
         if decision.reply is None:
             self.message.let_through(decision)
-        return self.answer(decision.reply)
+        return self.answer(decision.reply, policy)
 
     def resolved(self, recipient: str) -> str:
         """Give a recipient as the MTA will deliver to it."""
@@ -1580,16 +1590,16 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
         if decision is None:
             return int(Milter.CONTINUE)
         policy.report(decision, "data", message)
-        return self.answer(decision.reply)
+        return self.answer(decision.reply, policy)
 
     def abort(self) -> int:
         """Forget the message: what RSET or a lost connection ends is not in flight."""
         self.message = Message()
         return int(Milter.CONTINUE)
 
-    def answer(self, reply: Optional[Reply]) -> int:
+    def answer(self, reply: Optional[Reply], policy: Policy) -> int:
         """Set the reply and give the return code that fits it, without which it is dropped."""
-        if reply is None or self.service.policy.options.dry_run:
+        if reply is None or policy.options.dry_run:
             return int(Milter.CONTINUE)
         self.setreply(*reply)
         return int(Milter.REJECT if reply.is_permanent else Milter.TEMPFAIL)
@@ -1871,7 +1881,11 @@ class Service:
         """Let the questions under way have their answers, for a moment, and tell the figures."""
         latest = time.monotonic() + LAST_QUESTIONS
         backends = self.policy.backends.values()
-        while any(backend.questions for backend in backends) and time.monotonic() < latest:
+        while time.monotonic() < latest and any(
+            not question.is_given_up
+            for backend in backends
+            for question in list(backend.questions.values())
+        ):
             time.sleep(0.02)
         Table.end_postmaps()
         self.write_metrics()
@@ -1976,13 +1990,14 @@ def serve(service: Service, where: str) -> int:
             caught.discard(signal.SIGHUP)
             service.wants_reload.set()
     # Whatever hangs now, a log that nobody reads or a disk: the end comes in time.
-    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+    status = 0 if caught & {signal.SIGTERM, signal.SIGINT} else 1
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(status))
     signal.setitimer(signal.ITIMER_REAL, STOPPING)
     service.finish()
     with contextlib.suppress(OSError):  # "" is no path
         os.unlink(path)
     log.info("listen=%s state=stopped", where)
-    return 0 if libmilter.is_alive() else AGAIN if has_stopped.is_set() else 1
+    return AGAIN if status and has_stopped.is_set() else status
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
