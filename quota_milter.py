@@ -11,7 +11,8 @@ USE
 
     An answer is remembered for a while. What was taken since counts as in flight
     to its mailbox, and at the end of the data, when the size of the message is
-    known, it is looked at once more: many messages at once overfill no mailbox.
+    known, it is looked at once more: many messages at once overfill no mailbox,
+    but where one has several recipients and fits into some of their mailboxes.
 
     A file given as @FILE holds one option and its value a line, `#` comments.
     TERM and INT end the program, HUP makes it forget its answers and read option
@@ -20,9 +21,9 @@ USE
     could not be asked or there is none.
 
 WHEN SOMETHING FAILS
-    A backend that cannot be asked within --timeout costs no mail: its last
-    answer counts for up to an hour, after that --on-error. A backend that
-    cannot be reached is not asked for --retry-after seconds. No session waits
+    Where a backend cannot be asked within --timeout its last answer counts, for up
+    to an hour, after that --on-error, which lets mail through. A backend that
+    cannot be reached is not asked for --retry-after seconds. No recipient waits
     for longer than --timeout. What went wrong is in the log, a line each.
 
 SECURITY
@@ -36,7 +37,7 @@ HOW IT IS MADE
     through the Aliases and asks the Mailboxes of its domain: these look into the
     Ledger, else ask one Backend after the other through its Client, as long as its
     Breaker allows. libmilter calls from many threads: what they share is in the
-    Ledger, the Backends, the Tables and the Counters, each with one lock.
+    Ledger, the Backends, the Tables and the Counters, each with locks of its own.
 """
 
 from __future__ import annotations
@@ -98,9 +99,9 @@ LONG_MESSAGE = 600  # seconds from RCPT to the end of a message that a HUP comes
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that gives faults
 IDLE = 4  # seconds for which a connection rests at most: quota.cgi --serve closes it after 10
 IDLE_CONNECTIONS = 16  # that rest at a time for each backend
-OVERDUE = 60  # seconds for which a question may go on when nobody waits for it any more
+OVERDUE = 60  # seconds for which a question may go on after its deadline
 PATIENCE = 3  # questions in a row that run out of time before a backend is not asked any more
-HEADERS = 1024  # bytes that the way adds to a message: Received and others
+HEADERS = 1024  # bytes that mail servers add to a message on its way: Received and others
 STEPS = 1000  # that aliases may take to a mailbox, as Postfix's virtual_alias_recursion_limit
 TABLE_QUERIES = 8  # postmap processes at a time for each table: each costs a few milliseconds
 TABLE_RESULTS = 10_000  # names of which a table's result is remembered
@@ -183,7 +184,7 @@ class Address(NamedTuple):
 
     @classmethod
     def parse(cls, text: str, delimiters: str, case_sensitive: bool) -> Address:
-        """Read an envelope address (RFC 5321, 4.1.2). There is none that cannot be read."""
+        """Read an envelope address (RFC 5321, 4.1.2). It never fails."""
         given = without_brackets(text)
         local, at, domain = SOURCE_ROUTE.sub("", given).rpartition("@")
         if not at or domain.endswith('"'):  # the @ stands in a quoted local part
@@ -211,7 +212,7 @@ def without_brackets(path: str) -> str:
 
 def without_detail(local: str, delimiters: str) -> str:
     """Drop what follows the first delimiter, except from the names that Postfix leaves whole."""
-    # With the delimiter `-` these are roles of mailing lists, too: owner-... and ...-request.
+    # With the delimiter `-` owner-NAME and NAME-request stay whole, too: mailing lists have them.
     name = lower(local)
     is_role = "-" in delimiters and (name.startswith("owner-") or name.endswith("-request"))
     if is_role or not delimiters or name in ("postmaster", "mailer-daemon", "double-bounce"):
@@ -242,7 +243,7 @@ class Reply(NamedTuple):
         return self.code[0] == "5"
 
     def to(self, address: str) -> Reply:
-        """Put the address in: printable ASCII without %, which MTAs and libmilter would read."""
+        """Put the address in: printable ASCII without %, which libmilter takes for a format."""
         if len(address) > ADDRESS_LENGTH:
             address = address[:ADDRESS_LENGTH] + "..."
         text = self.text.replace("{address}", re.sub("[^ -~]|%", "?", address))
@@ -311,7 +312,7 @@ class Fault(Exception):
 
 
 class BadAnswer(Fault):
-    """It answered, but with no verdict: that concerns one mailbox."""
+    """It answered, but with no verdict: it is not down."""
 
 
 class Unreachable(Fault):
@@ -405,11 +406,12 @@ class RequestHandler(urllib.request.BaseHandler):
 class Client:
     """Asks one URL. Connections are kept where the server offers that by a header Keep-Alive.
 
-    A server of ten lines, which may know no length and no second client meanwhile, is told to
-    close. What a server sends too much or too late must not become the answer to the next
-    question, which is another user's. So a connection is kept after a complete answer about the
-    mailbox that was asked about, and for nothing else; it is used again for the same domain, as
-    an answer names only the user; and there an answer that names another user is thrown away.
+    A minimal server may send no length and serve one client at a time: it is told to close.
+
+    What a server sends too much or too late must not become the answer to the next question, which
+    is another user's. So a connection is kept after a complete answer about the mailbox that was
+    asked about, and for nothing else; it is used again for the same domain, as an answer names only
+    the user; and there an answer that names another user is thrown away.
     """
 
     def __init__(self, url: str, context: ssl.SSLContext, timeout: float) -> None:
@@ -441,7 +443,7 @@ class Client:
                 is_late = time.monotonic() >= question.deadline
                 if question.aborted or is_late or isinstance(fault, BadAnswer):
                     raise
-            self.close_idle(0)  # the others are as old as the one that made trouble
+            self.close_idle(0)  # all: they are as old as the one that made trouble
         return self.exchange(question, self.connect(), is_kept=False)
 
     def exchange(
@@ -495,7 +497,8 @@ class Client:
         return connection
 
     def take_idle(self, domain: str) -> Optional[http.client.HTTPConnection]:
-        """Take the latest kept connection of a domain that holds neither an end nor an answer."""
+        """Take the latest kept connection of a domain, unless there is something to read on it."""
+        # That would be its end, or a stray answer.
         self.close_idle(IDLE)
         with self.lock:
             for connection in reversed([c for c in self.idle if self.idle[c][1] == domain]):
@@ -507,7 +510,7 @@ class Client:
         return None
 
     def close_idle(self, seconds: float) -> None:
-        """Close the connections that have rested for so long, and what is too many of them."""
+        """Close those that have rested for `seconds` or more, and the oldest of too many."""
         latest = time.monotonic() - seconds
         with self.lock:
             surplus = list(self.idle)[:-IDLE_CONNECTIONS]
@@ -561,7 +564,7 @@ class Breaker:
         return not self.is_open or now >= self.retry_at
 
     def begin_trial(self, now: float) -> None:
-        """Note that a question goes out: while it is open no second one follows at once."""
+        """Note that a question goes out: while it is open no other one follows for a while."""
         self.retry_at = now + self.retry_after
 
     def record_answer(self) -> None:
@@ -777,7 +780,7 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # guards all that follows
+        self.lock = threading.RLock()  # guards every change of what follows
         self.cache_ttl = self.in_flight = 0.0  # seconds
         self.frontends = 1
         self.generation = 0  # of the answers: one that was asked for before a HUP is not kept
@@ -809,7 +812,8 @@ class Ledger:
 
     def fresh(self, mailbox: Mailbox) -> Optional[Answer]:
         """Give the answer that may be used again without a question."""
-        # One is asked again when what was taken since is no longer in flight: it has arrived.
+        # It is asked again when mail that it does not know of is no longer in flight: whether that
+        # has arrived only a new answer can tell.
         answer = self.answers.get(mailbox)
         if answer is None or time.monotonic() - answer.at >= self.cache_ttl:
             return None
@@ -1161,7 +1165,6 @@ class Aliases:
 
     def resolve(self, address: Address, deadline: float) -> Optional[Address]:
         """Follow an address to its mailbox; None where it leads to none or many. Raises Fault."""
-        following = address
         visited: set[tuple[str, ...]] = set()
         while address[1:] not in visited and len(visited) < STEPS:
             visited.add(address[1:])
@@ -1260,7 +1263,8 @@ class Policy:
         }
         if options.on_error == "tempfail":
             self.replies["fault"] = CANNOT_CHECK
-        # No method: the aliases, which may be large, must not keep an old policy and it them.
+        # No method: the aliases, which may be large, would hold the policy and so themselves, and
+        # stay in memory after a reload.
         self.parse_address: Callable[[str], Address] = lambda text: Address.parse(
             text, options.recipient_delimiter, options.case_sensitive
         )
@@ -1300,7 +1304,7 @@ class Policy:
     def route(self, recipient: str, deadline: float) -> Route:
         """Say where a recipient leads. Raises Fault."""
         # That is remembered, but not what tables say: they remember it, and know for how long.
-        routes = self.routes  # not the one that may be begun meanwhile, with other aliases
+        routes = self.routes  # a change of the aliases replaces it meanwhile, and then ours is lost
         route = routes.get(recipient)
         if route is None:
             route = self.find_route(recipient, deadline)
@@ -1364,6 +1368,7 @@ class Policy:
                 if size > answer.most:
                     return "overquota" if finding.fault else "toolarge"
                 is_full = is_full or expected + size * copies > answer.most
+                # The grace is for one message; with mail in flight it counts as used up.
                 is_full = is_full or in_flight > 0 and expected >= answer.quota
         if not is_full:
             return "ok"
@@ -1383,8 +1388,8 @@ class Policy:
 
     def end_of_data(self, message: Message) -> Optional[Decision]:
         """Decide about a whole message; None: it is taken, and counts as in flight."""
-        # Taken is what fits into one mailbox at least, or has a recipient who was not asked about:
-        # the reply concerns all recipients, and he must get his mail.
+        # There is one reply for all recipients: what one of them can take, or perhaps can, as he
+        # was not asked about, is taken for all.
         if self.options.ignore_size:
             return None
         start = time.monotonic()
@@ -1679,7 +1684,7 @@ OPTIONS: list[tuple[str, str, Callable[[str], Any], Any, str]] = [
     # option may be repeated), help
     ("listen", "SOCKET", listen_socket, "inet:8894@127.0.0.1", "inet:PORT@HOST or unix:/PATH"),
     ("backend", "[DOMAIN[,DOMAIN...]=]URL", parse_backend, [], f"to ask ({DEFAULT_BACKEND})"),
-    ("timeout", "SECONDS", TIMEOUT, 5, "whole budget of a question"),
+    ("timeout", "SECONDS", TIMEOUT, 5, "whole budget of a recipient"),
     ("retry-after", "SECONDS", SECONDS, 10, "how long a backend that failed is not asked"),
     ("max-queries", "N", COUNT, 16, "questions to one backend at a time"),
     ("cache-ttl", "SECONDS", SECONDS, 60, "how long an answer is used again; 0: never"),
@@ -1843,6 +1848,7 @@ class Service:
         self.ledger.configure(options)
         self.policy = policy
         in_use = policy.backends.values()
+        # They have questions under way, which end as all do.
         self.retired += [backend for backend in before.backends.values() if backend not in in_use]
         log.info("state=reloaded")
 
@@ -1944,8 +1950,9 @@ def claim(where: str) -> str:
 def catch_signals(service: Service) -> tuple[int, set[int]]:
     """Catch HUP, TERM and INT in a set and make a pipe readable; let USR1 log the counters."""
     # libmilter ends at HUP, TERM and INT, for which a thread of its own waits. The kernel prefers
-    # the main thread, but not while a signal is on its way there, and then takes any other thread
-    # that lets it in, the oldest first. So some idle threads, older than libmilter's, let it in.
+    # the main thread, but while a signal is on its way there it takes any other thread that lets it
+    # in, the oldest first. So idle threads older than libmilter's let it in, and many of them: with
+    # eight a storm of signals reached libmilter's now and then.
     caught: set[int] = set()
     reader, writer = os.pipe()
     for end in reader, writer:
