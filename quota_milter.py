@@ -1208,6 +1208,7 @@ class Message:
         self.sender, self.is_authenticated = sender, is_authenticated
         self.counted = 0  # bytes of the body until now
         self.passed: dict[Mailbox, Decision] = {}  # of the first recipient who was let through
+        self.copies: dict[Mailbox, set[str]] = collections.defaultdict(set)  # local parts of all
         self.others_passed = False  # a recipient who was not asked about, or could not be
 
     @property
@@ -1219,7 +1220,9 @@ class Message:
         if not decision.finding.answer:
             self.others_passed = True
         if decision.target:
-            self.passed.setdefault(decision.target.mailbox, decision)
+            mailbox = decision.target.mailbox
+            self.passed.setdefault(mailbox, decision)
+            self.copies[mailbox].add(decision.target.local)  # john and john+a are two copies
 
     def wants_body(self) -> bool:
         """Say whether more of the body can matter.
@@ -1230,7 +1233,7 @@ class Message:
         if self.counted <= self.declared:
             return False
         answers = [decision.finding.answer for decision in self.passed.values()]
-        return any(answer is None or self.counted <= answer.most for answer in answers)
+        return any(answer and self.counted <= answer.most for answer in answers)
 
 
 class Route(NamedTuple):
@@ -1301,7 +1304,8 @@ class Policy:
             if route.target and route.mailboxes:
                 target = route.target
                 finding = route.mailboxes.find(target.mailbox, deadline)
-                verdict = self.judge(finding, message.size)
+                copies = message.copies[target.mailbox] | {target.local}
+                verdict = self.judge(finding, message.size, len(copies))
         except Fault as fault:  # a table
             verdict, finding = "fault", Finding(fault=str(fault))
         reply = self.reply(verdict, finding, address)
@@ -1322,8 +1326,11 @@ class Policy:
         mailboxes = self.mailboxes.get(target.domain, self.mailboxes.get(None))
         return Route("", target, mailboxes) if mailboxes else Route("nobackend")
 
-    def judge(self, finding: Finding, size: int) -> str:
-        """Judge a message of `size` bytes (0: not known) by what is known of a mailbox."""
+    def judge(self, finding: Finding, size: int, copies: int) -> str:
+        """Judge a message of `size` bytes (0: not known) by what is known of a mailbox.
+
+        The mailbox gets so many copies of it.
+        """
         answer = finding.answer
         if answer is None:
             return "fault"
@@ -1334,7 +1341,7 @@ class Policy:
             if size > answer.most:
                 return "overquota" if finding.fault else "toolarge"
             expected = (answer.figure or 0) + finding.in_flight
-            is_full = is_full or expected + size > answer.most
+            is_full = is_full or expected + size * copies > answer.most
             # The grace is for one message: with mail in flight it counts as used up.
             is_full = is_full or finding.in_flight > 0 and expected >= answer.quota
         if not is_full:
@@ -1372,13 +1379,15 @@ class Policy:
         with self.ledger.lock:  # to decide and to count is one step
             for mailbox, decision in message.passed.items():
                 finding = self.since_rcpt(mailbox, decision.finding)
-                verdict = self.judge(finding, message.size)
+                copies = len(message.copies[mailbox])
+                verdict = self.judge(finding, message.size, copies)
                 if verdict in REFUSED:
                     refusals.append((verdict, finding))
             is_accepted = message.others_passed or len(refusals) < len(message.passed)
             if is_accepted or self.options.dry_run:
                 for mailbox, decision in message.passed.items():
-                    self.ledger.accept(mailbox, message.size + HEADERS, decision.finding)
+                    size = (message.size + HEADERS) * len(message.copies[mailbox])
+                    self.ledger.accept(mailbox, size, decision.finding)
         if is_accepted or not refusals:
             return None
         verdict, finding = refusals[0]
