@@ -373,7 +373,8 @@ class Question:
         self.half = (deadline - asked) / 2  # seconds
         self.begun = 0.0  # when a thread began to ask; 0: the question waits for its turn
         self.next_review = asked + self.half  # when the sessions that wait look after it
-        self.future: concurrent.futures.Future[Answer]  # for all sessions that want to know
+        # For all sessions that want to know.
+        self.future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
         self.lock = threading.Lock()  # guards what follows
         self.ended = ""  # why it was ended before there was an answer
         self.socket: Optional[socket.socket] = None
@@ -546,9 +547,12 @@ class Backend:
 
     All sessions that want to know of one mailbox wait for one question. A question gets its turn
     in the first half of its time, or none. So each that begins has half of its time at least, and
-    one that runs out of time tells something of the backend. When the time is over, whoever waits
-    ends the question: the connection is shut down, and the thread is free. A mailbox whose question
-    ran out of time is left alone for `retry_after` seconds.
+    one that runs out of time tells something of the backend. The newest question gets the next
+    turn: if more is asked than the backend can answer, the oldest have too little time left.
+
+    When the time is over, whoever waits ends the question: its connection is shut down, and its
+    thread is free. A mailbox whose question ran out of time is left alone for `retry_after`
+    seconds.
 
     If others wait for a turn, a question is also ended early: it has been asked for half of its
     time, and a later one was answered. The backend works then, and this mailbox hangs.
@@ -567,6 +571,7 @@ class Backend:
         self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
         self.lock = threading.Lock()  # guards what follows
         self.questions: dict[Mailbox, Question] = {}
+        self.waiting: list[Question] = []  # for a turn, the newest last
         self.left_alone: dict[Mailbox, float] = {}  # mailboxes that ran out of time, until when
         self.latest_answered = 0.0  # when the latest question that has an answer had begun
         self.answered_at = 0.0  # when the last answer came
@@ -577,17 +582,14 @@ class Backend:
     def ask(self, mailbox: Mailbox, deadline: float) -> Answer:
         """Ask about a mailbox, or join the question that is under way. Raises Fault."""
         question = self.join(mailbox, deadline)
-        while not question.ended:
+        while True:
             moment = min(deadline, question.next_review)
             try:
                 return question.future.result(max(0, moment - time.monotonic()))
-            except concurrent.futures.CancelledError:  # it was ended before its turn
-                break
             except concurrent.futures.TimeoutError:
                 self.review(question, moment)
-            if moment >= deadline:
-                break
-        raise Fault(question.ended or "no answer in time")
+                if moment >= deadline and not question.future.done():
+                    raise Fault("no answer in time") from None
 
     def join(self, mailbox: Mailbox, deadline: float) -> Question:
         """Give the question about a mailbox that is under way, or a new one. Raises Fault."""
@@ -604,22 +606,21 @@ class Backend:
                 self.retry_at = now + self.retry_after  # one question tries it, others do not
             question = Question(mailbox, now, deadline)
             try:
-                question.future = self.pool.submit(self.carry_out, question)
+                self.pool.submit(self.take_turn)
             except RuntimeError as error:  # the system's limit of threads
                 raise Fault(f"no thread for a question: {error}") from None
             self.questions[mailbox] = question
+            self.waiting.append(question)
             self.make_room(now)
             return question
 
-    def carry_out(self, question: Question) -> Answer:
-        """Ask one question, in a thread of the pool, and learn from what comes. Raises Fault."""
+    def take_turn(self) -> None:
+        """Ask the newest question that waits, in a thread of the pool."""
         with self.lock:
-            now = time.monotonic()
-            if self.is_under_way(question) and now >= question.asked + question.half:
-                self.end(question, NO_TURN)
-            if not self.is_under_way(question):
-                raise Fault(question.ended)
-            question.begun = now
+            if not self.waiting:  # the question was ended before its turn
+                return
+            question = self.waiting.pop()
+            question.begun = time.monotonic()
         fault: Optional[Fault] = None
         try:
             answer = self.client.fetch(question)._replace(source=self.name, at=question.begun)
@@ -629,7 +630,7 @@ class Backend:
         self.counters.record_question(self.name, now - question.begun, fault is not None)
         with self.lock:
             if not self.is_under_way(question):
-                raise Fault(question.ended)
+                return
             del self.questions[question.mailbox]
             if isinstance(fault, Unreachable):
                 self.record_failure(question, str(fault))
@@ -637,8 +638,9 @@ class Backend:
                 self.record_answer(question, now)
             self.make_room(now)
         if fault:
-            raise fault
-        return answer
+            question.future.set_exception(fault)
+        else:
+            question.future.set_result(answer)
 
     def is_under_way(self, question: Question) -> bool:
         """Say whether a question has not ended. The lock is held."""
@@ -647,8 +649,10 @@ class Backend:
     def end(self, question: Question, why: str) -> None:
         """End a question without an answer. The lock is held."""
         del self.questions[question.mailbox]
+        if not question.begun:
+            self.waiting.remove(question)
         question.end(why)
-        question.future.cancel()  # if it waits for its turn
+        question.future.set_exception(Fault(why))
 
     def review(self, question: Question, moment: float) -> None:
         """End a question that has no turn by half of its time, or no answer by its deadline."""
