@@ -843,7 +843,7 @@ class Ledger:
                 break
             oldest = next(iter(self.accounts))
             unused = self.accounts.pop(oldest)
-            if unused.sum_up(time.monotonic() - self.window):
+            if unused.sum_up(time.monotonic() - self.window - self.timeout):
                 self.accounts[oldest] = unused  # it is the last now
         return account
 
@@ -1030,6 +1030,7 @@ class Table:
     """A Postfix table, which the session's own thread asks through `postmap -q`."""
 
     turns: ClassVar[threading.Semaphore] = threading.Semaphore(TABLE_QUERIES)  # of all tables
+    starting: ClassVar[threading.Lock] = threading.Lock()  # guards what follows
     running: ClassVar[set[subprocess.Popen[bytes]]] = set()
     is_closed: ClassVar[bool] = False  # the program ends
 
@@ -1118,11 +1119,13 @@ class Table:
         path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
         command = [shutil.which("postmap", path=path) or "postmap", "-q", "-", self.name]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
-        Table.running.add(process)
+        with Table.starting:
+            if Table.is_closed:
+                raise Fault("the program ends")
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+            Table.running.add(process)
         try:
-            seconds = 0 if Table.is_closed else max(0, deadline - time.monotonic())
-            output, errors = process.communicate(asked, seconds)
+            output, errors = process.communicate(asked, max(0, deadline - time.monotonic()))
             return process.returncode, output, errors
         except subprocess.TimeoutExpired:
             raise Fault(f"table {self.name} gave no answer in time") from None
@@ -1131,14 +1134,16 @@ class Table:
             process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
-            Table.running.discard(process)
+            with Table.starting:
+                Table.running.discard(process)
 
     @classmethod
     def close(cls) -> None:
         """End all postmaps, which would outlive the program, and start no others."""
-        cls.is_closed = True
-        for process in list(cls.running):
-            process.kill()
+        with cls.starting:
+            cls.is_closed = True
+            for process in cls.running:
+                process.kill()
 
 
 AliasSource = Union[AliasFile, Table]
