@@ -48,7 +48,6 @@ SECURITY
 """
 
 # ruff: noqa: E402 - a CGI's cost is its start: it ends before the imports that it does not need.
-
 from __future__ import annotations
 
 import _thread
@@ -58,15 +57,14 @@ import stat
 import sys
 import time
 
-TYPE_CHECKING = False  # `typing` would make the start longer
+TYPE_CHECKING = False  # the import of `typing` would make the start longer
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import Any, Callable, Optional
 
     Env = Mapping[bytes, bytes]  # names and files are not always UTF-8: all text is bytes
-    Header = list[tuple[str, str]]
-    Response = tuple[str, Header, bytes]
-    Amount = tuple[int, int]  # bytes and messages
+    Response = tuple[str, list[tuple[str, str]], bytes]  # status line, header fields, body
+    Amount = tuple[int, int]  # bytes and messages: what there is, or limits, of which 0 is none
 
 QUOTA_LIMIT = ""  # where there is no other: bytes, or with K, M, G, T (powers of 1024); 0: no limit
 QUOTA_MAILDIR = "%h/Maildir"  # %n user, %d domain, %u user@domain, %h the user's home, %% percent
@@ -80,15 +78,13 @@ QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/3
 QUOTA_GRACE = "auto"  # what the message that fills the mailbox may take beyond its quota: 1M, 10%
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
+DOVEADM_SECONDS = 4  # for a question to Dovecot, of the 5 that the milter waits
+DOVEADM_LENGTH = 65536  # bytes of its answer
 TRUSTED_LENGTH = 5120  # bytes from which on the servers rebuild a maildirsize rather than read it
 TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize that says "over" is believed
 SAME_TIME = 60  # seconds; what one delivery writes is never further apart
 LONGEST_NUMBER = 20  # digits; a longer one does not fit the servers' 64 bits
 DIGITS = b"0123456789"
-
-DOVEADM_SECONDS = 4  # for a question to Dovecot: the milter waits 5 for the answer
-DOVEADM_LENGTH = 65536  # bytes of its answer
-NO_SUCH_USER = {"type": "exitCode", "exitCode": 67}  # EX_NOUSER of sysexits.h
 
 
 def measure(user: bytes, domain: Optional[bytes], missing: bytes, env: Env) -> Measured:
@@ -98,13 +94,14 @@ def measure(user: bytes, domain: Optional[bytes], missing: bytes, env: Env) -> M
     """
     if setting("QUOTA_DOVEADM", env):
         return ask_dovecot(user, domain, env)
-    own, default = user_limit(user, domain, env), None
-    if setting("QUOTA_LIMIT", env):
-        default = parse_limit("QUOTA_LIMIT", setting("QUOTA_LIMIT", env))
-    quota = own if own is not None else default or 0
-    grace = parse_grace(setting("QUOTA_GRACE", env), quota, b"0")
-    path = expand("QUOTA_MAILDIR", user, domain, env)
-    control = expand("QUOTA_CONTROL", user, domain, env) if setting("QUOTA_CONTROL", env) else path
+    limit, text = user_limit(user, domain, env), setting("QUOTA_LIMIT", env)
+    own = None if limit is None else (limit, 0)
+    default = (parse_limit("QUOTA_LIMIT", text), 0) if text else None
+    quota = (own or default or (0, 0))[0]
+    grace = parse_grace(quota, b"0", env)
+    path = control = expand("QUOTA_MAILDIR", user, domain, env)
+    if setting("QUOTA_CONTROL", env):
+        control = expand("QUOTA_CONTROL", user, domain, env)
     if path is None or control is None:
         return Measured(b"UNKNOWN", 0, quota, grace)
     try:
@@ -115,26 +112,28 @@ def measure(user: bytes, domain: Optional[bytes], missing: bytes, env: Env) -> M
 
 
 def measure_maildir(
-    path: bytes, control: bytes, own: Optional[int], default: Optional[int], env: Env
+    path: bytes, control: bytes, own: Optional[Amount], default: Optional[Amount], env: Env
 ) -> Measured:
-    """Measure the Maildir at `path`. Raises Problem, and OSError where there is none.
+    """Measure the Maildir at `path`, whose `maildirsize` is in `control`.
 
-    `control` is the folder of its `maildirsize`, `own` the user's limit in QUOTA_USERS, `default`
-    the limit of QUOTA_LIMIT, both in bytes.
+    `own` and `default` are the limits of QUOTA_USERS and QUOTA_LIMIT. Raises Problem, and OSError
+    where there is no Maildir or it cannot be read.
     """
     named = setting("QUOTA_KEEPER", env, b"auto", *KEEPERS)
     trash = setting("QUOTA_TRASH", env, b"auto", b"count", b"skip")
     os.stat(path)
     if modified(path + b"/cur") is None and modified(path + b"/new") is None:
-        raise Problem(500, "QUOTA_MAILDIR leads to a folder without cur and new, no Maildir", path)
-    text, written_at = read_maildirsize(control)
-    keeper = KEEPERS.get(named) or find_keeper(path, control, written_at)
+        raise Problem(500, "QUOTA_MAILDIR is a folder with neither cur nor new, no Maildir", path)
+    text, written_at = b"", NEVER
+    if named != b"dovecot-count":
+        text, written_at = read_maildirsize(control)
+    keeper = KEEPERS[named] if named in KEEPERS else find_keeper(path, control, written_at)
     header, entries = keeper.split_lines(text)
     limits = keeper.choose_limits(own, keeper.parse_limits(header) if text else None, default)
-    # A file this long, or with what a crash leaves in it, still tells the limits.
-    is_trusted = keeper.has_sum and 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text
-    total = add_up(entries) if is_trusted else None
-    is_doubtful = len(entries) > 1 or written_at < time.time() - TRUSTED_AGE
+    total = None
+    if keeper.has_sum and 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text:
+        total = add_up(entries)
+    is_doubtful = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
     folders = find_folders(path, keeper.follows_links)
     if total is None or is_doubtful and is_over(total, limits, keeper.doubts_beyond):
         skip_trash = trash == b"skip" or trash == b"auto" and not keeper.counts_trash
@@ -142,12 +141,12 @@ def measure_maildir(
         if is_over(total, limits):
             total = count(folders, keeper, skip_trash, once=True)
     status = b"OVERQUOTA" if is_over(total, limits) else b"OK"
-    grace = parse_grace(setting("QUOTA_GRACE", env), limits[0], keeper.grace)
+    grace = parse_grace(limits[0], keeper.grace, env)
     return Measured(status, total[0], limits[0], grace, last_change(folders))
 
 
 def is_over(total: Amount, limits: Amount, beyond: int = 0) -> bool:
-    """Say whether a total has reached a limit (0: none), or one that is higher by `beyond`."""
+    """Say whether bytes or messages have reached their limit, or are `beyond` it by as much."""
     return any(0 < limit <= have - beyond for have, limit in zip(total, limits))
 
 
@@ -157,13 +156,13 @@ def is_over(total: Amount, limits: Amount, beyond: int = 0) -> bool:
 class Courier:
     """The rule of Courier's deliverquota, which maildrop, Exim and Postfix' VDA share."""
 
-    has_sum = True  # its `maildirsize` has a line for each delivery
-    doubts_beyond = 0  # an old sum is doubted from the limit on
+    has_sum = True  # `maildirsize` has a line for each delivery
+    doubts_beyond = 0  # bytes or messages over the limit from which on an old sum is doubted
     follows_links = False  # to folders
-    counts_trash = False  # the folder .Trash and, in `cur`, messages with the flag T
-    flags_trash = True
-    hidden = b"."  # begins the names that are no messages
-    size_field = b",S="  # begins a message's size in its name
+    counts_trash = False  # the folder .Trash
+    flags_trash = True  # a message with the flag T is trash, too
+    hidden = b"."  # what names begin with that are no messages
+    size_field = b",S="  # where in its name a message's size is
     grace = b"0"  # by default
 
     def split_lines(self, text: bytes) -> tuple[bytes, list[bytes]]:
@@ -183,12 +182,10 @@ class Courier:
         return found[b"S"], found[b"C"]
 
     def choose_limits(
-        self, own: Optional[int], written: Optional[Amount], default: Optional[int]
+        self, own: Optional[Amount], written: Optional[Amount], default: Optional[Amount]
     ) -> Amount:
-        """Choose between the user's own limit, those of `maildirsize` and the default."""
-        if own is not None:
-            return own, 0
-        return written or (default or 0, 0)
+        """Choose between the limits of the user, of `maildirsize` and of all. May raise Problem."""
+        return own or written or default or (0, 0)
 
 
 class Dovecot(Courier):
@@ -207,7 +204,7 @@ class Dovecot(Courier):
         return header, entries
 
     def parse_limits(self, header: bytes) -> Amount:
-        """Read the limits in the first line: the items that are digits and a letter."""
+        """Read the limits in the first line: items of digits and a letter."""
         found = {b"S": 0, b"C": 0}
         for item in header.split(b","):
             digits = item[:-1]
@@ -217,32 +214,20 @@ class Dovecot(Courier):
 
 
 class Count(Dovecot):
-    """The rule of Dovecot's `count` quota driver, whose limits are in Dovecot's settings only."""
+    """The rule of Dovecot's `count` quota driver, whose limits only Dovecot knows."""
 
     has_sum = False
     hidden = b"."
-    size_field = b",W="  # with line ends of CR LF
+    size_field = b",W="  # the virtual size, with line ends of CR LF
 
     def choose_limits(
-        self, own: Optional[int], written: Optional[Amount], default: Optional[int]
+        self, own: Optional[Amount], written: Optional[Amount], default: Optional[Amount]
     ) -> Amount:
-        """Choose between the user's own limit and the default. Raises Problem without both."""
-        if own is None and default is None:
-            why = "only Dovecot knows the limit: set QUOTA_DOVEADM, or repeat it in QUOTA_LIMIT"
-            raise Problem(500, why)
-        return own if own is not None else default or 0, 0
-
-
-class CountBesideMaildirsize(Count):
-    """The rule of Count where an old `maildirsize` was left, whose limits are the last resort."""
-
-    def choose_limits(
-        self, own: Optional[int], written: Optional[Amount], default: Optional[int]
-    ) -> Amount:
-        """Choose between the user's own limit, the default and those of `maildirsize`."""
-        if own is None and default is None:
-            return written or (0, 0)
-        return super().choose_limits(own, written, default)
+        """Choose as for Courier, but an old `maildirsize` is the last resort, and none is none."""
+        limits = own or default or written
+        if limits is None:
+            raise Problem(500, "only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
+        return limits
 
 
 KEEPERS = {b"courier": Courier(), b"dovecot": Dovecot(), b"dovecot-count": Count()}
@@ -252,26 +237,26 @@ def find_keeper(path: bytes, control: bytes, written_at: float) -> Courier:
     """Tell by its files which server keeps a Maildir. Raises OSError.
 
     Only Dovecot writes `dovecot-uidlist`. Its maildir driver appends to `maildirsize` at each
-    delivery, its count driver never does. So a `maildirsize` that is older than the mail was left
-    behind, or is another program's, which delivers. Reading alone changes the times of files, and
-    another program's deliveries do not change Dovecot's list: list and mail must both be newer.
+    delivery, its count driver never does: there a `maildirsize` older than the mail was left
+    behind. Reading alone changes the times of files, and other programs deliver without Dovecot's
+    list, so list and mail must both be newer.
     """
-    is_elsewhere = control != path  # which only Dovecot knows
+    is_elsewhere = control != path  # as only Dovecot's may be
     uidlist = modified(control + b"/dovecot-uidlist")
     if uidlist is None and is_elsewhere:
         uidlist = modified(control + b"/.INBOX/dovecot-uidlist")
     if uidlist is None and not is_elsewhere:
-        return Courier()
+        return KEEPERS[b"courier"]
     if written_at == NEVER:
-        return Count()
+        return KEEPERS[b"dovecot-count"]
     newer = written_at + SAME_TIME
     if uidlist is not None and uidlist > newer:
         latest = time.time() + SAME_TIME  # what lies in the future is no time
         for entry in list_messages(find_folders(path, True)):
             digits = entry.name[: len(entry.name) - len(entry.name.lstrip(DIGITS))]
             if newer < int(digits or b"0") < latest:
-                return CountBesideMaildirsize()
-    return Dovecot()
+                return KEEPERS[b"dovecot-count"]
+    return KEEPERS[b"dovecot"]
 
 
 def modified(path: bytes) -> Optional[float]:
@@ -410,85 +395,75 @@ def size_of(entry: os.DirEntry[bytes], field: bytes) -> int:
 
 # ---- Dovecot asked itself ----
 
+logged_key = False
+
 
 def ask_dovecot(user: bytes, domain: Optional[bytes], env: Env) -> Measured:
-    """Ask Dovecot's doveadm service what it knows of a user's quota. Raises Problem."""
-    name = user if domain is None else user + b"@" + domain
-    rows = get_quota(name, env)
-    if rows is None:
-        return Measured(b"UNKNOWN", 0, 0, 0)
+    """Ask Dovecot's doveadm service for a user's quota. Raises Problem."""
+    import json  # its import would make the start longer
+
+    try:
+        name = (user if domain is None else user + b"@" + domain).decode()
+    except UnicodeDecodeError:
+        raise Problem(400, "Dovecot has no names that are not UTF-8") from None
+    text = post_to_doveadm(json.dumps([["quotaGet", {"user": name}, "q"]]), env)
     status, figures = b"OK", []
     try:
+        [[kind, rows, _]] = json.loads(text)
+        if kind == "error" and rows.get("exitCode") == 67:  # EX_NOUSER
+            return Measured(b"UNKNOWN", 0, 0, 0)
         for row in rows:
-            value, limit = parse_number(row["value"]), parse_number(row["limit"])
+            value = parse_digits(row["value"])
+            limit = 0 if row["limit"] == "-" else parse_digits(row["limit"])
             if 0 < limit <= value:
                 status = b"OVERQUOTA"
             if row["type"] == "STORAGE":  # in kilobytes
                 room = limit - value if limit else float("inf")
                 figures.append((room, value << 10, limit << 10))
         _, used, quota = min(figures)  # of several roots the one with the least room
-    except (KeyError, TypeError, ValueError):
-        raise Problem(500, "Dovecot does not tell the quota of this user", rows) from None
-    return Measured(status, used, quota, parse_grace(setting("QUOTA_GRACE", env), quota, b"10%"))
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        raise Problem(500, "Dovecot does not tell this quota", text[:200]) from None
+    return Measured(status, used, quota, parse_grace(quota, b"10%", env))
 
 
-def parse_number(text: str) -> int:
-    """Read a number of doveadm, `-` for no limit. Raises ValueError where it is none."""
-    if text == "-":
-        return 0
-    if not (text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER):
-        raise ValueError(text)
-    return int(text)
-
-
-def get_quota(name: bytes, env: Env) -> Optional[list[dict[str, str]]]:
-    """Ask Dovecot for the rows of a user's quota; None: it has no such user. Raises Problem."""
-    import json  # these imports cost a CGI half of its time: only where Dovecot is asked
+def post_to_doveadm(query: str, env: Env) -> bytes:
+    """Return what Dovecot's doveadm service answers to a query. Raises Problem."""
+    import base64
     import socket
-
-    host, port, key = doveadm_settings(env)
-    try:
-        query = json.dumps([["quotaGet", {"user": name.decode()}, "q"]])
-    except UnicodeDecodeError:
-        raise Problem(400, "Dovecot has no names that are not UTF-8") from None
-    request = (
-        f"POST /doveadm/v1 HTTP/1.0\r\nHost: {host}\r\nAuthorization: X-Dovecot-API {key}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(query)}\r\n\r\n{query}"
-    )
-    deadline = time.monotonic() + DOVEADM_SECONDS
-    try:
-        with socket.create_connection((host, port), DOVEADM_SECONDS) as connection:
-            connection.sendall(request.encode())
-            answer = receive(connection, deadline, DOVEADM_LENGTH)
-    except OSError as error:
-        raise Problem(500, "Dovecot cannot be asked", error) from None
-    status, text = answer[:12], answer.partition(b"\r\n\r\n")[2]
-    if status.endswith(b" 401"):
-        raise Problem(500, "Dovecot refuses the key of QUOTA_DOVEADM_KEY", status)
-    try:
-        [[kind, rows, _]] = json.loads(text)
-    except (ValueError, TypeError, RecursionError):
-        raise Problem(500, "Dovecot's answer is not understood", answer[:200]) from None
-    if kind == "error" and rows == NO_SUCH_USER:
-        return None
-    if not status.endswith(b" 200") or kind != "doveadmResponse" or not isinstance(rows, list):
-        raise Problem(500, "Dovecot answered with an error", answer[:200])
-    return rows
-
-
-def doveadm_settings(env: Env) -> tuple[str, int, str]:
-    """Return host, port and encoded key of Dovecot's doveadm service. Raises Problem."""
-    from base64 import b64encode
     from urllib.parse import urlsplit
 
     try:
-        url = urlsplit(setting("QUOTA_DOVEADM", env).decode("ascii"))
+        url = urlsplit(setting("QUOTA_DOVEADM", env).decode())
+        port = url.port or 80
         if url.scheme != "http" or not url.hostname or url.path != "/doveadm/v1" or url.query:
             raise ValueError
-        host, port = url.hostname, url.port or 80
     except ValueError:
         why = "QUOTA_DOVEADM is not like http://127.0.0.1:8080/doveadm/v1 (no https, no other path)"
         raise Problem(500, why) from None
+    key = base64.b64encode(read_key(env)).decode()
+    # HTTP/1.0 would do, but then Dovecot 2.3 answers nothing to a wrong key.
+    request = (
+        f"POST /doveadm/v1 HTTP/1.1\r\nHost: {url.hostname}\r\nConnection: close\r\n"
+        f"Authorization: X-Dovecot-API {key}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(query)}\r\n\r\n{query}"
+    )
+    try:
+        with socket.create_connection((url.hostname, port), DOVEADM_SECONDS / 2) as connection:
+            connection.sendall(request.encode())
+            answer = receive(connection, DOVEADM_SECONDS / 2, DOVEADM_LENGTH)
+    except OSError as error:
+        raise Problem(500, "Dovecot cannot be asked", error) from None
+    head, _, text = answer.partition(b"\r\n\r\n")
+    if head[8:13] == b" 401 ":
+        raise Problem(500, "Dovecot refuses the key in QUOTA_DOVEADM_KEY")
+    if head[8:13] != b" 200 ":
+        raise Problem(500, "Dovecot answered with an error", head[:200])
+    return text
+
+
+def read_key(env: Env) -> bytes:
+    """Read the key of Dovecot's doveadm service. Raises Problem."""
+    global logged_key
     try:
         text, status = read_file(setting("QUOTA_DOVEADM_KEY", env), DOVEADM_LENGTH)
     except OSError as error:
@@ -496,24 +471,22 @@ def doveadm_settings(env: Env) -> tuple[str, int, str]:
     key = text.partition(b"\n")[0].strip()
     if not key:
         raise Problem(500, "the file QUOTA_DOVEADM_KEY has no key in its first line")
-    if status.st_mode & stat.S_IROTH and "key" not in logged:
-        logged.add("key")
-        log("the file QUOTA_DOVEADM_KEY can be read by all users of this system")
-    return host, port, b64encode(key).decode()
-
-
-logged: set[str] = set()  # what is logged once
+    if status.st_mode & stat.S_IROTH and not logged_key:
+        logged_key = True
+        log("every user of this system may read the file QUOTA_DOVEADM_KEY")
+    return key
 
 
 # ---- From here to the end the text is the same in quota.cgi and maildir_quota.cgi. ----
 
-NAME_LENGTH = 255  # bytes in a user or a domain, as in a file's name
 HEX = b"0123456789abcdefABCDEF"
 PLACEHOLDERS = "%n user, %d domain, %u user@domain, %h home, %1n or %1.2n a part, %% percent"
 TWICE = "in systemd and uWSGI each % is written twice"
 END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
 REASONS = {200: "OK", 400: "Bad Request", 403: "Forbidden", 405: "Method Not Allowed"}
 REASONS[500] = "Internal Server Error"
+# Of QUOTA_USERS: capitals do not matter, and a line may come from DOS or have tabs.
+FOLDED = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\t\r", b"abcdefghijklmnopqrstuvwxyz  ")
 
 
 class Problem(Exception):
@@ -521,23 +494,18 @@ class Problem(Exception):
 
     def __init__(self, status: int, why: str, detail: object = "") -> None:
         super().__init__(why)
-        self.status, self.why, self.detail = status, why, detail
+        self.status, self.detail = status, detail
 
 
 class Measured:
-    """What was found of a mailbox: a status, bytes and seconds (a NamedTuple would start slower).
+    """What is known of a mailbox: its status, bytes used, quota (0: none) and grace in bytes.
 
-    `quota` 0 is no limit, `grace` what may exceed it; `changed` is when somebody last delivered,
-    read or deleted, in seconds since the epoch, 0 where that is not known.
+    `changed` is when mail last came, was read or went, in seconds since the epoch (0: not known).
     """
 
-    __slots__ = ("status", "used", "quota", "grace", "changed")
-
-    def __init__(
-        self, status: bytes, used: int, quota: int, grace: int, changed: float = 0
-    ) -> None:
-        self.status, self.used, self.quota = status, used, quota
-        self.grace, self.changed = grace, changed
+    def __init__(self, status: bytes, used: int, quota: int, grace: int, changed: float = 0):
+        self.status, self.used, self.quota, self.grace = status, used, quota, grace
+        self.changed = changed
 
 
 def log(text: str) -> None:
@@ -548,10 +516,17 @@ def log(text: str) -> None:
         pass  # it is closed, or a disk is full
 
 
-def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
-    """Read at most so many bytes of a file (-1: all), and its status. Raises OSError.
+def parse_digits(text: str) -> int:
+    """Read a number as int() does, but no sign, space or underscore. Raises ValueError."""
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"not a number: {text!r}")
+    return int(text)
 
-    What is no file, as a FIFO, whose opening would wait, counts as missing.
+
+def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
+    """Return at most so many bytes of a file (-1: all), and its status. Raises OSError.
+
+    What is no file counts as missing: to open a FIFO would wait for its writer.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise FileNotFoundError(errno.ENOENT, "not a file", path)
@@ -559,12 +534,12 @@ def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
         return file.read(most), os.fstat(file.fileno())
 
 
-def receive(connection: Any, deadline: float, most: int, ends: tuple[bytes, ...] = ()) -> bytes:
-    """Receive until one of `ends`, the connection's end, or `most` bytes. Raises OSError.
+def receive(connection: Any, seconds: float, most: int, *ends: bytes) -> bytes:
+    """Receive `most` bytes, or until one of `ends` or the connection's end. Raises OSError.
 
-    The deadline, of time.monotonic(), is for all: a socket's own timeout is for each piece.
+    The seconds are for all of it: the timeout of a socket is for each piece.
     """
-    text = b""
+    text, deadline = b"", time.monotonic() + seconds
     while len(text) < most and not any(end in text for end in ends):
         connection.settimeout(max(0, deadline - time.monotonic()))
         piece = connection.recv(most - len(text))
@@ -598,10 +573,10 @@ def parse_limit(name: str, text: bytes) -> int:
     return int(digits) << 10 * power
 
 
-def parse_grace(text: bytes, quota: int, default: bytes) -> int:
-    """Read a grace in bytes: written like a limit, or `10%` of the quota. Raises Problem."""
-    if text.strip() == b"auto":
-        text = default
+def parse_grace(quota: int, auto: bytes, env: Env) -> int:
+    """Read QUOTA_GRACE in bytes: written like a limit, or `10%` of the quota. Raises Problem."""
+    text = setting("QUOTA_GRACE", env).strip()
+    text = auto if text == b"auto" else text
     if text[-1:] == b"%":
         return quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
     return parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
@@ -612,54 +587,42 @@ def user_limit(user: bytes, domain: Optional[bytes], env: Env) -> Optional[int]:
     path = setting("QUOTA_USERS", env)
     if not path:
         return None
-    names = [user] if domain is None else [user + b"@" + domain, user, b"@" + domain]
     try:
         text = read_users(path)
     except OSError as error:
         raise Problem(500, "the file QUOTA_USERS cannot be read", error) from None
-    for name in names:
-        start = find_line(text, name.lower())
-        if start >= 0:
-            limit = text[start + 1 : text.index(b"\n", start + 1)][len(name) :].partition(b"#")[0]
-            try:
-                return parse_limit("QUOTA_USERS", limit)
-            except Problem:
-                number = text.count(b"\n", 0, start + 1)
-                why = f"QUOTA_USERS: line {number} is not `user limit`, with a limit like 200M"
-                raise Problem(500, why, name) from None
+    for name in [user] if domain is None else [user + b"@" + domain, user, b"@" + domain]:
+        if b" " in name or name[:1] == b"#":
+            continue  # it would find another name, or a comment
+        begin = b"\n" + name.translate(FOLDED)
+        # With a colon, or alone, it is a mistake that must not go unnoticed.
+        places = [text.find(begin + end) for end in (b" ", b":", b"\n")]
+        place = min((place for place in places if place >= 0), default=-1)
+        if place >= 0:
+            rest = text[place + len(begin) : text.index(b"\n", place + 1)]
+            number = text.count(b"\n", 0, place) + 1
+            return parse_limit(f"QUOTA_USERS: line {number}", rest.partition(b"#")[0])
     return None
 
 
-def find_line(text: bytes, name: bytes) -> int:
-    """Return where the first line of a name begins, at the newline before it; -1: there is none.
-
-    A name alone, or with a colon, is a mistake that is to be seen.
-    """
-    if b" " in name or name[:1] == b"#":  # would find another name, or a comment
-        return -1
-    places = [text.find(b"\n" + name + end) for end in (b" ", b":", b"\n")]
-    return min((place for place in places if place >= 0), default=-1)
-
-
-LOWER = bytes.maketrans(b"\t\r" + bytes(range(65, 91)), b"  " + bytes(range(97, 123)))
 users_read: dict[object, bytes] = {}  # the text of QUOTA_USERS, by what changes with the file
-users_lock = _thread.allocate_lock()  # as in `threading`, whose import takes longer
+users_lock = _thread.allocate_lock()  # the import of `threading` would make the start longer
 
 
 def read_users(path: bytes) -> bytes:
-    """Read QUOTA_USERS, once for each change: in lower case, a newline before each line.
+    """Return the text of QUOTA_USERS, folded, and after a newline. Raises OSError, Problem.
 
-    Raises OSError, Problem.
+    It is read once for each change.
     """
     with users_lock:
         status = os.stat(path)
         stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
         if stamp not in users_read:
-            text = read_file(path, -1)[0]
-            if text and text[-1:] != b"\n":
+            text = b"\n" + read_file(path, -1)[0]
+            if text[-1:] != b"\n":
                 raise Problem(500, "QUOTA_USERS does not end in a newline: is it half a file?")
             users_read.clear()
-            users_read[stamp] = b"\n" + text.translate(LOWER)
+            users_read[stamp] = text.translate(FOLDED)
         return users_read[stamp]
 
 
@@ -669,41 +632,41 @@ def read_users(path: bytes) -> bytes:
 def parse_network(text: str) -> tuple[int, int]:
     """Return an address or network as a number, and how many of its last bits do not count.
 
-    An IPv4 address has one bit more than all of IPv6. Raises OSError, ValueError.
+    An IPv4 address gets a bit that no IPv6 address has. Raises OSError, ValueError.
     """
-    from _socket import AF_INET, AF_INET6, inet_pton  # `socket`, `ipaddress` take far longer
+    from _socket import AF_INET, AF_INET6, inet_pton  # `socket` or `ipaddress` would take longer
 
     address, slash, length = text.partition("/")
     family, bits = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
     number = int.from_bytes(inet_pton(family, address), "big")
-    if slash and not (length.isascii() and length.isdigit() and int(length) <= bits):
-        raise ValueError(text)
-    free = bits - int(length) if slash else 0
+    free = bits - parse_digits(length) if slash else 0
+    if free < 0:
+        raise ValueError(f"more than {bits} bits: {text}")
     if number >> 32 == 0xFFFF and free <= 32:  # ::ffff:192.0.2.25 is an IPv4 address
         family, number = AF_INET, number & 0xFFFFFFFF
     return number | (family == AF_INET) << 128, free
 
 
-def is_among(peer: str, networks: str) -> bool:
-    """Say whether an address is in one of some networks. Raises OSError, ValueError."""
-    wanted = [parse_network(text) for text in networks.replace(",", " ").split()]
+def read_allow(env: Env) -> list[tuple[int, int]]:
+    """Return the networks of QUOTA_ALLOW. Raises Problem."""
+    allow = setting("QUOTA_ALLOW", env)
     try:
-        number, _ = parse_network(peer.partition("%")[0])
+        return [parse_network(text) for text in allow.decode().replace(",", " ").split()]
     except (OSError, ValueError):
-        return False
-    return any(number >> free == network >> free for network, free in wanted)
+        why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
+        raise Problem(500, why, allow) from None
 
 
 def check_peer(peer: str, env: Env) -> None:
     """Raise Problem where QUOTA_ALLOW is set and this address is not in it."""
-    allow = setting("QUOTA_ALLOW", env)
-    try:
-        if not allow or is_among(peer, allow.decode("latin-1")):
-            return
-    except (OSError, ValueError):
-        why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
-        raise Problem(500, why, allow) from None
-    raise Problem(403, "this address is not in QUOTA_ALLOW")
+    if setting("QUOTA_ALLOW", env):
+        networks = read_allow(env)
+        try:
+            number, _ = parse_network(peer.partition("%")[0])
+        except (OSError, ValueError):
+            networks = []  # such as the peer of a unix socket
+        if not any(number >> free == network >> free for network, free in networks):
+            raise Problem(403, "this address is not in QUOTA_ALLOW")
 
 
 # ---- names and paths ----
@@ -711,7 +674,7 @@ def check_peer(peer: str, env: Env) -> None:
 
 def check_name(what: str, name: bytes) -> None:
     """Raise Problem where a user or domain cannot be a file's name or would break the answer."""
-    if not 0 < len(name) <= NAME_LENGTH or name[:1] == b"." or b"/" in name:
+    if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name:
         raise Problem(400, "no mailbox has such a " + what)
     if any(c < " " or "\x7f" <= c <= "\x9f" for c in name.decode("utf-8", "surrogateescape")):
         raise Problem(400, "control character in the " + what)
@@ -725,8 +688,7 @@ def expand(name: str, user: bytes, domain: Optional[bytes], env: Env) -> Optiona
     template = setting(name, env)
     if not template.startswith((b"/", b"%h")):
         raise Problem(500, name + " does not begin with /", template)
-    address = None if domain is None else user + b"@" + domain
-    values = {b"n": user, b"d": domain, b"u": address}
+    values = {b"n": user, b"d": domain, b"u": domain and user + b"@" + domain}
     path, *parts = template.replace(b"%%", b"\0").split(b"%")
     for part in parts:
         text = part.lstrip(b"0123456789.")
@@ -750,7 +712,7 @@ def expand(name: str, user: bytes, domain: Optional[bytes], env: Env) -> Optiona
 
 
 def home_of(user: bytes) -> Optional[bytes]:
-    """Return the home directory of a system user, None where there is no such user."""
+    """Return the home directory of a system user, None where there is none. Raises Problem."""
     import pwd
 
     try:
@@ -765,16 +727,14 @@ def home_of(user: bytes) -> Optional[bytes]:
 
 def check_missing(error: OSError, name: str, env: Env) -> None:
     """Raise Problem unless the error means that there is no mailbox at the path of this setting."""
-    why, detail = f"cannot read the mailbox: {error.strerror}", str(error)
-    if isinstance(error, PermissionError):
-        who = f"user {os.geteuid()}, group {os.getegid()}"
-        detail += f"; let {who} search (x) the folders above it, and read a Maildir's (rx)"
-    if isinstance(error, FileNotFoundError) or error.errno == errno.ENAMETOOLONG:
+    why = f"cannot read the mailbox: {error.strerror}"
+    detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
+    if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
         template = setting(name, env)
         fixed = template.replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
-        if not fixed or os.path.isdir(fixed.rpartition(b"/")[0] or b"/"):
+        if os.path.exists(fixed.rpartition(b"/")[0] or b"/"):
             return
-        why, detail = f"{name} begins with a folder that does not exist: {TWICE}", str(template)
+        why, detail = f"{name} begins with a folder that does not exist: {TWICE}", repr(template)
     raise Problem(500, why, detail)
 
 
@@ -782,28 +742,36 @@ def check_missing(error: OSError, name: str, env: Env) -> None:
 
 
 def respond(env: Env) -> Response:
-    """Answer a request that is given as to a CGI (RFC 3875): HTTP status, header fields, body."""
-    method = env.get(b"REQUEST_METHOD", b"GET")
-    header: Header = []
+    """Answer a request that is given as to a CGI (RFC 3875)."""
+    method, fields, status = env.get(b"REQUEST_METHOD", b"GET"), [], 200
     try:
         check_peer(env.get(b"REMOTE_ADDR", b"").decode("latin-1"), env)
         if method not in (b"GET", b"HEAD"):
-            header = [("Allow", "GET, HEAD")]
+            fields = [("Allow", "GET, HEAD")]
             raise Problem(405, "only GET and HEAD are answered")
-        line, header = answer(env.get(b"QUERY_STRING", b""), env)
-        status = 200
+        user, found = answer(env.get(b"QUERY_STRING", b""), env)
+        line = b"%s %s %d %d\n" % (found.status, user, found.used, found.quota)
+        if found.grace:
+            fields.append(("Quota-Grace", str(found.grace)))
+        if 0 < found.changed < END_OF_9999:
+            date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(found.changed))
+            fields.append(("Last-Modified", date))
     except Problem as problem:
-        status, line = problem.status, b"ERROR %s\n" % problem.why.encode()
+        status, line = problem.status, f"ERROR {problem}\n".encode()
         if status == 500:
-            log(f"{problem.why}: {str(problem.detail)!a}")
-    header += [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))]
-    header += [("Cache-Control", "no-store")]  # no proxy may keep it
-    return f"{status} {REASONS[status]}", header, b"" if method == b"HEAD" else line
+            log(f"{problem}: {str(problem.detail)!a}")
+    fields += [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))]
+    fields += [("Cache-Control", "no-store")]  # no proxy may keep it
+    return f"{status} {REASONS[status]}", fields, b"" if method == b"HEAD" else line
 
 
-def answer(query: bytes, env: Env) -> tuple[bytes, Header]:
-    """Answer a query with `STATUS user used quota`, and header fields. Raises Problem."""
-    fields = parse_query(query)
+def answer(query: bytes, env: Env) -> tuple[bytes, Measured]:
+    """Return the user whom a query asks about, and what is known. Raises Problem."""
+    fields: dict[bytes, bytes] = {}
+    for field in query.split(b"&"):
+        name, equals, value = field.partition(b"=")
+        if equals:
+            fields.setdefault(unquote(name), unquote(value))
     user, domain = fields.get(b"u"), fields.get(b"d")
     if user is None:
         raise Problem(400, "no user (u=) given")
@@ -811,48 +779,26 @@ def answer(query: bytes, env: Env) -> tuple[bytes, Header]:
     if domain is not None:
         check_name("domain", domain)
     is_unknown = setting("QUOTA_UNKNOWN", env, b"off", b"1", b"0", b"") == b"1"
-    found = measure(user, domain, b"UNKNOWN" if is_unknown else b"OK", env)
-    header: Header = [("Quota-Grace", str(found.grace))] if found.grace else []
-    if 0 < found.changed < END_OF_9999:
-        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(found.changed))
-        header.append(("Last-Modified", date))
-    return b"%s %s %d %d\n" % (found.status, user, found.used, found.quota), header
-
-
-def parse_query(query: bytes) -> dict[bytes, bytes]:
-    """Read a query string; where a name stands twice the first counts."""
-    fields: dict[bytes, bytes] = {}
-    for field in query.split(b"&"):
-        name, equals, value = field.partition(b"=")
-        if equals:
-            fields.setdefault(unquote(name), unquote(value))
-    return fields
+    return user, measure(user, domain, b"UNKNOWN" if is_unknown else b"OK", env)
 
 
 def unquote(text: bytes) -> bytes:
     """Decode a form-encoded name or value, as urllib.parse.unquote_plus does."""
     first, *parts = text.replace(b"+", b" ").split(b"%")
-    decoded = [first]
     for part in parts:
-        coded = len(part) > 1 and part[0] in HEX and part[1] in HEX
-        decoded.append(bytes((int(part[:2], 16),)) + part[2:] if coded else b"%" + part)
-    return b"".join(decoded)
-
-
-def run_cgi() -> int:
-    """Answer the one request of a web server that started the script."""
-    status, header, body = respond(os.environb)
-    head = "".join(f"{name}: {value}\n" for name, value in [("Status", status), *header])
-    os.write(1, head.encode() + b"\n" + body)
-    return 0
+        is_code = len(part) > 1 and part[0] in HEX and part[1] in HEX
+        first += bytes((int(part[:2], 16),)) + part[2:] if is_code else b"%" + part
+    return first
 
 
 IS_CGI = b"GATEWAY_INTERFACE" in os.environb or b"REQUEST_METHOD" in os.environb
 if __name__ == "__main__" and IS_CGI:
-    os._exit(run_cgi())  # an orderly end would take as long as the answer
+    status, fields, body = respond(os.environb)
+    head = "".join(f"{name}: {value}\n" for name, value in [("Status", status), *fields])
+    os.write(1, head.encode() + b"\n" + body)
+    os._exit(0)  # an orderly end would take as long as the answer
 
 # A CGI has ended here: what follows is for the other ways to run the script.
-
 import argparse
 import contextlib
 import io
@@ -872,107 +818,87 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
     for name, value in environ.items():
         if isinstance(value, str):
             env[name.encode("latin-1")] = value.encode("latin-1")
-    status, header, body = respond(env)
-    start_response(status, header)
+    status, fields, body = respond(env)
+    start_response(status, fields)
     return [body]
 
 
 # ---- --serve: HTTP without a web server ----
 
 REQUEST_SECONDS = 10  # for a whole request
-REQUEST_LENGTH = 65537  # bytes of a request: one more than http.server accepts in a line
-THREADS = 1000  # connections at a time
-PATIENCE = 5  # seconds for a mailbox that is being measured, as long as the milter waits
-SLOW, KEPT = 1, 60  # seconds: an answer that took longer than the first is used again so long
+REQUEST_LENGTH = 65537  # bytes of it: one more than http.server accepts in a line
+THREADS = 1000  # connections at a time, of two files each: the usual hard limit is 4096 or more
+PATIENCE = 5  # seconds to wait for a mailbox that is being measured, as long as the milter does
+SLOW, KEPT = 1, 60  # seconds: an answer that took longer than the first is used for the second
+HANGS = "500 Internal Server Error", [("Content-Type", "text/plain")], b"ERROR the mailbox hangs\n"
 
 
 class Question(threading.Event):
-    """A query: set once it is answered, and how long its answer is used."""
+    """A question that is being answered, until it is set, or whose answer is kept."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.began = time.monotonic()
-        self.used_until = float("inf")
-        self.response: Optional[Response] = None
+        self.began, self.expires = time.monotonic(), float("inf")
+        self.response: Response = HANGS
 
 
-questions: dict[bytes, Question] = {}  # those under way, and those with a slow answer
+questions: dict[tuple[str, str], Question] = {}
 questions_lock = threading.Lock()
 
 
-def ask(query: bytes) -> Optional[Response]:
-    """Answer a query; None where that takes too long.
+def ask(method: str, query: str) -> Response:
+    """Answer a question, if only by HANGS.
 
-    Whoever asks the same meanwhile gets the same answer, or none after PATIENCE seconds: a mailbox
-    whose disk hangs holds one thread. A slow answer is kept: a mailbox that takes longer to measure
-    than the milter waits is known at its second question.
+    Whoever asks the same meanwhile waits for the same answer: a mailbox whose disk hangs holds one
+    thread, and others for PATIENCE at most. A slow answer is kept: a mailbox that takes longer to
+    measure than the milter waits is known at its second question.
     """
     with questions_lock:
         now = time.monotonic()
-        for old in [query for query, one in questions.items() if one.used_until < now]:
+        for old in [key for key, one in questions.items() if one.expires < now]:
             del questions[old]
-        question = questions.setdefault(query, mine := Question())
+        mine = Question()
+        question = questions.setdefault((method, query), mine)
     if question is not mine:
         question.wait(max(0, question.began + PATIENCE - now))
         return question.response
-    try:
-        env = {**os.environb, b"QUERY_STRING": query, b"QUOTA_ALLOW": b""}  # looked at before
-        mine.response = respond(env)
+    request = {b"REQUEST_METHOD": method.encode(), b"QUERY_STRING": query.encode()}
+    try:  # the Server has looked who asks
+        mine.response = respond({**os.environb, **request, b"QUOTA_ALLOW": b""})
         return mine.response
     finally:
         now = time.monotonic()
-        is_kept = mine.response and mine.response[0] == "200 OK" and now - mine.began > SLOW
-        mine.used_until = now + KEPT if is_kept else 0
+        is_kept = mine.response[0] == "200 OK" and mine.began + SLOW < now
+        mine.expires = now + KEPT if is_kept else 0
         mine.set()
 
 
 class Handler(BaseHTTPRequestHandler):
     """Answers the one request of a connection."""
 
-    raw_requestline: bytes
     wbufsize = -1  # an answer leaves in one piece
     error_content_type, error_message_format = "text/plain", "ERROR %(message)s\n"
 
     def setup(self) -> None:
-        """Receive the whole request, as the base class has no limit of time for all of it."""
+        """Receive the whole request: the base class has a time limit for each piece only."""
         super().setup()
-        deadline, ends = time.monotonic() + REQUEST_SECONDS, (b"\n\r\n", b"\n\n")
-        request = receive(self.connection, deadline, REQUEST_LENGTH, ends)
+        ends = b"\n\r\n", b"\n\n"
+        request = receive(self.connection, REQUEST_SECONDS, REQUEST_LENGTH, *ends)
         if len(request) < REQUEST_LENGTH and not any(end in request for end in ends):
             request = b""  # half a request may name another mailbox
-        self.rfile = io.BytesIO(request)
-
-    def parse_request(self) -> bool:
-        """Parse a request's first line and header; say whether it is to be answered."""
-        # The base class takes bytes for latin-1, in which some of UTF-8's are spaces.
-        self.raw_requestline = quote(
-            self.raw_requestline, safe=string.punctuation + " \r\n"
-        ).encode()
-        return super().parse_request()
+        # The base class reads latin-1, in which some bytes of UTF-8 are spaces.
+        self.rfile = io.BytesIO(quote(request, safe=string.punctuation + " \r\n\t").encode())
 
     def do_GET(self) -> None:
-        """Answer GET, and HEAD with the same without a body."""
-        response = ask(self.path.partition("?")[2].encode())
-        if response is None:
-            log(f"the mailbox hangs: {self.path!a}")
-            self.send_error(500, "the mailbox hangs, its disk does not answer")
-        else:
-            self.send_answer(*response)
-
-    do_HEAD = do_GET
-
-    def do_POST(self) -> None:
-        """Answer that this is not answered."""
-        self.send_answer(*respond({b"REQUEST_METHOD": b"POST", b"QUOTA_ALLOW": b""}))
-
-    def send_answer(self, status: str, header: Header, body: bytes) -> None:
-        """Send an answer."""
+        """Answer a request."""
+        status, fields, body = ask(self.command, self.path.partition("?")[2])
         self.send_response_only(int(status[:3]))
-        for name, value in header:
+        for name, value in fields:
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(body)
+
+    do_HEAD = do_POST = do_GET
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Log no requests: the frontends do."""
@@ -983,22 +909,21 @@ class Server(socketserver.ThreadingTCPServer):
 
     allow_reuse_address = daemon_threads = True
     request_queue_size = 1024
-    threads = THREADS
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Turn strangers away, and everybody where all threads are busy."""
+        """Turn away strangers, and everybody while all threads are busy."""
         try:
             check_peer(client_address[0], os.environb)
         except Problem as problem:
-            with contextlib.suppress(OSError):  # the client has gone
-                head = "HTTP/1.0 403 Forbidden\r\nContent-Type: text/plain\r\n\r\n"
+            head = "HTTP/1.0 403 Forbidden\r\nContent-Type: text/plain\r\n\r\n"
+            with contextlib.suppress(OSError):  # the stranger has left, or has not spoken yet
                 request.sendall(f"{head}ERROR {problem}\n".encode())
-                request.recv(REQUEST_LENGTH, socket.MSG_DONTWAIT)  # unread, it would be a reset
+                request.recv(REQUEST_LENGTH, socket.MSG_DONTWAIT)  # what is unread makes a reset
             return False
-        return threading.active_count() <= self.threads
+        return threading.active_count() <= THREADS
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log an error, unless it is that the client has gone."""
+        """Log an error, unless it is that the client has left."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             log(f"a request failed: {error!r}")
@@ -1007,15 +932,13 @@ class Server(socketserver.ThreadingTCPServer):
 def serve(where: str) -> None:
     """Answer over HTTP at [HOST:]PORT until TERM or INT. Raises OSError, ValueError, Problem."""
     host, _, port = where.rpartition(":")
-    host, number = host.strip("[]") or "127.0.0.1", range(1 << 16).index(int(port))
+    host, number = host.strip("[]") or "127.0.0.1", parse_digits(port)
     found = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)
     Server.address_family, (address, *_) = found[0][0], found[0][4]
-    check_peer(str(address), {**os.environb, b"QUOTA_ALLOW": b""})
-    if not is_among(str(address), "127.0.0.0/8 ::1") and not setting("QUOTA_ALLOW", os.environb):
+    if not read_allow(os.environb) and address != "::1" and not str(address).startswith("127."):
         raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    Server.threads = min(THREADS, most // 3)  # a thread may open two files beside its connection
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Server((str(address), number), Handler) as server:
         log("serving on {} port {}".format(*server.server_address))
@@ -1036,26 +959,21 @@ def main(argv: Optional[list[str]] = None) -> int:
     wanted.add_argument("mailbox", nargs="?", help="whom to tell about")
     wanted.add_argument("--serve", nargs="?", const="127.0.0.1:8025", help="serve over HTTP")
     options = parser.parse_args(argv)
+    if options.serve is None:
+        user, at, domain = os.fsencode(options.mailbox).rpartition(b"@")
+        query = urlencode({"u": user, "d": domain} if at else {"u": domain}).encode()
+        status, _, line = respond({**os.environb, b"QUERY_STRING": query, b"QUOTA_ALLOW": b""})
+        is_error = status != "200 OK"
+        os.write(2 if is_error else 1, line)
+        return int(is_error)
     try:
-        if options.serve is None:
-            return show(os.fsencode(options.mailbox))
         serve(options.serve)
+    except KeyboardInterrupt:
+        return 0
     except (OSError, ValueError, Problem) as error:
         log(f"--serve {options.serve}: {error}")
         return 1 if isinstance(error, OSError) else 2  # an address may come later
-    except KeyboardInterrupt:
-        pass
     return 0
-
-
-def show(mailbox: bytes) -> int:
-    """Print the answer for USER[@DOMAIN] and return the exit status."""
-    user, at, domain = mailbox.rpartition(b"@")
-    query = urlencode({"u": user, "d": domain} if at else {"u": domain}).encode()
-    status, _, line = respond({**os.environb, b"QUERY_STRING": query, b"QUOTA_ALLOW": b""})
-    is_error = status != "200 OK"
-    os.write(2 if is_error else 1, line)
-    return int(is_error)
 
 
 if __name__ == "__main__":
