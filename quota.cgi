@@ -335,15 +335,18 @@ def home_of(user: bytes) -> Optional[bytes]:
 
 def check_missing(error: OSError, name: str, env: Env) -> None:
     """Raise Problem unless the error means that there is no mailbox at the path of this setting."""
-    why = f"cannot read the mailbox: {error.strerror}"
-    detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
-    if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
-        template = setting(name, env)
-        fixed = template.replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
-        if os.path.exists(fixed.rpartition(b"/")[0] or b"/"):
-            return
-        why, detail = f"{name} begins with a folder that does not exist: {TWICE}", repr(template)
-    raise Problem(500, why, detail)
+    if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+        detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
+        raise Problem(500, f"cannot read the mailbox: {error.strerror}", detail)
+    check_folder(name, env)
+
+
+def check_folder(name: str, env: Env) -> None:
+    """Raise Problem where the folder before the first placeholder of a path does not exist."""
+    template = setting(name, env)
+    fixed = template.replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
+    if not os.path.exists(fixed.rpartition(b"/")[0] or b"/"):
+        raise Problem(500, f"{name} begins with a folder that does not exist: {TWICE}", template)
 
 
 # ---- a question and its answer ----
@@ -540,7 +543,7 @@ class Server(socketserver.ThreadingTCPServer):
 def serve(where: str) -> None:
     """Answer over HTTP at [HOST:]PORT until TERM or INT. Raises OSError, ValueError, Problem."""
     host, _, port = where.rpartition(":")
-    host, number = host.strip("[]") or "127.0.0.1", parse_digits(port)
+    host, number = host.strip("[]") or "127.0.0.1", range(1 << 16).index(parse_digits(port))
     found = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)
     Server.address_family, (address, *_) = found[0][0], found[0][4]
     if not read_allow(os.environb) and address != "::1" and not str(address).startswith("127."):
