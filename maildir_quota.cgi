@@ -78,7 +78,7 @@ QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/3
 QUOTA_GRACE = "auto"  # what the message that fills the mailbox may take beyond its quota: 1M, 10%
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
-DOVEADM_SECONDS = 4  # for a question to Dovecot, of the 5 that the milter waits
+DOVEADM_SECONDS = 3  # for Dovecot's answer, and 1 for the connection: the milter waits 5
 DOVEADM_LENGTH = 65536  # bytes of its answer
 TRUSTED_LENGTH = 5120  # bytes from which on the servers rebuild a maildirsize rather than read it
 TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize that says "over" is believed
@@ -397,12 +397,12 @@ def size_of(entry: os.DirEntry[bytes], field: bytes) -> int:
 
 # ---- Dovecot asked itself ----
 
-logged_key = False
+logged: set[str] = set()  # what is logged once
 
 
 def ask_dovecot(user: bytes, domain: Optional[bytes], env: Env) -> Measured:
-    """Ask Dovecot's doveadm service for a user's quota. Raises Problem."""
-    import json  # its import would make the start longer
+    """Ask Dovecot for a user's quota. Raises Problem."""
+    import json  # only here, as the others would make a CGI's start longer
 
     try:
         name = (user if domain is None else user + b"@" + domain).decode()
@@ -412,8 +412,10 @@ def ask_dovecot(user: bytes, domain: Optional[bytes], env: Env) -> Measured:
     status, figures = b"OK", []
     try:
         [[kind, rows, _]] = json.loads(text)
-        if kind == "error" and rows.get("exitCode") == 67:  # EX_NOUSER
+        if kind == "error" and rows["exitCode"] == 67:  # EX_NOUSER
             return Measured(b"UNKNOWN", 0, 0, 0)
+        if kind != "doveadmResponse":
+            raise ValueError
         for row in rows:
             value = parse_digits(row["value"])
             limit = 0 if row["limit"] == "-" else parse_digits(row["limit"])
@@ -431,7 +433,9 @@ def ask_dovecot(user: bytes, domain: Optional[bytes], env: Env) -> Measured:
 def post_to_doveadm(query: str, env: Env) -> bytes:
     """Return what Dovecot's doveadm service answers to a query. Raises Problem."""
     import base64
+    import http.client
     import socket
+    import threading
     from urllib.parse import urlsplit
 
     try:
@@ -443,29 +447,32 @@ def post_to_doveadm(query: str, env: Env) -> bytes:
         why = "QUOTA_DOVEADM is not like http://127.0.0.1:8080/doveadm/v1 (no https, no other path)"
         raise Problem(500, why) from None
     key = base64.b64encode(read_key(env)).decode()
-    # HTTP/1.0 would do, but then Dovecot 2.3 answers nothing to a wrong key.
-    request = (
-        f"POST /doveadm/v1 HTTP/1.1\r\nHost: {url.hostname}\r\nConnection: close\r\n"
-        f"Authorization: X-Dovecot-API {key}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(query)}\r\n\r\n{query}"
-    )
+    fields = {"Authorization": "X-Dovecot-API " + key, "Content-Type": "application/json"}
+    connection = http.client.HTTPConnection(url.hostname, port, timeout=1)
     try:
-        with socket.create_connection((url.hostname, port), DOVEADM_SECONDS / 2) as connection:
-            connection.sendall(request.encode())
-            answer = receive(connection, DOVEADM_SECONDS / 2, DOVEADM_LENGTH)
-    except OSError as error:
-        raise Problem(500, "Dovecot cannot be asked", error) from None
-    head, _, text = answer.partition(b"\r\n\r\n")
-    if head[8:13] == b" 401 ":
+        connection.connect()
+        # A timeout of the connection's own is for each piece of an answer.
+        timer = threading.Timer(DOVEADM_SECONDS, connection.sock.shutdown, [socket.SHUT_RDWR])
+        connection.sock.settimeout(None)
+        timer.start()
+        try:
+            connection.request("POST", url.path, query, fields)
+            response = connection.getresponse()
+            status, text = response.status, response.read(DOVEADM_LENGTH)
+        finally:
+            timer.cancel()
+            connection.close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise Problem(500, "Dovecot cannot be asked", repr(error)) from None
+    if status == 401:
         raise Problem(500, "Dovecot refuses the key in QUOTA_DOVEADM_KEY")
-    if head[8:13] != b" 200 ":
-        raise Problem(500, "Dovecot answered with an error", head[:200])
+    if status != 200:
+        raise Problem(500, f"Dovecot answered with status {status}", response.reason)
     return text
 
 
 def read_key(env: Env) -> bytes:
     """Read the key of Dovecot's doveadm service. Raises Problem."""
-    global logged_key
     try:
         text, status = read_file(setting("QUOTA_DOVEADM_KEY", env), DOVEADM_LENGTH)
     except OSError as error:
@@ -473,9 +480,10 @@ def read_key(env: Env) -> bytes:
     key = text.partition(b"\n")[0].strip()
     if not key:
         raise Problem(500, "the file QUOTA_DOVEADM_KEY has no key in its first line")
-    if status.st_mode & stat.S_IROTH and not logged_key:
-        logged_key = True
-        log("every user of this system may read the file QUOTA_DOVEADM_KEY")
+    warning = "every user of this system may read the file QUOTA_DOVEADM_KEY"
+    if status.st_mode & stat.S_IROTH and warning not in logged:
+        logged.add(warning)
+        log(warning)
     return key
 
 
@@ -534,21 +542,6 @@ def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
         raise FileNotFoundError(errno.ENOENT, "not a file", path)
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         return file.read(most), os.fstat(file.fileno())
-
-
-def receive(connection: Any, seconds: float, most: int, *ends: bytes) -> bytes:
-    """Receive `most` bytes, or until one of `ends` or the connection's end. Raises OSError.
-
-    The seconds are for all of it: the timeout of a socket is for each piece.
-    """
-    text, deadline = b"", time.monotonic() + seconds
-    while len(text) < most and not any(end in text for end in ends):
-        connection.settimeout(max(0, deadline - time.monotonic()))
-        piece = connection.recv(most - len(text))
-        if not piece:
-            break
-        text += piece
-    return text
 
 
 # ---- settings ----
@@ -876,6 +869,21 @@ def ask(method: str, query: str) -> Response:
         is_kept = mine.response[0] == "200 OK" and mine.began + SLOW < now
         mine.expires = now + KEPT if is_kept else 0
         mine.set()
+
+
+def receive(connection: socket.socket, seconds: float, most: int, *ends: bytes) -> bytes:
+    """Receive `most` bytes, or until one of `ends` or the connection's end. Raises OSError.
+
+    The seconds are for all of it: the timeout of a socket is for each piece.
+    """
+    text, deadline = b"", time.monotonic() + seconds
+    while len(text) < most and not any(end in text for end in ends):
+        connection.settimeout(max(0, deadline - time.monotonic()))
+        piece = connection.recv(most - len(text))
+        if not piece:
+            break
+        text += piece
+    return text
 
 
 class Handler(BaseHTTPRequestHandler):

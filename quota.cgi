@@ -142,21 +142,6 @@ def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
         return file.read(most), os.fstat(file.fileno())
 
 
-def receive(connection: Any, seconds: float, most: int, *ends: bytes) -> bytes:
-    """Receive `most` bytes, or until one of `ends` or the connection's end. Raises OSError.
-
-    The seconds are for all of it: the timeout of a socket is for each piece.
-    """
-    text, deadline = b"", time.monotonic() + seconds
-    while len(text) < most and not any(end in text for end in ends):
-        connection.settimeout(max(0, deadline - time.monotonic()))
-        piece = connection.recv(most - len(text))
-        if not piece:
-            break
-        text += piece
-    return text
-
-
 # ---- settings ----
 
 
@@ -482,6 +467,21 @@ def ask(method: str, query: str) -> Response:
         is_kept = mine.response[0] == "200 OK" and mine.began + SLOW < now
         mine.expires = now + KEPT if is_kept else 0
         mine.set()
+
+
+def receive(connection: socket.socket, seconds: float, most: int, *ends: bytes) -> bytes:
+    """Receive `most` bytes, or until one of `ends` or the connection's end. Raises OSError.
+
+    The seconds are for all of it: the timeout of a socket is for each piece.
+    """
+    text, deadline = b"", time.monotonic() + seconds
+    while len(text) < most and not any(end in text for end in ends):
+        connection.settimeout(max(0, deadline - time.monotonic()))
+        piece = connection.recv(most - len(text))
+        if not piece:
+            break
+        text += piece
+    return text
 
 
 class Handler(BaseHTTPRequestHandler):
