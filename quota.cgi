@@ -424,49 +424,40 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65537  # bytes of it: one more than http.server accepts in a line
 THREADS = 1000  # connections at a time, of two files each: the usual hard limit is 4096 or more
-PATIENCE = 5  # seconds to wait for a mailbox that is being measured, as long as the milter does
-SLOW, KEPT = 1, 60  # seconds: an answer that took longer than the first is used for the second
+PATIENCE = 5  # seconds after which a mailbox that is being measured hangs, as for the milter
 HANGS = "500 Internal Server Error", [("Content-Type", "text/plain")], b"ERROR the mailbox hangs\n"
+SLOW, KEPT = 1, 60  # seconds: an answer that took longer than the first is used for the second
+
+if TYPE_CHECKING:
+    Key = tuple[str, str]  # method and query
+under_way: dict[Key, float] = {}  # questions, and when they began
+kept: dict[Key, tuple[float, Response]] = {}  # slow answers, and until when they are used
 
 
-class Question(threading.Event):
-    """A question that is being answered, until it is set, or whose answer is kept."""
+def ask(key: Key) -> Response:
+    """Answer a question.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.began, self.expires = time.monotonic(), float("inf")
-        self.response: Response = HANGS
-
-
-questions: dict[tuple[str, str], Question] = {}
-questions_lock = threading.Lock()
-
-
-def ask(method: str, query: str) -> Response:
-    """Answer a question, if only by HANGS.
-
-    Whoever asks the same meanwhile waits for the same answer: a mailbox whose disk hangs holds one
-    thread, and others for PATIENCE at most. A slow answer is kept: a mailbox that takes longer to
-    measure than the milter waits is known at its second question.
+    A mailbox whose disk hangs holds few threads: those of PATIENCE seconds. A mailbox that takes
+    longer to measure than the milter waits is known at its second question, by the kept answer.
     """
-    with questions_lock:
-        now = time.monotonic()
-        for old in [key for key, one in questions.items() if one.expires < now]:
-            del questions[old]
-        mine = Question()
-        question = questions.setdefault((method, query), mine)
-    if question is not mine:
-        question.wait(max(0, question.began + PATIENCE - now))
-        return question.response
-    request = {b"REQUEST_METHOD": method.encode(), b"QUERY_STRING": query.encode()}
+    began = time.monotonic()
+    expires, response = kept.get(key, (0, HANGS))
+    if began < expires:
+        return response
+    if under_way.setdefault(key, began) + PATIENCE < began:
+        log(f"the mailbox hangs: {key[1]}")
+        return HANGS
+    request = {b"REQUEST_METHOD": key[0].encode(), b"QUERY_STRING": key[1].encode()}
     try:  # the Server has looked who asks
-        mine.response = respond({**os.environb, **request, b"QUOTA_ALLOW": b""})
-        return mine.response
+        response = respond({**os.environb, **request, b"QUOTA_ALLOW": b""})
     finally:
-        now = time.monotonic()
-        is_kept = mine.response[0] == "200 OK" and mine.began + SLOW < now
-        mine.expires = now + KEPT if is_kept else 0
-        mine.set()
+        under_way.pop(key, None)
+    now = time.monotonic()
+    if now > began + SLOW and response[0] == "200 OK":
+        for old in [old for old, (expires, _) in list(kept.items()) if expires < now]:
+            kept.pop(old, None)
+        kept[key] = now + KEPT, response
+    return response
 
 
 def receive(connection: socket.socket, seconds: float, most: int, *ends: bytes) -> bytes:
@@ -502,7 +493,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a request."""
-        status, fields, body = ask(self.command, self.path.partition("?")[2])
+        status, fields, body = ask((self.command, self.path.partition("?")[2]))
         self.send_response_only(int(status[:3]))
         for name, value in fields:
             self.send_header(name, value)
