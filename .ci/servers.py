@@ -751,6 +751,7 @@ ssl = no
 first_valid_uid = 1
 postmaster_address = postmaster@example.com
 hostname = mx.example.com
+auth_username_chars =
 doveadm_api_key = {key}
 service quota-status {{
   executable = quota-status -p postfix
@@ -945,7 +946,7 @@ class Dovecot(Server):
         text = ""
         for name, limits in users.items():
             fields = " ".join(self.word(what, value) for what, value in limits.items())
-            text += f"{name}:::{MAIL_UID}:{MAIL_UID}::{self.homes}/{name}::{fields}\n"
+            text += f"{name}::{MAIL_UID}:{MAIL_UID}::{self.homes}/{name}::{fields}\n"
         path = self.folder / "users.new"
         path.write_text(text)
         path.replace(self.folder / "users")
