@@ -740,8 +740,7 @@ def command_of(block: str) -> str:
 # ---- Dovecot ----
 
 MAIL_UID = 65534  # nobody: Dovecot refuses to serve root's mail
-DOVEADM_KEY = "k3y of the tests"
-# What both releases call the same. A service whose process cannot be shared starts one a question.
+# What both releases call the same; README's lines for doveadm follow.
 DOVECOT = """
 base_dir = {folder}/run
 state_dir = {folder}/state
@@ -752,7 +751,6 @@ first_valid_uid = 1
 postmaster_address = postmaster@example.com
 hostname = mx.example.com
 auth_username_chars =
-doveadm_api_key = {key}
 service quota-status {{
   executable = quota-status -p postfix
   client_limit = 1
@@ -774,13 +772,6 @@ service imap-login {{
   }}
   inet_listener imaps {{
     port = 0
-  }}
-}}
-service doveadm {{
-  {reused} = 1000
-  inet_listener http {{
-    {listen} = 127.0.0.1
-    port = {http_port}
   }}
 }}
 """
@@ -852,7 +843,6 @@ WORDS = {
     "storage": ("userdb_quota_rule=*:storage={}", "userdb_quota_storage_size={}"),
     "messages": ("userdb_quota_rule2=*:messages={}", "userdb_quota_message_count={}"),
     "listen": ("address", "listen"),
-    "reused": ("service_count", "restart_request_count"),
 }
 
 
@@ -890,7 +880,12 @@ class Dovecot(Server):
         self.with_control, self.trash, self.users, self.lines = control, trash, users, lines
         self.policy_port, self.lmtp_port, self.imap_port = free_port(), free_port(), free_port()
         self.http_port = free_port()
-        self.url = f"http://127.0.0.1:{self.http_port}/doveadm/v1"
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """The settings of maildir_quota.cgi that let it ask this Dovecot."""
+        url = f"http://127.0.0.1:{self.http_port}/doveadm/v1"
+        return {"QUOTA_DOVEADM": url, "QUOTA_DOVEADM_KEY": str(self.key)}
 
     def word(self, name: str, *values: object) -> str:
         """Return a setting as this release calls it."""
@@ -908,6 +903,12 @@ class Dovecot(Server):
             folder.mkdir()
             os.chown(folder, MAIL_UID, MAIL_UID)
         self.config = self.write("dovecot.conf", self.text())
+        self.key = self.folder / "quota-backend.key"
+        own: dict[str, Path] = {"/etc/quota-backend.key": self.key}
+        own["/etc/dovecot/"] = f"{self.folder}/"
+        run_commands(
+            readme_block("Backend: a key for Dovecot", {**own, "quota-backend:": "www-data:"})
+        )
         self.set_users(self.users or {})
         program = need("dovecot", "dovecot-core")
         self.process = self.start(program, "-F", "-c", self.config, port=self.policy_port)
@@ -918,13 +919,10 @@ class Dovecot(Server):
         everybody = self.word("everybody", MAIL_UID, self.homes)
         settings = {
             "folder": self.folder,
-            "key": DOVEADM_KEY,
             "listen": self.word("listen"),
-            "reused": self.word("reused"),
             "policy_port": self.policy_port,
             "lmtp_port": self.lmtp_port,
             "imap_port": self.imap_port,
-            "http_port": self.http_port,
             "format": self.format,
             "path": "~/Maildir" if self.format == "maildir" else f"~/{self.format}",
             "driver": self.driver,
@@ -936,10 +934,12 @@ class Dovecot(Server):
             "control": self.word("control", self.control) if self.with_control else "",
             "trash": "" if self.trash else self.word("trash", ""),
         }
-        if self.old:
-            return (DOVECOT + DOVECOT_23).format(**settings) + self.lines
         first = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n"
-        return first + (DOVECOT + DOVECOT_24).format(**settings) + self.lines
+        text = DOVECOT + DOVECOT_23 if self.old else first + DOVECOT + DOVECOT_24
+        name = "/etc/dovecot/conf.d/99-quota-backend.conf, for Dovecot "
+        ours = {"port = 8080": f"port = {self.http_port}", "/etc/dovecot/": f"{self.folder}/"}
+        block = readme_block(name + ("2.3" if self.old else "2.4"), ours)
+        return text.format(**settings) + block + self.lines
 
     def set_users(self, users: Mapping[str, Mapping[str, str]]) -> None:
         """Write the file of users anew; Dovecot reads it again when it changes."""
@@ -1209,45 +1209,19 @@ class Apache(Site):
 
 
 class ApacheWSGI(Apache):
-    """Apache with mod_wsgi: the other way of README's block."""
+    """Apache with mod_wsgi, which loads the script once."""
 
     replacements = {
         "a2enmod cgid && ": "",
-        "\nScriptAlias": "\n#ScriptAlias",
-        "\n#WSGI": "\nWSGI",
+        "\nScriptAlias ": "\nWSGIDaemonProcess quota user=www-data group=www-data threads=16"
+        "\nWSGIScriptAlias ",
+        "/quota.cgi\n": "/quota.cgi process-group=quota application-group=%{GLOBAL}\n",
     }
 
     def serve(self) -> None:
         """See that the module is there."""
         need("/usr/lib/apache2/modules/mod_wsgi.so", "libapache2-mod-wsgi-py3")
         super().serve()
-
-
-class ApacheTLS(Apache):
-    """Apache with README's site: https, the frontend's address and a password.
-
-    The other port serves http.
-    """
-
-    block = "/etc/apache2/sites-available/quota.conf"
-    commands = "Backend: a certificate, a password, and start"
-    password = "s:cret#%"  # of the user `frontend`
-
-    def serve(self) -> None:
-        """Put README's site into Debian's Apache, run its commands and start it."""
-        need("openssl", "openssl")
-        need("htpasswd", "apache2-utils")
-        environment = self.prepare(self.other_port, self.port)
-        self.certificate = self.folder / "ssl/mail1.pem"
-        copy = self.folder / "apache2"
-        own: dict[str, Path] = {"/etc/ssl/quota": self.folder / "ssl", "/etc/apache2": copy}
-        text = self.adapt(readme_block(self.block), {"*:443": f"*:{self.port}", **own})
-        (copy / "sites-available/quota.conf").write_text(text)
-        own.update({"DNS:mail1.example.com": "IP:127.0.0.1", " -c ": " -i -c "})
-        commands = readme_block(self.commands, own)
-        run_commands(commands, input=f"{self.password}\n", env=environment)
-        self.run()
-        self.url = self.url.replace("http:", "https:")
 
 
 # What README says in a line of each of these.
@@ -1364,32 +1338,72 @@ class Gunicorn(Site):
 class Serve(Site):
     """No web server: the script with --serve, as README's unit starts it, without systemd.
 
-    `way` is the drop-in's name, `wrapper` the command that gives the rights that the unit would.
+    `way` is a row of README's table of mailboxes; `settings` are more of them, or others; `user` is
+    whose rights the unit's user has here.
     """
 
     def __init__(
         self,
-        way: str = "for mbox files",
-        replacements: Optional[Mapping[str, Path]] = None,
-        wrapper: Sequence[str] = (),
+        way: str = "mbox files",
+        settings: Optional[Mapping[str, Path]] = None,
+        user: str = "www-data",
         edits: Sequence[tuple[str, str]] = (),
     ) -> None:
         super().__init__(edits=edits)
-        self.way, self.replacements = way, replacements
-        self.wrapper = wrapper or as_user("www-data")
+        self.way, self.settings, self.user = way, settings or {}, user
 
     def serve(self) -> None:
-        """Read command and environment of unit and drop-in, as systemd does, and start."""
-        text = readme_block(BACKEND_UNIT)
-        text += readme_block(f"{BACKEND_UNIT}.d/mailboxes.conf, {self.way}")
-        spool = {"/var/mail": self.spool} if self.replacements is None else self.replacements
-        text = self.adapt(text, {"192.0.2.10:8025": f"127.0.0.1:{self.port}", **spool})
-        lines = text.replace("%%", "%").splitlines()
-        command = next(line for line in lines if line.startswith("ExecStart="))
-        settings = [line.partition("=")[2] for line in lines if line.startswith("Environment=")]
-        environment = {**os.environ, **dict(setting.split("=", 1) for setting in settings)}
-        program = command.partition("=")[2].split()
-        self.start(*self.wrapper, *program, port=self.port, env=environment)
+        """Read settings, command and rights, as systemd does, and start."""
+        rows = dict(re.findall(r"^\| ([^|]*) \| (`.*` \| `.*`) \|$", README.read_text(), re.M))
+        setting, line = rows[self.way].strip("`").split("` | `")
+        name = line.partition("=")[0]
+        unit, count = re.subn(rf"(?m)^{name}=.*", line, readme_block(BACKEND_UNIT))
+        assert count == 1, f"{name} is {count} times in README's unit"
+        unit = replace(unit, {LIBRARY: self.library, "192.0.2.10:8025": f"127.0.0.1:{self.port}"})
+        conf = readme_block("/etc/quota-backend.conf", {"192.0.2.25": FRONTEND})
+        conf = re.sub("(?m)^QUOTA_DOVEADM=.*", setting, conf).replace(
+            "/var/mail/", f"{self.spool}/"
+        )
+        for pattern, instead in self.edits:
+            conf, unit = re.sub(pattern, instead, conf), re.sub(pattern, instead, unit)
+        lines = [line for line in conf.splitlines() if not line.startswith("#")]
+        settings = dict(line.split("=", 1) for line in lines)
+        settings.update((name, str(value)) for name, value in self.settings.items())
+        told = dict(line.split("=", 1) for line in unit.splitlines() if re.match("[A-Z].*=", line))
+        ambient = told["AmbientCapabilities"].lower().replace("cap_", "+")
+        bounding = told["CapabilityBoundingSet"].lower().replace("cap_", "+")
+        rights = [f"--inh-caps=-all,{ambient}".rstrip(","), f"--bounding-set=-all,{bounding}"]
+        rights += [f"--ambient-caps=-all,{ambient}".rstrip(","), "--no-new-privs"]
+        command = [*as_user(self.user), *rights, *told["ExecStart"].split()]
+        self.process = self.start(*command, port=self.port, env={**os.environ, **settings})
+
+
+class ApacheTLS(Apache):
+    """README's Apache in front of --serve: https, the frontend's address and a password.
+
+    The other port serves http.
+    """
+
+    block = "/etc/apache2/sites-available/quota.conf"
+    commands = "Backend: a certificate, a password, and start"
+    password = "s:cret#%"  # of the user `frontend`
+
+    def serve(self) -> None:
+        """Start the backend, put README's site into Debian's Apache, run its commands, start it."""
+        need("htpasswd", "apache2-utils")
+        self.backend = self.enter_context(Serve())
+        self.url = f"https://127.0.0.1:{self.port}/quota"
+        self.certificate = self.folder / "ssl/mail1.pem"
+        environment = self.prepare(self.other_port, self.port)
+        copy = self.folder / "apache2"
+        own: dict[str, Path] = {"/etc/ssl/quota": self.folder / "ssl", "/etc/apache2": copy}
+        site = {"*:443": f"*:{self.port}", ":8025": f":{self.backend.port}", **own}
+        text = replace(readme_block(self.block), {"192.0.2.25": FRONTEND, **site})
+        (copy / "sites-available/quota.conf").write_text(text)
+        own.update({"DNS:mail1.example.com": "IP:127.0.0.1", " -c ": " -i -c "})
+        commands = readme_block(self.commands, own)
+        run_commands(commands, input=f"{self.password}\n", env=environment)
+        self.run()
 
 
 # ---- Syslog ----
@@ -1470,9 +1484,7 @@ class TwoRows(Server):
         settings = {"QUOTA_LIMIT": str(BURST_QUOTA), "QUOTA_GRACE": "0"}  # as Dovecot has them
         settings["QUOTA_MAILDIR"] = f"{self.dovecot.homes}/%u/Maildir"
         if self.doveadm:
-            key = self.write("key", DOVEADM_KEY + "\n", 0o600)
-            settings = {"QUOTA_DOVEADM": self.dovecot.url, "QUOTA_DOVEADM_KEY": str(key)}
-            settings["QUOTA_GRACE"] = "0"
+            settings = {**self.dovecot.asked, "QUOTA_GRACE": "0"}
         port = free_port()
         command = PYTHON, self.script, "--serve", port
         self.start(*command, port=port, env={**os.environ, **settings})
