@@ -1352,10 +1352,15 @@ class Serve(Site):
         super().__init__(edits=edits)
         self.way, self.settings, self.user = way, settings or {}, user
 
+    @staticmethod
+    def rows() -> dict[str, tuple[str, str, str, str]]:
+        """Return the rows of README's table: name, ignored, line of settings, line of the unit."""
+        found = re.findall(r"^\| ((.*)) \| `(QUOTA_.*)` \| `(.*)` \|$", README.read_text(), re.M)
+        return {row[0]: row for row in found}
+
     def serve(self) -> None:
         """Read settings, command and rights, as systemd does, and start."""
-        rows = dict(re.findall(r"^\| ([^|]*) \| (`.*` \| `.*`) \|$", README.read_text(), re.M))
-        setting, line = rows[self.way].strip("`").split("` | `")
+        _, _, setting, line = self.rows()[self.way]
         name = line.partition("=")[0]
         unit, count = re.subn(rf"(?m)^{name}=.*", line, readme_block(BACKEND_UNIT))
         assert count == 1, f"{name} is {count} times in README's unit"
@@ -1425,7 +1430,14 @@ class Rsyslog(Server):
         config = self.write("rsyslog.conf", RSYSLOG.format(self.folder))
         self.socket = self.folder / "log"
         command = [need("rsyslogd", "rsyslog"), "-n", "-f", config, "-i", self.folder / "pid"]
-        self.process = self.start(*command)
+        self.begin = lambda: self.start(*command)
+        self.process = self.begin()
+        self.process.wait_ready(self.socket.exists, "rsyslogd")
+
+    def restart(self) -> None:
+        """End it and start another one."""
+        self.process.stop()
+        self.process = self.begin()
         self.process.wait_ready(self.socket.exists, "rsyslogd")
 
     def log(self) -> str:
