@@ -829,7 +829,7 @@ WORDS = {
     "layout": (":LAYOUT={}", "mailbox_list_layout = {}"),
     "control": (":CONTROL={}/%u", "mail_control_path = {}/%{user}"),
     "trash": (
-        "quota_rule{}2 = Trash:ignore",
+        "quota_rule{} = Trash:ignore",
         "namespace inbox {\n inbox = yes\n mailbox Trash {\n  quota_ignore = yes\n }\n}",
     ),
     "users": (
@@ -932,7 +932,7 @@ class Dovecot(Server):
             "grace": self.word("grace", self.grace) if self.grace else "",
             "layout": self.word("layout", self.layout) if self.layout else "",
             "control": self.word("control", self.control) if self.with_control else "",
-            "trash": "" if self.trash else self.word("trash", ""),
+            "trash": "" if self.trash else self.word("trash", "2" if self.limit else ""),
         }
         first = "dovecot_config_version = 2.4.0\ndovecot_storage_version = 2.4.0\n"
         text = DOVECOT + DOVECOT_23 if self.old else first + DOVECOT + DOVECOT_24
