@@ -217,6 +217,7 @@ class Server(contextlib.ExitStack):
         if os.geteuid():
             missing("wants root")
         number = len(list(self.folder.glob("output-*.log")))
+        options = {"cwd": self.folder, **options}
         process = Process(arguments, self.folder / f"output-{number}.log", **options)
         self.enter_context(process)
         if port:
@@ -332,9 +333,13 @@ class Milter(Server):
         copy = shutil.copy(self.script, self.folder / "quota_milter.py")
         command = [*self.wrapper, PYTHON, copy, "--listen", self.listen, *self.options]
         self.process = self.start(*command, **self.popen)
+        self.process.wait_ready(self.listens, "the milter")
+
+    def listens(self) -> bool:
+        """Say whether the milter accepts connections."""
         path = self.listen.partition("unix:")[2]
-        listens = pathlib.Path(path).exists if path else lambda: answers_at(self.port)
-        self.process.wait_ready(listens, "the milter")
+        with socket.socket(socket.AF_UNIX if path else socket.AF_INET) as probe:
+            return probe.connect_ex(path or ("127.0.0.1", self.port)) == 0
 
     def rcpt(self, recipient: Union[str, bytes], *mail_parameters: str) -> str:
         """Give one recipient of one message in a session of its own; return the reply."""

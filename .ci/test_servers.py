@@ -808,39 +808,41 @@ def test_a_local_user_behind_a_virtual_address_of_sendmail_is_asked_about(folder
 # ---- A backend whose first address swallows packets ----
 
 
-@contextlib.contextmanager
-def swallowing(port: int):
-    """Let 127.0.0.9 swallow connections at a port: nobody accepts them, and the queue is full."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.9", port))
-        listener.listen(0)
-        for _ in range(9):
-            client = stack.enter_context(socket.socket())
-            client.setblocking(False)
-            client.connect_ex(listener.getsockname())
-        yield
-
-
 @pytest.fixture
-def two_addresses(folder):
-    """Give a command that runs another one where `twofold.example` has two addresses.
+def twofold(folder):
+    """Give a name with two addresses, the first of them, and a command that runs another one.
 
-    This wants a mount namespace, with a file of its own over /etc/hosts.
+    `localhost` is such a name on most systems. Elsewhere this wants a mount namespace, with a file
+    of its own over /etc/hosts.
     """
-    hosts = folder / "hosts"
-    hosts.write_text("127.0.0.9 twofold.example\n127.0.0.1 twofold.example localhost\n")
-    command = f'mount --bind {hosts} /etc/hosts && exec "$@"'
+    found = [row[4][0] for row in socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)]
+    if found == ["::1", "127.0.0.1"]:
+        return "localhost", "::1", []
+    (folder / "hosts").write_text(
+        "127.0.0.9 twofold.example\n127.0.0.1 twofold.example localhost\n"
+    )
+    command = f'mount --bind {folder}/hosts /etc/hosts && exec "$@"'
     wrapper = [need("unshare", "util-linux"), "--mount", "sh", "-c", command, "sh"]
     if subprocess.run([*wrapper, "true"], capture_output=True).returncode:
-        missing("mount namespaces are not allowed here")
-    return wrapper
+        missing("localhost has one address, and mount namespaces are not allowed here")
+    return "twofold.example", "127.0.0.9", wrapper
 
 
-def test_an_address_that_swallows_packets_does_not_cost_the_verdict(two_addresses):
-    with Backend(FULL) as backend, swallowing(backend.port):
-        url = backend.url.replace("127.0.0.1", "twofold.example")
-        with Milter("--backend", url, "--timeout", "4", wrapper=two_addresses) as milter:
+def test_an_address_that_swallows_packets_does_not_cost_the_verdict(twofold):
+    name, address, wrapper = twofold
+    with contextlib.ExitStack() as stack:
+        backend = stack.enter_context(Backend(FULL))
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = stack.enter_context(socket.socket(family))
+        listener.bind((address, backend.port))
+        listener.listen(0)
+        for _ in range(9):  # nobody accepts them: the queue is full, and packets are dropped
+            client = stack.enter_context(socket.socket(family))
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        url = backend.url.replace("127.0.0.1", name)
+        milter = Milter("--backend", url, "--timeout", "4", wrapper=wrapper)
+        with milter:
             assert milter.rcpt("<john@example.com>") == quota_exceeded("john@example.com")
 
 
@@ -1467,14 +1469,11 @@ def test_random_maildirs_get_the_verdict_of_dovecots_maildir_driver(trash):
 
 @pytest.mark.parametrize("sized", [False, True])
 def test_random_maildirs_get_the_verdict_of_dovecots_own_quota_rule(folder, sized):
-    (folder / "users").write_text(f"@example.com 1\nu1 {LIMIT}\n")
     limits = {"QUOTA_USERS": folder / "users"} if sized else {"QUOTA_LIMIT": LIMIT}
     (folder / "users").write_text("".join(f"u{number} {LIMIT}\n" for number in range(150)))
-    driver = "maildir" if dovecot_is_old() else "count"
-    keeper = "dovecot" if dovecot_is_old() else "dovecot-count"
-    with Dovecot(LIMIT, driver) as dovecot:
+    with Dovecot(LIMIT, "maildir") as dovecot:
         maildirs = [maildir_near_limit(seed, True, sized) for seed in range(150)]
-        settings = {"QUOTA_KEEPER": keeper, **limits}
+        settings = {"QUOTA_KEEPER": "dovecot", **limits}
         compare(dovecot.homes, maildirs, dovecot.refuses, settings)
 
 
