@@ -202,7 +202,7 @@ class Server(contextlib.ExitStack):
         return self
 
     def launch(self) -> None:
-        """Start what is to be started."""
+        """Start what is to be started; a subclass says what that is."""
 
     def write(self, name: str, text: str, mode: int = 0o644) -> pathlib.Path:
         """Write a file below the folder."""
@@ -231,7 +231,6 @@ class Server(contextlib.ExitStack):
 class Session:
     """One connection of an MTA to a milter: as much of the protocol as a message needs."""
 
-    SKIP = 0x400  # the milter may end a body with "s"
     CHUNK = 65535  # bytes of a body that an MTA sends at a time
     STEPS = {
         # command: the bits with which a milter does without it, and without replying to it
@@ -329,7 +328,6 @@ class Milter(Server):
         self.process: Process
 
     def launch(self) -> None:
-        """Start a copy of the milter, which any user may read."""
         copy = shutil.copy(self.script, self.folder / "quota_milter.py")
         command = [*self.wrapper, PYTHON, copy, "--listen", self.listen, *self.options]
         self.process = self.start(*command, **self.popen)
@@ -391,7 +389,6 @@ class Backend(Server):
         self.port = 0
 
     def launch(self) -> None:
-        """Listen."""
         backend = self
 
         class Handler(socketserver.StreamRequestHandler):
@@ -509,7 +506,6 @@ class Postfix(Server):
         self.ports = {name: free_port() for name in self.services}
 
     def launch(self) -> None:
-        """Write main.cf and master.cf, and start."""
         for name in "spool", "data":
             (self.folder / name).mkdir()
         shutil.chown(self.folder / "data", "postfix")
@@ -634,12 +630,10 @@ class Sendmail(Server):
         self.lines, self.virtual, self.port = lines, virtual or {}, free_port()
 
     def launch(self) -> None:
-        """Make sendmail.cf and the tables, and start."""
         files = unpack(self.folder / "files", ["sendmail-bin", "sendmail-base", "sendmail-cf"])
         (self.folder / "queue").mkdir(mode=0o700)
         self.write("aliases", "")
-        lines = self.lines.replace("{folder}", str(self.folder))
-        mc = SENDMAIL_MC.format(folder=self.folder, port=self.port, lines=lines)
+        mc = SENDMAIL_MC.format(folder=self.folder, port=self.port, lines=self.lines)
         rules = files / "usr/share/sendmail/cf"
         m4: list[Path] = [need("m4", "m4"), f"-D_CF_DIR_={rules}/", rules / "m4/cf.m4"]
         m4.append(self.write("sendmail.mc", mc))
@@ -656,10 +650,6 @@ class Sendmail(Server):
             named = []
         self.process = self.start(*named, program, "-C", cf, "-bD")
         self.process.wait_ready(lambda: answers_at(self.port), "Sendmail")
-
-    def log(self) -> str:
-        """Return the queue files, as Sendmail logs to syslog alone."""
-        return "".join(path.read_text() for path in (self.folder / "queue").glob("qf*"))
 
 
 # Debian's answers to its own questions: a frontend that relays for its domains.
@@ -694,7 +684,6 @@ class Exim(Server):
         }
 
     def launch(self) -> None:
-        """Configure it as README says, and start."""
         names = ["exim4-daemon-light", "exim4-base", "exim4-config"]
         files = unpack(self.folder / "files", names)
         program = files / "usr/sbin/exim4"
@@ -900,7 +889,6 @@ class Dovecot(Server):
         return text
 
     def launch(self) -> None:
-        """Write dovecot.conf and start."""
         need("/usr/lib/dovecot/lmtp", "dovecot-lmtpd")
         need("/usr/lib/dovecot/imap", "dovecot-imapd")
         self.homes, self.control = self.folder / "homes", self.folder / "control"
@@ -1041,7 +1029,6 @@ class SQLite(Database):
     kind = "sqlite"
 
     def launch(self) -> None:
-        """Make the file."""
         command = [need("sqlite3", "sqlite3"), f"{self.folder}/aliases.db"]
         subprocess.run(command, input=self.sql.encode(), check=True)
         self.table(f"dbpath = {self.folder}/aliases.db\n")
@@ -1053,7 +1040,6 @@ class MariaDB(Database):
     kind = "mysql"
 
     def launch(self) -> None:
-        """Make the database, start it and fill it."""
         folder, server = self.folder, need("mariadbd", "mariadb-server")
         shutil.chown(folder, "mysql", "mysql")
         install = ["--no-defaults", "--user=mysql", "--skip-test-db", f"--datadir={folder}/data"]
@@ -1077,7 +1063,6 @@ class PostgreSQL(Database):
     kind = "pgsql"
 
     def launch(self) -> None:
-        """Make the database, start it and fill it."""
         found = sorted(pathlib.Path("/usr/lib/postgresql").glob("*/bin"))
         programs = found[-1] if found else pathlib.Path("/usr/lib/postgresql/bin")
         server = need(str(programs / "postgres"), "postgresql")
@@ -1116,7 +1101,6 @@ class Site(Server):
         self.url = f"http://127.0.0.1:{self.port}/cgi-bin/quota.cgi"
 
     def launch(self) -> None:
-        """Install the scripts and fill the mailboxes, then serve."""
         self.spool, self.library = self.folder / "mail", self.folder / "lib"
         self.spool.mkdir(mode=0o711)  # for others: to search, not to list
         self.library.mkdir()
@@ -1144,7 +1128,7 @@ class Site(Server):
         table: dict[str, Path] = {LIBRARY: self.library, "192.0.2.25": FRONTEND}
         text = replace(text, {**table, **(replacements or {})})
         for pattern, instead in self.edits:
-            text = re.sub(pattern, lambda _, instead=instead: instead, text)  # type: ignore[misc]
+            text = re.sub(pattern, instead.format(self.port, self.library), text)
         return text
 
     def ask(self, query: str, *options: str) -> str:
@@ -1186,7 +1170,6 @@ class Apache(Site):
     replacements: Mapping[str, Path] = {}
 
     def serve(self) -> None:
-        """Put README's block into Debian's Apache, run its command and start it."""
         environment = self.prepare(self.port, self.other_port)
         text = self.adapt(readme_block(self.block), self.replacements)
         (self.folder / "apache2/conf-available/quota.conf").write_text(text)
@@ -1224,7 +1207,6 @@ class ApacheWSGI(Apache):
     }
 
     def serve(self) -> None:
-        """See that the module is there."""
         need("/usr/lib/apache2/modules/mod_wsgi.so", "libapache2-mod-wsgi-py3")
         super().serve()
 
@@ -1269,7 +1251,6 @@ class Lighttpd(Site):
     """lighttpd with mod_cgi, beside Debian's 10-cgi.conf."""
 
     def serve(self) -> None:
-        """Start it."""
         edits: dict[str, Path] = {
             'include_shell "/usr/share/lighttpd/use-ipv6.pl " + server.port': "",
             "= 80\n": f'= {self.port}\nserver.bind = "127.0.0.1"\n',
@@ -1293,7 +1274,6 @@ class Nginx(Site):
     """nginx, and fcgiwrap behind it."""
 
     def serve(self) -> None:
-        """Put README's block into Debian's nginx, run its command and start both."""
         wrapper, run = need("fcgiwrap", "fcgiwrap"), self.folder / "run"
         run.mkdir()
         shutil.chown(run, "www-data", "www-data")
@@ -1322,7 +1302,6 @@ class Uwsgi(Site):
     """uWSGI."""
 
     def serve(self) -> None:
-        """Start it."""
         need("/usr/lib/uwsgi/plugins/python3_plugin.so", "uwsgi-plugin-python3")
         own = {"192.0.2.10:8025": f"127.0.0.1:{self.port}", "/var/mail/": f"{self.spool}/"}
         path = self.write("quota.ini", self.adapt(UWSGI, own))
@@ -1333,7 +1312,6 @@ class Gunicorn(Site):
     """gunicorn, on a copy of the script that is called quota.py."""
 
     def serve(self) -> None:
-        """Start it."""
         need("gunicorn", "gunicorn")
         address = f"127.0.0.1:{self.port}"
         own: dict[str, Path] = {" quota.cgi": f" {self.script}", "192.0.2.10:8025": address}
@@ -1364,7 +1342,6 @@ class Serve(Site):
         return {row[0]: row for row in found}
 
     def serve(self) -> None:
-        """Read settings, command and rights, as systemd does, and start."""
         _, _, setting, line = self.rows()[self.way]
         name = line.partition("=")[0]
         unit, count = re.subn(rf"(?m)^{name}=.*", line, readme_block(BACKEND_UNIT))
@@ -1399,7 +1376,6 @@ class ApacheTLS(Apache):
     password = "s:cret#%"  # of the user `frontend`
 
     def serve(self) -> None:
-        """Start the backend, put README's site into Debian's Apache, run its commands, start it."""
         need("htpasswd", "apache2-utils")
         self.backend = self.enter_context(Serve())
         self.url = f"https://127.0.0.1:{self.port}/quota"
@@ -1428,21 +1404,17 @@ template(name="all" type="string" string="%syslogfacility-text%.%syslogseverity-
 
 
 class Rsyslog(Server):
-    """rsyslogd with a socket of its own; `log()` is what arrives there."""
+    """rsyslogd with a socket of its own."""
 
     def launch(self) -> None:
-        """Start it."""
-        config = self.write("rsyslog.conf", RSYSLOG.format(self.folder))
+        self.config = self.write("rsyslog.conf", RSYSLOG.format(self.folder))
         self.socket = self.folder / "log"
-        command = [need("rsyslogd", "rsyslog"), "-n", "-f", config, "-i", self.folder / "pid"]
-        self.begin = lambda: self.start(*command)
-        self.process = self.begin()
-        self.process.wait_ready(self.socket.exists, "rsyslogd")
+        self.begin()
 
-    def restart(self) -> None:
-        """End it and start another one."""
-        self.process.stop()
-        self.process = self.begin()
+    def begin(self) -> None:
+        """Start it, for the first time or again."""
+        command = [need("rsyslogd", "rsyslog"), "-n", "-f", self.config, "-i", self.folder / "pid"]
+        self.process = self.start(*command)
         self.process.wait_ready(self.socket.exists, "rsyslogd")
 
     def log(self) -> str:
@@ -1494,7 +1466,6 @@ class TwoRows(Server):
         self.bursts = 0
 
     def launch(self) -> None:
-        """Start the backend."""
         self.dovecot = self.enter_context(Dovecot(BURST_QUOTA, format=self.format))
         main_cf = BUSY_CF + BURST_BACKEND_CF.format(port=self.dovecot.lmtp_port)
         self.backend = self.enter_context(Postfix(main_cf))

@@ -101,8 +101,8 @@ def too_large(address: str) -> str:
 
 # ---- Web servers ----
 
-RULED = [Apache, ApacheWSGI, Lighttpd, Nginx]  # these look who asks
-SERVERS = [*RULED, Uwsgi, Gunicorn, Serve]
+RULED: list[Any] = [Apache, ApacheWSGI, Lighttpd, Nginx]  # these look who asks
+SERVERS: list[Any] = [*RULED, Uwsgi, Gunicorn, Serve]
 
 
 @pytest.fixture(params=SERVERS, ids=lambda server: server.__name__)
@@ -143,37 +143,17 @@ def test_the_script_and_the_milter_get_along_under_every_web_server(site):
         assert site.ask("u=mary") == "500 ERROR the mailbox is not a file"
 
 
-SIBLINGS = [
-    "/cgi-bin/maildir_quota.cgi",
-    "/cgi-bin/quota.cgi/../maildir_quota.cgi",
-    "/cgi-bin/quota.cgi/%2e%2e/maildir_quota.cgi",
-    "/cgi-bin/quota.cgi%2F..%2Fmaildir_quota.cgi",
-    "/lib/quota.cgi",
-]
-SPELLINGS = [
-    "/cgi-bin/quota.cgi",
-    "/quota",
-    "//cgi-bin/quota.cgi",
-    "/cgi-bin//quota.cgi",
-    "/cgi-bin/./quota.cgi",
-    "/cgi-bin/%2e/quota.cgi",
-    "/cgi-bin/x/../quota.cgi",
-    "/cgi-bin/x/%2E%2e/quota.cgi",
-    "/cgi-bin%2Fquota.cgi",
-    "/cgi-bin/quota.cgi/",
-    "/cgi-bin/quota.cgi/x",
-    "/cgi-bin/quota.cgi//x",
-    "/cgi-bin/quota.cgi%2Fx",
-    "/cgi-bin/quota.cgi;x",
-    "/cgi-bin/quota.cgix",
-    "/cgi-bin/quota%2Ecgi",
-    "/cgi-bin/%71uota.cgi",
-    "/CGI-BIN/QUOTA.CGI",
-    "/cgi-bin/quota.cgi%00",
-    "/cgi-bin/",
-    "/",
-    *SIBLINGS,
-]
+SIBLINGS = """/cgi-bin/maildir_quota.cgi /cgi-bin/quota.cgi/../maildir_quota.cgi
+/cgi-bin/quota.cgi/%2e%2e/maildir_quota.cgi /cgi-bin/quota.cgi%2F..%2Fmaildir_quota.cgi
+/lib/quota.cgi""".split()
+SPELLINGS = (
+    """/cgi-bin/quota.cgi /quota //cgi-bin/quota.cgi /cgi-bin//quota.cgi /cgi-bin/./quota.cgi
+/cgi-bin/%2e/quota.cgi /cgi-bin/x/../quota.cgi /cgi-bin/x/%2E%2e/quota.cgi /cgi-bin%2Fquota.cgi
+/cgi-bin/quota.cgi/ /cgi-bin/quota.cgi/x /cgi-bin/quota.cgi//x /cgi-bin/quota.cgi%2Fx
+/cgi-bin/quota.cgi;x /cgi-bin/quota.cgix /cgi-bin/quota%2Ecgi /cgi-bin/%71uota.cgi
+/CGI-BIN/QUOTA.CGI /cgi-bin/quota.cgi%00 /cgi-bin/ /""".split()
+    + SIBLINGS
+)
 FORGERIES = [  # header fields by which an address may be claimed
     f"X-Forwarded-For: {FRONTEND}",
     f"X-Real-IP: {FRONTEND}",
@@ -229,16 +209,12 @@ def test_a_stranger_gets_no_answer_at_any_url(server, rule):
                 assert not tells(site.fetch(other, "-m", "2")), path
 
 
+OTHER_SITE = "\n<VirtualHost *:{0}>\nScriptAlias /s/ {1}/\nAlias /files/ {1}/\n</VirtualHost>\n"
+
+
 @pytest.mark.parametrize("server", [Apache, ApacheWSGI])
 def test_the_rule_of_apache_holds_on_every_site_that_reaches_the_folder(server):
-    other = "\n<VirtualHost *:{0}>\nScriptAlias /s/ {1}/\nAlias /files/ {1}/\n</VirtualHost>\n"
-
-    class Crowded(server):
-        def serve(self):
-            self.edits = [(r"\Z", other.format(self.port, self.library))]
-            super().serve()
-
-    with Crowded() as site:
+    with server(edits=[(r"\Z", OTHER_SITE)]) as site:
         named = ["--interface", STRANGER, "--resolve", f"x.org:{site.port}:127.0.0.1"]
         for path in "/s/quota.cgi", "/s/maildir_quota.cgi", "/files/quota.cgi", "/files/", "/s/":
             for host in "127.0.0.1", "x.org":
@@ -265,45 +241,28 @@ def test_the_workers_have_nothing_of_roots_groups(server):
         assert not any("0" in groups_of(pid) for pid in mine)
 
 
-OUTSIDERS = {
-    "shell": """#!/bin/sh
-user=${QUERY_STRING#*u=}
-user=${user%%&*}
-size=$(stat -c %s "SPOOL/$user" 2> /dev/null)
-status=OK
-[ "${size:-0}" -gt 209715200 ] && status=OVERQUOTA
-echo "Content-Type: text/plain"
-echo
-echo "$status $user $size 209715200"
-""",
-    "perl": """#!/usr/bin/perl
+OUTSIDER = """#!/usr/bin/perl
 use strict;
 my ($user) = $ENV{QUERY_STRING} =~ /u=([^&]*)/;
 $user =~ s/%(..)/chr hex $1/ge;
 my $size = -s "SPOOL/$user";
 my $status = ($size || 0) > 209715200 ? "OVERQUOTA" : "OK";
 print "Content-Type: text/html\\n\\n$status $user " . ($size // "") . " 209715200";
-""",
-}
+"""
 
 
-@pytest.mark.parametrize("language", OUTSIDERS)
-@pytest.mark.parametrize("server", [Apache, Lighttpd])
-def test_an_outsiders_script_that_knows_only_the_user_serves_the_milter(server, language):
-    with server(OUTSIDERS[language]) as site, Milter("--backend", site.url, "--verbose") as milter:
+def test_an_outsiders_script_and_an_outsiders_client_get_along_with_ours():
+    with Lighttpd(OUTSIDER) as site, Milter("--backend", site.url, "--verbose") as milter:
         assert milter.rcpt("<john@example.com>") == quota_exceeded("john@example.com")
         assert milter.rcpt("<mary@example.com>", "SIZE=1001") == quota_exceeded("mary@example.com")
         assert milter.rcpt("<nobody@example.com>", "SIZE=1001") == ""
         assert "verdict=ok used=- quota=209715200" in milter.log("recipient=nobody@")
         size = f"SIZE={ROOM + 1}"
         assert milter.rcpt("<nobody@example.com>", size) == too_large("nobody@example.com")
-
-
-def test_an_outsiders_client_of_one_line_reads_our_answer():
     client = 'curl -s "$1?u=$2" | grep -q ^OVERQUOTA && echo full || echo room'
-    with Apache() as site:
+    with Apache() as ours:
         for user, expected in ("john", "full\n"), ("mary", "room\n"), ("OVERQUOTA", "room\n"):
-            arguments = ["sh", "-c", client, "client", site.url, user]
+            arguments = ["sh", "-c", client, "client", ours.url, user]
             assert subprocess.check_output(arguments, text=True) == expected
 
 
@@ -519,8 +478,8 @@ def postfix_and_a_socket():
     with Postfix(readme_block("/etc/postfix/main.cf")) as postfix:
         spool, file = postfix.folder / "spool", postfix.folder / "quota_milter.conf"
         file.touch()
-        names = {"/var/spool/postfix": spool, "quota-milter": "daemon", "/etc/quota_m": file}
-        names = {**names, f"{file}ilter.conf": file}
+        names = {"/etc/quota_milter.conf": str(file), "quota-milter": "daemon"}
+        names["/var/spool/postfix"] = str(spool)
         run_commands(readme_block("Frontend: start", names))
         yield Front(postfix, f"unix:{spool}/quota/milter.sock", [*UMASK, *as_user("daemon")])
 
@@ -589,10 +548,7 @@ def test_a_mail_server_tells_the_sender_what_the_milter_says(front, folder):
 @pytest.mark.parametrize("front", MAIL_SERVERS)
 def test_the_end_of_the_data_and_the_log_tell_what_rcpt_could_not(front, folder):
     with front() as mta, Serve() as site, mta.milter(folder, site.url) as milter:
-        full, long = (
-            quota_exceeded("mary@example.com"),
-            b"Subject: x\r\n\r\n" + b"x" * 2000 + b"\r\n",
-        )
+        full, long = quota_exceeded("mary@example.com"), lines_of(2000, 60, b"\r\n")
         assert send(mta.server.port, "mary@example.com", body=long) == ["", full]
         line = milter.log("step=data")
         assert " verdict=overquota " in line and " sender=sender@example.net" in line
@@ -623,6 +579,9 @@ def test_exim_accepts_what_it_cannot_ask_about():
         while not backend.ended.wait(0.2):
             connection.sendall(b"H")
 
+    def hang(connection: socket.socket) -> None:
+        backend.ended.wait(60)
+
     page = b"HTTP/1.1 %s\r\nServer: x\r\n\r\n%sOVERQUOTA john 101 100\n"
     with Backend(FULL) as backend, Exim(backend.port, seconds=2) as exim:
         backend.answers = {
@@ -632,7 +591,7 @@ def test_exim_accepts_what_it_cannot_ask_about():
             b"moved": page % (b"302 Found", b""),
             b"page": page % (b"200 OK", b"<p>no such page</p>\n"),
             b"nothing": b"HTTP/1.1 200 OK\r\n\r\n",
-            b"hanging": lambda connection: backend.ended.wait(60) and None,
+            b"hanging": hang,
             b"dripping": drip,
         }
         for user in backend.answers:
@@ -742,21 +701,21 @@ def test_mail_that_a_filter_gives_back_goes_without_the_milter_as_readme_says(fo
     }
     text = " ".join(README.read_text().split())
     assert all(way in text for way in ways.values())
-    with Backend(FULL) as backend, postfix_and_a_port(services=ways) as mta:
-        with mta.milter(folder, backend.url):
-            full = [quota_exceeded("john@example.com")]
-            assert send(mta.server.port, "john@example.com") == full
-            for way in ways:
-                assert send(mta.server.ports[way], "john@example.com") == [""], way
+    postfix = postfix_and_a_port(services=ways)
+    with Backend(FULL) as backend, postfix as mta, mta.milter(folder, backend.url):
+        full = [quota_exceeded("john@example.com")]
+        assert send(mta.server.port, "john@example.com") == full
+        for way in ways:
+            assert send(mta.server.ports[way], "john@example.com") == [""], way
 
 
 def test_clients_that_milter_maps_name_are_not_asked_about(folder):
     (folder / "milters.cidr").write_text(f"{STRANGER}/32 DISABLE\n")
     maps = f"smtpd_milter_maps = cidr:{folder}/milters.cidr\n"
-    with Backend(FULL) as backend, postfix_and_a_port(maps) as mta:
-        with mta.milter(folder, backend.url):
-            assert send(mta.server.port, "john@example.com") != [""]
-            assert send(mta.server.port, "john@example.com", source=STRANGER) == [""]
+    postfix = postfix_and_a_port(maps)
+    with Backend(FULL) as backend, postfix as mta, mta.milter(folder, backend.url):
+        assert send(mta.server.port, "john@example.com") != [""]
+        assert send(mta.server.port, "john@example.com", source=STRANGER) == [""]
 
 
 def test_postfix_accepts_mail_while_the_milter_hangs_and_a_session_outlives_it(folder):
@@ -900,19 +859,12 @@ TABLE_ROWS = {
     "sales+x@example.com": "mary@example.com",
     "support@example.com": "sales@example.org",
     "sales@example.org": "sales@example.com",
-    "bare@example.com": "john",
     "local": "john@example.com",
     "-": "john@example.com",
     "a#x@example.com": "john@example.com",
     "list@example.com": "john@example.com, mary@example.com",
-    "two@example.com": "john@example.com mary@example.com",
-    "far@example.com": "list@example.com",
     "prog@example.com": "|/bin/true",
-    "file@example.com": "/var/mail/john",
-    "include@example.com": ":include:/etc/list",
-    "error@example.com": "error:nouser",
     "out@example.com": "john@elsewhere.net",
-    "self@example.com": "self@example.com",
     "loop1@example.com": "loop2@example.com",
     "loop2@example.com": "loop1@example.com",
     '"a b"@example.com': "john@example.com",
@@ -923,42 +875,18 @@ TABLE_ROWS = {
     "@loop.org": "@pool.org",
     "@pool.org": "@loop.org",
 }
-TABLED = [
-    # (recipient, mailbox that is asked about, None: none)
-    ("sales@example.com", "john@example.com"),
-    ("SALES@Example.COM", "john@example.com"),
-    ("sales+x@example.com", "mary@example.com"),
-    ("sales+y@example.com", "john@example.com"),
-    ("support@example.com", "john@example.com"),
-    ("bare@example.com", "john@example.com"),
-    ("local@example.com", "john@example.com"),
-    ("local@example.org", "john@example.com"),
-    ("local+x@example.org", "john@example.com"),
-    ("local@virtual.net", None),
-    ("-@example.com", "john@example.com"),
-    ("a#x@example.com", "john@example.com"),
-    ("list@example.com", None),
-    ("two@example.com", None),
-    ("far@example.com", None),
-    ("prog@example.com", None),
-    ("file@example.com", None),
-    ("include@example.com", None),
-    ("error@example.com", None),
-    ("out@example.com", None),
-    ("self@example.com", "self@example.com"),
-    ("loop1@example.com", None),
-    ("loop2@example.com", None),
-    ('"a b"@example.com', "john@example.com"),
-    ("info@virtual.net", "john@example.com"),
-    ("john@all.org", "john@all.org"),
-    ("anybody@all.org", "mary@example.com"),
-    ("paul@moved.org", "paul@example.com"),
-    ("sales@moved.org", "john@example.com"),
-    ("x@loop.org", None),
-    ("nobody@example.com", "nobody@example.com"),
-    ("o'neill@example.com", "o'neill@example.com"),
-    ("postmaster@all.org", None),
-]
+# By the mailbox that is asked about (None: none) the recipients that lead to it, commas between.
+TABLED = {
+    "john@example.com": "sales@example.com,SALES@Example.COM,sales+y@example.com,-@example.com,"
+    "support@example.com,local@example.com,local@example.org,local+x@example.org,"
+    'a#x@example.com,"a b"@example.com,info@virtual.net,sales@moved.org',
+    "mary@example.com": "sales+x@example.com,anybody@all.org",
+    "john@all.org": "john@all.org",
+    "paul@example.com": "paul@moved.org",
+    "o'neill@example.com": "o'neill@example.com",
+    None: "local@virtual.net,list@example.com,prog@example.com,out@example.com,"
+    "loop1@example.com,loop2@example.com,x@loop.org,postmaster@all.org",
+}
 SQL_ROWS = [
     *TABLE_ROWS.items(),
     ("rows@example.com", "john@example.com"),
@@ -977,18 +905,17 @@ PATTERNS = r"""
 /^loop@/  loop@example.com
 /^plus\+x@example\.com$/  mary@example.com
 """
-PATTERNED = [
-    ("paul@moved.org", "paul@example.com"),
-    ("sales@example.com", "john@example.com"),
-    ("Sales@example.com", "john@example.com"),
-    ("sales+x@example.com", "sales@example.com"),
-    ("sales@example.org", "sales@example.org"),
-    ("anybody@all.org", "anybody@all.org"),
-    ("two@example.org", None),
-    ("loop@example.com", "loop@example.com"),
-    ("plus+x@example.com", "mary@example.com"),
-    ("plus+y@example.com", "plus@example.com"),
-]
+PATTERNED = {
+    "paul@example.com": "paul@moved.org",
+    "john@example.com": "sales@example.com,Sales@example.com",
+    "sales@example.com": "sales+x@example.com",
+    "sales@example.org": "sales@example.org",
+    "anybody@all.org": "anybody@all.org",
+    None: "two@example.org",
+    "loop@example.com": "loop@example.com",
+    "mary@example.com": "plus+x@example.com",
+    "plus@example.com": "plus+y@example.com",
+}
 
 
 def indexed_table(kind: str, file: pathlib.Path, rows: Mapping[str, str]) -> str:
@@ -1026,9 +953,11 @@ class Aliased(Server):
         assert len(asked) < 2, asked
         return asked[0] if asked else None
 
-    def mailboxes(self, rows: Sequence[tuple[str, Any]]) -> list[tuple[str, Optional[str]]]:
-        """Give the recipients of a table's rows; return each with the mailbox asked about."""
-        return [(recipient, self.mailbox(recipient)) for recipient, _ in rows]
+    def check(self, rows: Mapping[Optional[str], str]) -> None:
+        """Give the recipients of a table: each must lead to its mailbox."""
+        for mailbox, recipients in rows.items():
+            for recipient in recipients.split(","):
+                assert self.mailbox(recipient) == mailbox, recipient
 
     def is_alone(self) -> bool:
         """Say whether all processes that the milter has started are gone."""
@@ -1044,7 +973,7 @@ def test_every_kind_of_table_leads_to_the_mailbox(kind, folder):
         else:
             name = indexed_table(kind, folder / "my table", TABLE_ROWS)
         aliased = stack.enter_context(Aliased(name, options=[*NO_CACHE, "--on-error", "tempfail"]))
-        assert aliased.mailboxes(TABLED) == TABLED
+        aliased.check(TABLED)
         for raw, user in (
             (b"x\nsales@example.com", b"x\nsales"),
             (b"sales@example.com\nx@example.com", b"sales@example.com\nx"),
@@ -1075,7 +1004,7 @@ def test_a_table_of_patterns_is_asked_about_the_whole_address_alone(kind, folder
     need("/usr/share/doc/postfix-pcre", "postfix-pcre")
     (folder / "my patterns").write_text(PATTERNS)
     with Aliased(f"{kind}:{folder}/my patterns") as aliased:
-        assert aliased.mailboxes(PATTERNED) == PATTERNED
+        aliased.check(PATTERNED)
 
 
 def test_files_and_tables_stand_beside_each_other_in_their_order(folder):
@@ -1104,9 +1033,8 @@ smtpd_reject_unlisted_recipient = no
 allow_min_user = yes
 """
     with Postfix(main_cf) as postfix:
-        for recipient, mailbox in TABLED:
-            if mailbox is None:
-                continue
+        rows = [(x, box) for box, names in TABLED.items() if box for x in names.split(",")]
+        for recipient, mailbox in rows:
             before = len(postfix.log())
             assert send(postfix.port, recipient) == [""]
 
@@ -1241,25 +1169,16 @@ def make_maildir(path: pathlib.Path, maildir: Maildir) -> None:
         (path / "maildirsize").write_bytes(maildir.maildirsize)
         then = time.time() - maildir.age
         os.utime(path / "maildirsize", (then, then))
-    for name in [path.parent, path, *path.rglob("*")]:
-        os.lchown(name, MAIL_UID, MAIL_UID)
+    for entry in [path.parent, path, *path.rglob("*")]:
+        os.lchown(entry, MAIL_UID, MAIL_UID)
 
 
-def state_of(path: pathlib.Path) -> list[tuple[Any, ...]]:
-    """Return all that may not change in a tree: names, status, contents (of files not huge)."""
-    state: list[tuple[Any, ...]] = []
-    for name in sorted([path, *path.rglob("*")]):
-        status = os.lstat(name)
-        kept = (
-            status.st_ino,
-            status.st_uid,
-            status.st_mode,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
-        )
-        regular = name.is_file() and name.stat().st_size < 10_000
-        state.append((name, *kept, name.read_bytes() if regular else b""))
-    return state
+def state_of(path: pathlib.Path) -> dict[pathlib.Path, Any]:
+    """Return all that may not change in a tree: the status of each file but when it was read."""
+    states = {name: os.lstat(name) for name in [path, *path.rglob("*")]}
+    return {
+        name: (*state[:7], state.st_mtime_ns, state.st_ctime_ns) for name, state in states.items()
+    }
 
 
 def load(script: pathlib.Path) -> Any:
@@ -1648,8 +1567,8 @@ def test_last_modified_is_when_a_message_came_or_was_read_or_deleted():
         )
         for what, step, changes in steps:
             then = time.time() - 3 * 86400
-            for name in [path, *path.glob("**/*")]:
-                os.utime(name, (then, then))
+            for entry in [path, *path.glob("**/*")]:
+                os.utime(entry, (then, then))
             step()
             client.noop()
             date = ask("john", settings).header["Last-Modified"]
@@ -1679,7 +1598,7 @@ def figures(dovecot: Dovecot, user: str) -> tuple[str, int, int]:
     return "OVERQUOTA" if over else "OK", used, limits[0] * 1024
 
 
-MAILBOX_FORMATS = {
+MAILBOX_FORMATS: dict[str, dict[str, Any]] = {
     "mdbox": {"format": "mdbox"},
     "sdbox": {"format": "sdbox"},
     "a Maildir": {},
@@ -1987,7 +1906,8 @@ def test_the_log_arrives_at_syslog(dev_log):
             site.process.stop()
             assert milter.rcpt("<mary@example.com>") == ""
             arrives(r"mail\.warning .* recipient=mary@example\.com user=mary verdict=fault")
-            syslog.restart()
+            syslog.process.stop()
+            syslog.begin()
             process.popen.send_signal(signal.SIGUSR1)
             arrives(r"mail\.info .* counters .*recipients=2 ")
             assert process.stop() == 0
