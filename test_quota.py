@@ -690,70 +690,59 @@ def run_cases(cases: list[Case], site: Site) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-X = "&d=x.org"
-EXAMPLE = "&d=xn--exmple-cua.com"
+X, EXAMPLE = "&d=x.org", "&d=xn--exmple-cua.com"
 ADDRESSES = [
-    # (as the MTA gives it, what is asked, "": nothing; the address in the reply, "": as given)
-    (b"<john@example.com>", "u=john&d=example.com", ""),
-    (b"john@example.com", "u=john&d=example.com", ""),
-    (b"<John@Example.COM>", "u=john&d=example.com", ""),
-    (b"<john@example.com.>", "u=john&d=example.com", ""),
-    (b"<john>", "u=john", ""),
-    (b"<>", "", ""),
-    (b"", "", ""),
-    (b"<@example.com>", "", ""),
-    (b'<""@x.org>', "", ""),
-    (b"<john@>", "u=john", ""),
-    (b"<@a.example,@b.example:john@x.org>", "u=john" + X, ""),
-    (b"<@[IPv6:::1],@b.example:john@x.org>", "u=john" + X, ""),
-    (b"<@a.example:john>", "u=john", ""),
-    (b"<john@[192.0.2.1]>", "u=john&d=%5B192.0.2.1%5D", ""),
-    (b'<"a b"@x.org>', "u=a%20b" + X, ""),
-    (b'<"a@b"@x.org>', "u=a%40b" + X, ""),
-    (b'<"a@b">', "u=a%40b", ""),
-    (rb'<"a\"b\\c"@x.org>', "u=a%22b%5Cc" + X, ""),
-    (b'<"a:b"@x.org>', "u=a%3Ab" + X, ""),
-    (b"<a@b@x.org>", "u=a%40b" + X, ""),
-    (b"<john+lists@x.org>", "u=john" + X, ""),
-    (b"<john+a+b@x.org>", "u=john" + X, ""),
-    (b"<john+@x.org>", "u=john" + X, ""),
-    (b"<+john@x.org>", "u=%2Bjohn" + X, ""),
-    (b"<+@x.org>", "u=%2B" + X, ""),
-    (b'<"john+a b"@x.org>', "u=john" + X, ""),
-    ("<jörg@x.org>".encode(), "u=j%C3%B6rg" + X, "j?rg@x.org"),
-    ("<JÖRG@x.org>".encode(), "u=j%C3%96rg" + X, "J?RG@x.org"),
-    ("<\u212aim\u0130@x.org>".encode(), "u=%E2%84%AAim%C4%B0" + X, "?im?@x.org"),
-    (b"<j\xf6rg@x.org>", "u=j%F6rg" + X, "j?rg@x.org"),
-    # A domain beyond ASCII is its A-labels (RFC 5890).
-    ("<john@exämple.com>".encode(), "u=john" + EXAMPLE, "john@ex?mple.com"),
-    ("<john@EXÄMPLE.com.>".encode(), "u=john" + EXAMPLE, "john@EX?MPLE.com."),
-    (b"<john@xn--exmple-cua.com>", "u=john" + EXAMPLE, ""),
-    (b"<john@XN--Exmple-cua.com>", "u=john" + EXAMPLE, ""),
-    (
-        "<john@mail.bücher.example>".encode(),
-        "u=john&d=mail.xn--bcher-kva.example",
-        "john@mail.b?cher.example",
-    ),
-    (b"<john@ex\xe4mple.com>", "u=john&d=ex%E4mple.com", "john@ex?mple.com"),
-    ("<john@a\u2028b.com>".encode(), "u=john&d=a%E2%80%A8b.com", "john@a?b.com"),
-    (b"<a%b@x.org>", "u=a%25b" + X, "a?b@x.org"),
-    (b"<a%%s%n@x.org>", "u=a%25%25s%25n" + X, "a??s?n@x.org"),
-    (b"<a&u=b#c/d@x.org>", "u=a%26u%3Db%23c%2Fd" + X, ""),
-    (b"<../../etc/passwd@x.org>", "u=..%2F..%2Fetc%2Fpasswd" + X, ""),
-    (b"<a\r\nb\x7f@x.org>", "u=a%0D%0Ab%7F" + X, "a??b?@x.org"),
-    (b"<a\x1b[1mb@x.org>", "u=a%1B%5B1mb" + X, "a?[1mb@x.org"),
-    (b"<john@x.org&d=y.org>", "u=john&d=x.org%26d%3Dy.org", ""),
-    (b"<{address}@x.org>", "u=%7Baddress%7D" + X, ""),
+    # (what is asked, "": nothing; recipients as the MTA gives them; the reply shows an address as
+    # it was given, with ? for % and all that is not printable ASCII)
+    ("", [b"<>", b"", b"<@x.org>", b'<""@x.org>']),
+    ("u=john", [b"<john>", b"<john@>", b"<@a.example:john>"]),
+    ("u=john" + X, [b"<john@x.org>", b"john@x.org", b"<John@X.ORG>", b"<john@x.org.>"]),
+    ("u=john" + X, [b"<john+lists@x.org>", b"<john+a+b@x.org>", b"<john+@x.org>"]),
+    ("u=john" + X, [b"<@a.example,@b.example:john@x.org>", b'<"john+a b"@x.org>']),
+    ("u=john" + X, [b"<@[IPv6:::1],@b.example:john@x.org>"]),
+    ("u=john&d=%5B192.0.2.1%5D", [b"<john@[192.0.2.1]>"]),
+    ("u=%2Bjohn" + X, [b"<+john@x.org>"]),
+    ("u=%2B" + X, [b"<+@x.org>"]),
+    ("u=a%20b" + X, [b'<"a b"@x.org>']),
+    ("u=a%40b" + X, [b'<"a@b"@x.org>', b"<a@b@x.org>"]),
+    ("u=a%40b", [b'<"a@b">']),
+    ("u=a%22b%5Cc" + X, [rb'<"a\"b\\c"@x.org>']),
+    ("u=a%3Ab" + X, [b'<"a:b"@x.org>']),
+    ("u=j%C3%B6rg" + X, ["<jörg@x.org>".encode()]),
+    ("u=j%C3%96rg" + X, ["<JÖRG@x.org>".encode()]),  # only ASCII is folded
+    ("u=%E2%84%AAim%C4%B0" + X, ["<\u212aim\u0130@x.org>".encode()]),
+    ("u=j%F6rg" + X, [b"<j\xf6rg@x.org>"]),
+    # A domain beyond ASCII is its A-labels (RFC 5890), where the codec takes it.
+    ("u=john" + EXAMPLE, ["<john@exämple.com>".encode(), "<john@EXÄMPLE.com.>".encode()]),
+    ("u=john" + EXAMPLE, [b"<john@xn--exmple-cua.com>", b"<john@XN--Exmple-cua.com>"]),
+    ("u=john&d=mail.xn--bcher-kva.example", ["<john@mail.bücher.example>".encode()]),
+    ("u=john&d=ex%E4mple.com", [b"<john@ex\xe4mple.com>"]),
+    ("u=john&d=a%E2%80%A8b.com", ["<john@a\u2028b.com>".encode()]),
+    # What is hostile stays a name.
+    ("u=a%25b" + X, [b"<a%b@x.org>"]),
+    ("u=a%25%25s%25n" + X, [b"<a%%s%n@x.org>"]),
+    ("u=a%26u%3Db%23c%2Fd" + X, [b"<a&u=b#c/d@x.org>"]),
+    ("u=..%2F..%2Fetc%2Fpasswd" + X, [b"<../../etc/passwd@x.org>"]),
+    ("u=a%0D%0Ab%7F" + X, [b"<a\r\nb\x7f@x.org>"]),
+    ("u=a%1B%5B1mb" + X, [b"<a\x1b[1mb@x.org>"]),
+    ("u=john&d=x.org%26d%3Dy.org", [b"<john@x.org&d=y.org>"]),
+    ("u=%7Baddress%7D" + X, [b"<{address}@x.org>"]),
 ]
+
+
+def shown(recipient: str) -> str:
+    """Write an address as replies do."""
+    return re.sub("[^ -~]|%", "?", recipient.removeprefix("<").removesuffix(">"))
 
 
 def address_cases() -> list[Case]:
     """Make the cases of ADDRESSES, whose replies are compared to the end."""
     cases = []
-    for given, query, shown in ADDRESSES:
-        shown = shown or given.decode().removeprefix("<").removesuffix(">")
-        reply = f"{EXCEEDED}{shown}, try again later" if query else ""
-        cases.append(Case(recipient=given, asked=query, reply=reply))
+    for query, recipients in ADDRESSES:
+        for given in recipients:
+            address = shown(given.decode(errors="surrogateescape"))
+            reply = f"{EXCEEDED}{address}, try again later" if query else ""
+            cases.append(Case(recipient=given, asked=query, reply=reply))
     return cases
 
 
@@ -770,63 +759,56 @@ def unasked(options: str, verdict: str, *recipients: str) -> list[Case]:
     return [Case(options=options, recipient=to, reply="", asked="", log=log) for to in recipients]
 
 
+def asked(options: str, *rows: tuple[str, str]) -> list[Case]:
+    """Make cases of recipients and the query about each."""
+    return [Case(options=options, recipient=to, asked=query) for to, query in rows]
+
+
 NAMES = [
     *unasked(SERVED, "exempt", "postmaster", "Postmaster@example.com", "POSTMASTER+x@example.org"),
     *unasked(SERVED, "exempt", "boss@example.com", "boss+x@example.org", "abuse@example.com"),
     *unasked(SERVED, "exempt", "a+b@example.com"),
     *unasked(SERVED, "nobackend", "john@elsewhere.net", "john@", "john@sub.example.com"),
-    Case(options=SERVED, recipient="abuse@example.org"),
-    Case(options=SERVED, recipient="a@example.com"),
-    Case(options=SERVED, recipient="postmasters@EXAMPLE.org"),
-    Case(options=SERVED, recipient="x@example.com."),
+    *asked(SERVED, ("abuse@example.org", "u=abuse&d=example.org")),
+    *asked(SERVED, ("postmasters@EXAMPLE.org", "u=postmasters&d=example.org")),
+    *asked(SERVED, ("a@example.com.", "u=a&d=example.com")),
     *unasked(BEYOND, "exempt", "boss@exämple.com", "boss@xn--exmple-cua.com"),
     *unasked(BEYOND, "nobackend", "john@example.com"),
-    Case(options=BEYOND, recipient="john@exämple.com", asked="u=john" + EXAMPLE),
-    Case(options=BEYOND, recipient="john@xn--exmple-cua.com", asked="u=john" + EXAMPLE),
-    Case(options=BEYOND, recipient="j@BÜCHER.example", asked="u=j&d=xn--bcher-kva.example"),
+    *asked(BEYOND, ("john@exämple.com", "u=john" + EXAMPLE)),
+    *asked(BEYOND, ("john@xn--exmple-cua.com", "u=john" + EXAMPLE)),
+    *asked(BEYOND, ("j@BÜCHER.example", "u=j&d=xn--bcher-kva.example")),
     *unasked(DASH, "exempt", "postmaster@x.org", "PostMaster@x.org", "dash-x@x.org"),
-    Case(options=DASH, recipient="john-a+b@x.org", asked="u=john" + X),
-    Case(options=DASH, recipient="dash-y@x.org", asked="u=dash" + X),
-    Case(options=DASH, recipient="-john@x.org", asked="u=-john" + X),
-    Case(options=DASH, recipient="owner-john@x.org", asked="u=owner-john" + X),
-    Case(options=DASH, recipient="john-request@x.org", asked="u=john-request" + X),
-    Case(options='--recipient-delimiter ""', recipient="a-b+c@x.org", asked="u=a-b%2Bc" + X),
-    Case(options="--recipient-delimiter +-", recipient="john-a+b@x.org", asked="u=john" + X),
-    Case(options="--recipient-delimiter ]^", recipient="john]a@x.org", asked="u=john" + X),
-    Case(options="--case-sensitive", recipient="John@X.org", asked="u=John" + X),
+    *asked(DASH, ("john-a+b@x.org", "u=john" + X), ("dash-y@x.org", "u=dash" + X)),
+    *asked(DASH, ("-john@x.org", "u=-john" + X), ("owner-john@x.org", "u=owner-john" + X)),
+    *asked(DASH, ("john-request@x.org", "u=john-request" + X)),
+    *asked('--recipient-delimiter ""', ("a-b+c@x.org", "u=a-b%2Bc" + X)),
+    *asked("--recipient-delimiter +-", ("john-a+b@x.org", "u=john" + X)),
+    *asked("--recipient-delimiter ]^", ("john]a@x.org", "u=john" + X)),
+    *asked("--case-sensitive", ("John@X.org", "u=John" + X)),
     # No mailbox has a name of more than 320 characters (RFC 3696): 64, the @ and 255.
-    Case(recipient=f"{LONG}@x.org", asked=f"u={LONG}{X}", reply=EXCEEDED + "x" * 100),
-    Case(recipient=f"{LONG}{LONG}@x.org", asked="", reply=""),
-    Case(recipient=f"john@{'long.' * 80}org", asked="", reply=""),
+    *asked("", (f"{LONG}@x.org", f"u={LONG}{X}")),
+    *(
+        Case(recipient=f"{to}org", asked="", reply="")
+        for to in (f"{LONG}{LONG}@", f"j@{'x.' * 160}")
+    ),
 ]
 
 JOHN_AT_X = "u=john" + X
+LOCAL = ("rcpt_mailer=local", "rcpt_addr=john")
+SPELLINGS = ("john%x.org@y.org", "x.org!john@y.org", "john (c)@x.org", "far@virt.example", "john@")
 WHO_IT_IS = [
     # What the MTA tells beside MAIL and RCPT. The reply names the address that was given.
     Case(recipient="john@x.org", asked=JOHN_AT_X, macros=("rcpt_addr=",)),
-    *(
-        Case(recipient=given, asked=JOHN_AT_X, macros=("rcpt_mailer=local", "rcpt_addr=john@x.org"))
-        for given in ("john%x.org@y.org", "x.org!john@y.org", "john (c)@x.org", "<john")
-    ),
-    Case(recipient="john@", asked=JOHN_AT_X, macros=("rcpt_addr=john@x.org",)),
-    # Sendmail's virtusertable leads an address to a user of this machine, or to another address.
-    Case(recipient="info@x.org", asked=JOHN_AT_X, macros=("rcpt_mailer=local", "rcpt_addr=john")),
-    Case(recipient="info@x.org", asked="u=info" + X, macros=("rcpt_mailer=smtp", "rcpt_addr=john")),
-    Case(recipient="info@x.org", asked="u=info" + X, macros=("rcpt_addr=john",)),
-    Case(
-        recipient="far@virt.example",
-        asked=JOHN_AT_X,
-        macros=("rcpt_mailer=esmtp", "rcpt_addr=john@x.org"),
-    ),
-    Case(
-        recipient="j@x.org", asked="u=j" + X, macros=("rcpt_mailer=local", "rcpt_addr=\udcff\udcfe")
-    ),
+    *(Case(recipient=to, asked=JOHN_AT_X, macros=("rcpt_addr=john@x.org",)) for to in SPELLINGS),
+    # Sendmail's virtusertable leads an address to a user of this machine.
+    Case(recipient="info@x.org", asked=JOHN_AT_X, macros=LOCAL),
+    Case(recipient="info@x.org", asked="u=info" + X, macros=("rcpt_mailer=smtp", LOCAL[1])),
+    Case(recipient="info@x.org", asked="u=info" + X, macros=LOCAL[1:]),
+    Case(recipient="j@x.org", asked="u=j" + X, macros=("rcpt_mailer=local", "rcpt_addr=\udcff")),
     # Mail of a client that has authenticated is not checked.
     Case(asked="", reply="", macros=("auth_authen=mary",), log="verdict=exempt"),
     Case(macros=("auth_authen=",)),
     Case(options="--check-authenticated", macros=("auth_authen=mary",)),
-    # The log tells where the mail comes from, and what the MTA calls it.
-    Case(macros=("i=4XyZ12345",), log="sender=sender@example.net queue=4XyZ12345"),
 ]
 
 MOST = 2**63 - 1
@@ -863,18 +845,15 @@ ANSWERS = [
     (b"OVERQUOTA john %d 100\n" % 10**30, "overquota", "used=- quota=100"),
     (b"OK john 5 100\nOVERQUOTA john 5 1\n", "ok", "used=5 quota=100"),
     (b"OK " + b"x" * 3000 + b" 5 100\n", "ok", "used=5 quota=100"),
-    (b"", "fault", ""),
-    (b"\n", "fault", ""),
-    (b"\nOK john 5 100\n", "fault", ""),
-    (b" OK john 5 100\n", "fault", ""),
-    (b"ok john 5 100\n", "fault", ""),
-    (b"OKAY john 5 100\n", "fault", ""),
-    (b"OK\tjohn 5 100\n", "fault", ""),
-    (b"ERROR no such thing\n", "fault", ""),
-    (b"Mailbox full, sorry OVERQUOTA\n", "fault", ""),
-    (b"<html><body>OVERQUOTA</body></html>\n", "fault", ""),
-    (b"\x00\xff\xfe\x80binary", "fault", ""),
-    (b"OK " + b"x" * 1_000_000, "fault", ""),
+    *(
+        (line, "fault", "used=- quota=-")
+        for line in (
+            *(b"", b"\n", b"\nOK john 5 100\n", b" OK john 5 100\n", b"ok john 5 100\n"),
+            *(b"OKAY john 5 100\n", b"OK\tjohn 5 100\n", b"ERROR no such thing\n"),
+            *(b"Mailbox full, sorry OVERQUOTA\n", b"<html><body>OVERQUOTA</body></html>\n"),
+            *(b"\x00\xff\xfe\x80binary", b"OK " + b"x" * 1_000_000),
+        )
+    ),
 ]
 
 
@@ -885,21 +864,14 @@ def raw(status: bytes, body: bytes, *header: bytes) -> bytes:
 
 LINE = b"OVERQUOTA x 9 8\n"
 CHUNKED = b"Transfer-Encoding: chunked"
+IN_CHUNKS = b"7\r\nOVERQUO\r\n8\r\nTA x 9 8\r\n0\r\n\r\n"
 RESPONSES = [
     # (response, verdict, fields of the log)
     (raw(b"200 OK", LINE), "overquota", "used=9 quota=8"),
     (raw(b"200 OK", LINE[:-1], b"Content-Type: text/html"), "overquota", "used=- quota=-"),
     (raw(b"200 OK", LINE, b"Content-Length: 16"), "overquota", "used=9 quota=8"),
-    (
-        raw(b"200 OK", LINE + b"x" * 10**6, b"Content-Length: 1000016"),
-        "overquota",
-        "used=9 quota=8",
-    ),
-    (
-        raw(b"200 OK", b"7\r\nOVERQUO\r\n8\r\nTA x 9 8\r\n0\r\n\r\n", CHUNKED),
-        "overquota",
-        "used=9 quota=8",
-    ),
+    (raw(b"200 OK", LINE + b"x" * 10**6), "overquota", "used=9 quota=8"),
+    (raw(b"200 OK", IN_CHUNKS, CHUNKED), "overquota", "used=9 quota=8"),
     (raw(b"200 OK", b"OK x 1 8\n") + raw(b"200 OK", LINE), "ok", "used=1 quota=8"),
     *(
         (raw(status, LINE, *header), "fault", "used=- quota=-")
@@ -943,6 +915,15 @@ def answer_cases(rows: list[tuple[bytes, str, str]]) -> list[Case]:
     ]
 
 
+NONSENSE = (
+    "SIZE=0",
+    "SIZE=-5",
+    "SIZE=+50",
+    "SIZE=1e9",
+    "SIZE=5_0",
+    "SIZE=\u0665\u0660\u0660",
+    "SIZE",
+)
 SIZES = [
     # (answer, parameters of MAIL, beginning of the reply)
     (b"OK %s 90 100\n", "SIZE=10", ""),
@@ -953,19 +934,12 @@ SIZES = [
     (b"OVERQUOTA %s 110 100\n", "SIZE=101", "552 5.2.3"),
     (b"OVERQUOTA %s 110 100\n", "SIZE=1", "452 4.2.2"),
     (b"OK %s 90 0\n", "SIZE=99999999999999999999", ""),
-    (b"OK %s 90 100\n", "SIZE=0", ""),
     (b"OK %s 100 100\n", "SIZE=0", ""),
     (b"OK %s  100\n", "SIZE=50", ""),
     (b"OK %s  100\n", "SIZE=101", "552 5.2.3"),
     (b"OK %s 90 \n", "SIZE=500", ""),
-    (b"OK %s 90 100\n", "SIZE=-5", ""),
-    (b"OK %s 90 100\n", "SIZE=+50", ""),
-    (b"OK %s 90 100\n", "SIZE=1e9", ""),
-    (b"OK %s 90 100\n", "SIZE=5_0", ""),
-    (b"OK %s 90 100\n", "SIZE=\u0665\u0660\u0660", ""),
-    (b"OK %s 90 100\n", "SIZE=" + "9" * 500, ""),
-    (b"OK %s 90 100\n", "SIZE", ""),
     (b"UNKNOWN %s 90 100\n", "SIZE=500", ""),
+    *((b"OK %s 90 100\n", size, "") for size in (*NONSENSE, "SIZE=" + "9" * 500)),
 ]
 
 OVER, GOOD = "OVERQUOTA x 101 100", "OK x 90 100"
@@ -976,6 +950,12 @@ def days_ago(days: float) -> str:
     return email.utils.formatdate(time.time() - days * 86400, usegmt=True)
 
 
+NO_DATES = [
+    *("", "0", "-1", "1500000000", "yesterday", "31 days ago", "GMT", ",", "\xff\xfe", "x" * 5000),
+    *("Thu, 99 Jan 2015 00:00:00 GMT", "Thu, 01 Foo 2015 00:00:00 GMT"),
+    *("Thu, 01 Jan 2015 25:61:00 GMT", "Thu, 01 Jan 99999999999 00:00:00 GMT"),
+    *("Fri, 01 Jan 2150 00:00:00 GMT", "Thu, 01 Jan 2015 \0 GMT"),
+]
 INACTIVE = [
     # (line, Last-Modified, parameters, beginning of the reply with --inactive-after 30)
     (OVER, days_ago(30.1), "", "550 5.2.2"),
@@ -990,15 +970,7 @@ INACTIVE = [
     ("OVERQUOTA x 5 0", days_ago(5000), "", "550 5.2.2"),
     ("OVERQUOTA x", days_ago(5000), "", "550 5.2.2"),
     ("UNKNOWN x 101 100", days_ago(5000), "", ""),
-    *(
-        (OVER, nonsense, "", "452 4.2.2")
-        for nonsense in (
-            *("", "0", "-1", "1500000000", "yesterday", "31 days ago", "GMT", ",", "\xff\xfe"),
-            *("Thu, 99 Jan 2015 00:00:00 GMT", "Thu, 01 Foo 2015 00:00:00 GMT"),
-            *("Thu, 01 Jan 2015 25:61:00 GMT", "Thu, 01 Jan 99999999999 00:00:00 GMT"),
-            *("Fri, 01 Jan 2150 00:00:00 GMT", "x" * 5000, "Thu, 01 Jan 2015 \0 GMT"),
-        )
-    ),
+    *((OVER, nonsense, "", "452 4.2.2") for nonsense in NO_DATES),
 ]
 
 
@@ -1384,67 +1356,40 @@ info@exämple.com   john@xn--exmple-cua.com
 info@xn--bcher-kva.example  mary@bücher.example
 """
 SERVED_ALIASES = "example.com,example.org,all.org,moved.org,loop.org,pool.org,exämple.com"
-ALIASED = [
-    # (recipient, mailbox that is asked about, "": none)
-    ("sales@example.com", "john@example.com"),
-    ("SALES+x@example.com", "john@example.com"),
-    ("support@example.com", "john@example.com"),
-    ("list@example.com", ""),
-    ("prog@example.com", ""),
-    ("prog2@example.com", ""),
-    ("file@example.com", ""),
-    ("include@example.com", ""),
-    ("mix@example.com", ""),
-    ("many@example.com", ""),
-    ("one@example.com", "john@example.com"),
-    ("loop1@example.com", ""),
-    ("loop2@example.com", ""),
-    ("self@example.com", "self@example.com"),
-    ("back@example.com", "back@example.com"),
-    ('"quoted name"@example.com', "john@example.com"),
-    ("ext+a@example.com", "mary@example.com"),
-    ("ext+b@example.com", "john@example.com"),
-    ("case@example.com", "john@example.com"),
-    ("brackets@example.org", "john@example.com"),
-    ("out@example.com", ""),
-    ("error@example.com", ""),
-    ("first@example.com", "john@example.com"),
-    ("info@example.com", "mary@example.org"),
-    ("info@example.org", "info@example.org"),
-    ("both@example.com", ""),
-    ("two@example.com", ""),
-    ("john@all.org", "john@all.org"),
-    ("anybody@all.org", "mary@example.com"),
-    ("bare@example.com", "john@example.com"),
-    ("paul@moved.org", "paul@example.com"),
-    ("sales@moved.org", "john@example.com"),
-    ("x@loop.org", ""),
-    ("plus+x@example.com", "mary@example.com"),
-    ("plus+y@example.com", "plus@example.com"),
-    ("nobody@example.com", "nobody@example.com"),
-    ("postmaster@example.com", ""),
+ALIASED = {
+    # mailbox that is asked about, "": none: recipients; without a domain it is @example.com
+    "john@example.com": "sales SALES+x support one ext+b case first bare brackets@example.org"
+    " sales@moved.org far@elsewhere.net",
+    "mary@example.com": "ext+a plus+x anybody@all.org",
+    "": "list prog prog2 file include mix many loop1 loop2 out error both two postmaster x@loop.org"
     # A name without a domain is an alias only where mail is local: in a domain that is served.
-    ("far@elsewhere.net", "john@example.com"),
-    ("support@elsewhere.net", ""),
-    ("support+x@elsewhere.net", ""),
-    ("info@xn--exmple-cua.com", "john@xn--exmple-cua.com"),
-    ("INFO@EXÄMPLE.com", "john@xn--exmple-cua.com"),
-    ("info@bücher.example", ""),
-]
+    " support@elsewhere.net support+x@elsewhere.net info@b\u00fccher.example",
+    "self@example.com": "self",
+    "back@example.com": "back",
+    "plus@example.com": "plus+y",
+    "nobody@example.com": "nobody",
+    "paul@example.com": "paul@moved.org",
+    "john@all.org": "john@all.org",
+    "info@example.org": "info@example.org",
+    "mary@example.org": "info",
+    "john@xn--exmple-cua.com": "info@xn--exmple-cua.com INFO@EX\u00c4MPLE.com",
+}
 
 
 def test_an_alias_is_asked_about_as_the_mailbox_it_leads_to(site):
     file = site.write("aliases", ALIAS_FILE)
     options = f"--backend {SERVED_ALIASES}=URL --aliases {file}"
-    cases = []
-    for recipient, mailbox in ALIASED:
-        shown = re.sub("[^ -~]", "?", recipient)
-        reply = f"{EXCEEDED}{shown}, try again later" if mailbox else ""
-        asked = "u={}&d={}".format(*mailbox.split("@")) if mailbox else ""
-        cases.append(Case(FULL, options, recipient, reply=reply, asked=asked))
+    cases = [Case(FULL, options, '"quoted name"@example.com', asked="u=john&d=example.com")]
+    for mailbox, recipients in ALIASED.items():
+        for recipient in recipients.split():
+            recipient += "" if "@" in recipient else "@example.com"
+            shown = re.sub("[^ -~]", "?", recipient)
+            reply = f"{EXCEEDED}{shown}, try again later" if mailbox else ""
+            asked = "u={}&d={}".format(*mailbox.split("@")) if mailbox else ""
+            cases.append(Case(FULL, options, recipient, reply=reply, asked=asked))
     run_cases(cases, site)
-    line = site.milters[0].log(f"aliases={file} state=incomplete")
-    assert re.search(r" skipped=1 line=27\b", line), "the name is missing there"
+    number = ALIAS_FILE.splitlines().index(": no name") + 1
+    assert site.milters[0].log(f"aliases={file} state=read", f" skipped=1 line={number}")
 
 
 def test_alias_files_are_read_again_when_they_change_or_a_hup_comes(site):
@@ -1461,14 +1406,7 @@ def test_alias_files_are_read_again_when_they_change_or_a_hup_comes(site):
     file.unlink()
     assert milter.log(f"aliases={file} state=kept")
     assert asked() == "mary", "the last good one is kept"
-    file.write_bytes(b"sales: binary\0\n")
-    wait_for(lambda: len(milter.lines(f"aliases={file} state=kept")) > 1, "the second complaint")
-    assert asked() == "mary"
-    file.write_text("sales: paul\n")
-    wait_for(lambda: asked() == "paul", "the file that came back")
-    old = os.stat(file)
     file.write_text("sales: fred\n")
-    os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns))
     milter.hup()
     assert asked() == "fred"
 
@@ -1488,24 +1426,6 @@ def test_an_alias_file_that_is_being_written_is_not_read_half(site):
             time.sleep(0.2)
             assert asked() == "john"
     wait_for(lambda: asked() == "mary", "the whole file")
-
-
-def test_mail_goes_on_while_a_large_alias_file_is_read(site):
-    lines = "".join(f"user{n}@example.com mailbox{n}@example.com\n" for n in range(200_000))
-    file = site.write("aliases", lines)
-    milter = site.milter("--aliases", file, *UNCACHED)
-    file.write_text(lines.replace("mailbox", "box"))
-    with milter.session() as session:
-        session.mail()
-        longest = 0.0
-        deadline = time.monotonic() + 60
-        while site.backend.users()[-1:] != ["box7"]:
-            assert time.monotonic() < deadline, "the new file is never used"
-            begin = time.monotonic()
-            assert session.rcpt("user7") == ""
-            longest = max(longest, time.monotonic() - begin)
-    assert longest < SLACK
-    assert set(site.backend.users()) <= {"mailbox7", "box7"}
 
 
 # ---- tables: postmap is faked, the real one and its tables are in .ci/test_servers.py ----
@@ -1583,7 +1503,10 @@ class Tables:
 
 @pytest.fixture
 def tables(site):
-    return Tables(site)
+    made = Tables(site)
+    yield made
+    for pid in made.postmaps():
+        os.kill(pid, signal.SIGKILL)
 
 
 TABLED = [
@@ -1693,11 +1616,11 @@ def test_what_a_table_said_is_remembered_for_the_cache_ttl_or_until_hup(tables, 
 
 
 def test_table_and_backend_share_one_budget(tables, site):
-    # The table takes a second of three, and the backend would need three alone.
-    site.backend.default = after(3, FULL)
-    postmap = POSTMAP.replace("if kind", "time.sleep(1)\nif kind", 1)
+    # The table takes half a second twice, and of four the backend would need three and a half.
+    site.backend.default = after(3.5, FULL)
+    postmap = POSTMAP.replace("if kind", "time.sleep(0.5)\nif kind", 1)
     site.write("postmap", postmap.format(python=sys.executable)).chmod(0o755)
-    milter = tables.start("hash", "--timeout", "3")
+    milter = tables.start("hash", "--timeout", "4")
     assert milter.rcpt("sales").startswith(FAULT) and site.backend.users() == ["john"]
 
 
@@ -2210,19 +2133,19 @@ def test_all_backends_of_a_domain_give_one_answer_in_one_time(site):
             if answer is DEAD:
                 backends[-1].close()
         rows.append(backends)
-    milter = site.milter(*options, *TEMPFAIL, *NOBODY, "--timeout", "6", backend=False)
+    milter = site.milter(*options, *TEMPFAIL, *NOBODY, "--timeout", "4", backend=False)
     begin = time.monotonic()
     replies = milter.at_once([f"john@x{number}.org" for number in range(len(rows))])
-    assert time.monotonic() - begin < 6 + SLACK
+    assert time.monotonic() - begin < 4 + SLACK
     for (answers, reply, asked), backends, got in zip(ALL_BACKENDS, rows, replies):
         assert got[:3] == reply, answers
         assert [len(backend.requests) for backend in backends] == asked, answers
 
 
 def test_what_one_backend_leaves_of_the_time_the_others_may_take(site, three):
-    three[0].default, three[1].default, three[2].default = HANG, b"nonsense\n", after(3, FULL)
-    milter = site.milter(*of_domain(*three), "--timeout", "7.5", *TEMPFAIL, backend=False)
-    assert milter.rcpt("john")[:3] == "452", "the third has five seconds"
+    three[0].default, three[1].default, three[2].default = HANG, b"nonsense\n", after(2, FULL)
+    milter = site.milter(*of_domain(*three), "--timeout", "4.5", *TEMPFAIL, backend=False)
+    assert milter.rcpt("john")[:3] == "452", "the third has three seconds"
 
 
 def test_a_mailbox_may_move_to_another_backend(site, three):
@@ -2310,7 +2233,7 @@ FAULTS = {
     "closed in the header": [(b"HTTP/1.0 200 OK\r\nX: y", 0)],
     "closed in the line": [(b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\nOVERQ", 0)],
     "reset": [(None, 0)],
-    "reset in the line": [(b"HTTP/1.0 200 OK\r\n\r\nOVERQUOTA ", 0.1), (None, 0)],
+    "reset in the line": [(b"HTTP/1.0 200 OK\r\n\r\nOVERQ", 0.1), (None, 0)],
 }
 
 
@@ -2466,8 +2389,7 @@ def test_of_two_addresses_of_a_backend_one_that_swallows_packets_costs_no_verdic
         site.backend.default = FULL
         options = "--backend", url, "--timeout", "4", *TEMPFAIL
         milter = site.milter(*options, trick="names", backend=False)
-        for user in "john", "mary":
-            assert milter.rcpt(user)[:3] == "452"
+        assert milter.rcpt("john")[:3] == "452"
 
 
 def test_a_name_that_cannot_be_looked_up_costs_the_timeout_and_not_the_end(site):
@@ -2498,9 +2420,9 @@ def test_a_mailbox_that_hangs_is_left_alone_for_a_while(site):
 
 
 def test_three_questions_in_a_row_that_run_out_of_time_are_a_backend_that_is_down(site):
-    site.backend.answers = dict.fromkeys("abdef", [(b"HTTP/1.0 200 OK\r\n\r\n", 600)])
+    site.backend.answers = dict.fromkeys("adef", [(b"HTTP/1.0 200 OK\r\n\r\n", 600)])
     milter = site.milter("--timeout", "1", *TEMPFAIL, trick="clock")
-    for user in "abcde":
+    for user in "acde":
         assert milter.rcpt(user).startswith(FAULT) == (user != "c"), user
     assert not milter.lines("state=down"), "there was an answer between"
     assert milter.rcpt("f").startswith(FAULT) and milter.log("state=down")
@@ -2560,10 +2482,10 @@ def test_a_question_that_was_overtaken_makes_room_for_others_after_half_its_time
 
 
 def test_hanging_mailboxes_do_not_keep_the_others_from_being_checked(site):
-    site.backend.answers = {f"hangs{number}": HANG for number in range(9)}
+    site.backend.answers = {f"hangs{number}": HANG for number in range(6)}
     site.backend.default = FULL
     milter = site.milter("--max-queries", "4", "--timeout", "4")
-    for number in range(3):
+    for number in range(2):
         users = [f"hangs{number * 3 + more}" for more in range(3)]
         users += [f"user{number}-{more}" for more in range(9)]
         replies = [reply[:3] for reply in milter.at_once(users)]
@@ -2572,17 +2494,9 @@ def test_hanging_mailboxes_do_not_keep_the_others_from_being_checked(site):
 
 
 def test_one_question_serves_all_sessions_that_ask_about_a_mailbox(site):
-    john = Gate(FULL)
-    site.backend.answers["john"] = john
+    site.backend.default = after(2, FULL)
     milter = site.milter("--timeout", "30")
-    with contextlib.ExitStack() as stack:
-        sessions = [stack.enter_context(milter.session()) for _ in range(60)]
-        for session in sessions:
-            session.mail()
-            session.ask("john")
-        time.sleep(0.5)
-        john.is_open.set()
-        assert all(session.reply()[:3] == "452" for session in sessions)
+    assert {reply[:3] for reply in milter.at_once(["john"] * 60)} == {"452"}
     assert site.backend.users() == ["john"]
 
 
@@ -2812,20 +2726,20 @@ def test_an_hour_of_last_known_answers_takes_no_memory():
     policy = module.Policy(options, module.Ledger(options), module.Counters())
     sizes = []
     tracemalloc.start()
-    for number in range(7_000):
+    for number in range(3_000):
         clock.now = number / 2
         message = module.Message(100)
         decision = policy.decide("<john@example.com>", message)
         assert decision.verdict == "ok" and decision.finding.answer.quota == 2**60
         message.let_through(decision)
         assert policy.end_of_data(message) is None
-        if number % 1000 == 999:
+        if number % 500 == 499:
             gc.collect()
             sizes.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
     assert sizes[-1] < sizes[0] + 50_000, sizes
     in_flight = policy.decide("<john@example.com>", module.Message()).finding.in_flight
-    assert in_flight == 7_000 * 1124, "all mail since the answer counts"
+    assert in_flight == 3_000 * 1124, "all mail since the answer counts"
 
 
 # ---- HUP: options and aliases again ----
@@ -3146,7 +3060,7 @@ def test_five_hundred_sessions_stay_open_from_a_soft_limit_of_256(site):
 
 def test_without_descriptors_left_a_question_is_a_fault_and_no_verdict(site):
     site.backend.default = FULL
-    milter = site.milter(*TEMPFAIL, *UNCACHED)
+    milter = site.milter(*TEMPFAIL, *UNCACHED, trick="clock")
     pid = milter.process.popen.pid
     with milter.session() as session:
         session.mail()
@@ -3157,7 +3071,8 @@ def test_without_descriptors_left_a_question_is_a_fault_and_no_verdict(site):
         assert session.rcpt("mary").startswith(FAULT)
         assert session.rcpt("postmaster") == ""
         resource.prlimit(pid, resource.RLIMIT_NOFILE, usual)
-        wait_for(lambda: session.rcpt("paul")[:3] == "452", "an answer again")
+        milter.forward(11)
+        assert session.rcpt("paul")[:3] == "452"
 
 
 def test_where_no_thread_can_be_started_nobody_passes_unchecked(site):
@@ -3173,18 +3088,6 @@ def test_where_no_thread_can_be_started_nobody_passes_unchecked(site):
             assert session.rcpt(user)[:3] == "452"
         milter.trick_file.touch()
         assert milter.process.stop() == 0
-
-
-def test_names_that_never_come_again_take_no_memory(site):
-    milter = site.milter("--backend", f"example.com={site.backend.url}", backend=False)
-    with milter.session() as session:
-        session.mail()
-        for form in "john+{}@example.com", "{}@example.com", "john@{}.example":
-            for number in range(4_000):
-                if number == 500:
-                    before = milter.process.figure("VmRSS")
-                session.rcpt(form.format(f"{number:05}" + "x" * 1800))
-            assert milter.process.figure("VmRSS") - before < 8 * 1024, form
 
 
 def test_garbage_on_the_milter_port_ends_that_session_alone(site):
@@ -3296,28 +3199,15 @@ QUERIES = [
     ("u=100%", 200, "OK 100% 0 100"),
     ("u=%zz%+1", 200, "OK %zz% 1 0 100"),
     ("u=" + "x" * 255, 200, "OK " + "x" * 255 + " 0 100"),
-    ("", 400, "ERROR no user (u=) given"),
-    ("u", 400, "ERROR no user (u=) given"),
-    ("--serve", 400, "ERROR no user (u=) given"),
-    ("u=", 400, NO_USER),
-    ("u=john&d=", 400, NO_DOMAIN),
-    ("u=" + "x" * 256, 400, NO_USER),
-    ("u=.", 400, NO_USER),
-    ("u=..", 400, NO_USER),
-    ("u=.john", 400, NO_USER),
-    ("u=../secret", 400, NO_USER),
-    ("u=..%2Fsecret", 400, NO_USER),
-    ("u=%2E%2E%2Fsecret", 400, NO_USER),
-    ("u=/etc/passwd", 400, NO_USER),
-    ("u=john&d=..", 400, NO_DOMAIN),
-    ("u=john&d=a/b", 400, NO_DOMAIN),
-    ("u=john&d=" + "x" * 256, 400, NO_DOMAIN),
-    ("u=john%00", 400, CONTROL),
-    ("u=%00", 400, CONTROL),
-    ("u=john%0A", 400, CONTROL),
-    ("u=OK%0Ajohn", 400, CONTROL),
-    ("u=john%7F", 400, CONTROL),
-    ("u=john%C2%85", 400, CONTROL),
+    *(
+        (query, 400, "ERROR no user (u=) given")
+        for query in ("", "u", "john", "--serve", "d=x.org")
+    ),
+    *((f"u={name}", 400, NO_USER) for name in ("", "x" * 256, ".", "..", ".john", "/etc/passwd")),
+    *((f"u={name}", 400, NO_USER) for name in ("../secret", "..%2Fsecret", "%2E%2E%2Fsecret")),
+    *((f"u=john&d={name}", 400, NO_DOMAIN) for name in ("", "..", "a/b", "x" * 256)),
+    *((f"u={name}", 400, CONTROL) for name in ("john%00", "%00", "john%0A", "OK%0Ajohn")),
+    *((f"u={name}", 400, CONTROL) for name in ("john%7F", "john%C2%85")),
     ("u=john&d=a%0D", 400, "ERROR control character in the domain"),
     ("u=folder", 500, "ERROR the mailbox is not a file"),
     ("u=pipe", 500, "ERROR the mailbox is not a file"),
@@ -3348,24 +3238,6 @@ def test_only_get_and_head_are_answered(script, tmp_path):
         ask(script, "u=mary", REQUEST_METHOD=method, **paths) for method in ("HEAD", "GET")
     )
     assert head == (200, "", get.header) and get.line.startswith("OK mary 0 ")
-
-
-LIMITS = [
-    # (QUOTA_LIMIT, bytes, None: it is none)
-    *[("0", 0), ("100", 100), ("1K", 1024), ("3k", 3072), ("200M", 209715200), ("2G", 2 << 30)],
-    *[("1T", 1 << 40), (" 5 ", 5), ("M", None), ("1.5G", None), ("-1", None), ("+1", None)],
-    *[("200MB", None), ("1 M", None), ("1P", None), ("ten", None), ("1_000", None)],
-    *[("\u0665", None), ("9" * 5000, None)],
-]
-
-
-@pytest.mark.parametrize(("text", "limit"), [*LIMITS, ("", None)])
-def test_a_limit_is_bytes_or_a_power_of_1024(text, limit, spool):
-    got = ask(MBOX_CGI, QUOTA_LIMIT=text, QUOTA_MAILBOX=spool / "%n")
-    if limit is None:
-        assert got[:2] == (500, "ERROR QUOTA_LIMIT has a limit that is not like 200M")
-    else:
-        assert got.line == f"{'OVERQUOTA' if 0 < limit < 100 else 'OK'} john 100 {limit}"
 
 
 UNKNOWN_PLACEHOLDER = "has a placeholder that does not exist; known are %n user, %d domain"
@@ -3499,18 +3371,9 @@ OF_USERS = [
     ("u=fred", "OK fred 0 5"),
     ("u=upper&d=y.org", "OK upper 0 6"),
     ("u=J%D6HN", "OK J\udcd6HN 0 100"),
-    ("u=broken", 14),
-    ("u=spaces", 15),
-    ("u=colon", 16),
-    ("u=spaced", 17),
-    ("u=nothing", 18),
-    ("u=empty", 19),
-    ("u=comment", 20),
-    ("u=two", 21),
-    ("u=minus", 22),
-    ("u=point", 23),
-    ("u=zero", 24),
     ("u=broken&d=z.org", 25),
+    *((f"u={name}", 14 + n) for n, name in enumerate("broken spaces colon spaced nothing".split())),
+    *((f"u={name}", 19 + n) for n, name in enumerate("empty comment two minus point zero".split())),
 ]
 
 
@@ -3552,27 +3415,6 @@ def test_users_that_cannot_be_read_whole_are_an_error(what, line, tmp_path, capf
     assert str(tmp_path) not in got.line and "QUOTA_USERS" in capfd.readouterr().err
 
 
-GRACES = [
-    # (QUOTA_GRACE, QUOTA_LIMIT, Quota-Grace, None: missing, "": an error)
-    *[("auto", "1000", None), ("0", "1000", None), ("10%", "1000", "100"), ("10%", "0", None)],
-    *[("1000%", "1000", "10000"), ("0%", "1000", None), ("5", "1000", "5"), ("2k", "0", "2048")],
-    *[("10M", "1000", "10485760"), ("", "1000", ""), ("%", "1000", ""), ("-5%", "1000", "")],
-    *[("1.5%", "1000", ""), ("10 %%", "1000", ""), ("ten", "1000", ""), ("-1", "1000", "")],
-    ("9" * 30, "1000", ""),
-]
-
-
-@pytest.mark.parametrize(("grace", "limit", "field"), GRACES)
-def test_the_grace_is_a_header_field(grace, limit, field, spool):
-    for user in "john", "nobody":
-        settings = {"QUOTA_LIMIT": limit, "QUOTA_GRACE": grace}
-        got = ask(MBOX_CGI, f"u={user}", QUOTA_MAILBOX=spool / "%n", **settings)
-        if field == "":
-            assert got.status == 500 and "QUOTA_GRACE" in got.line
-        else:
-            assert (got.status, got.header.get("Quota-Grace")) == (200, field)
-
-
 @pytest.mark.parametrize(
     ("changed", "field"),
     [
@@ -3592,76 +3434,112 @@ def test_the_last_change_is_a_header_field(changed, field, tmp_path):
 
 
 ALLOW = [
-    # (QUOTA_ALLOW, who asks, the status)
-    ("", "192.0.2.1", 200),
-    ("192.0.2.1", "192.0.2.1", 200),
-    ("192.0.2.1", "192.0.2.10", 403),
-    ("192.0.2.0/24", "192.0.2.255", 200),
-    ("192.0.2.0/24", "192.0.3.0", 403),
-    ("192.0.2.7/24", "192.0.2.1", 200),
-    ("192.0.2.128/25", "192.0.2.127", 403),
-    ("0.0.0.0/0", "203.0.113.9", 200),
-    ("0.0.0.0/0", "2001:db8::1", 403),
-    ("::/0", "2001:db8::1", 200),
-    ("::/0", "192.0.2.1", 403),
-    ("2001:db8::/32", "2001:db8:1::1", 200),
-    ("2001:db8::/32", "2001:db9::1", 403),
-    ("2001:DB8:0::1", "2001:db8::1", 200),
-    ("198.51.100.1 , 2001:db8::/32,192.0.2.1", "192.0.2.1", 200),
-    ("192.0.2.1", "::ffff:192.0.2.1", 200),
-    ("192.0.2.0/24", "::ffff:c000:217", 200),
-    ("::ffff:192.0.2.0/120", "192.0.2.9", 200),
-    ("::ffff:192.0.2.0/120", "192.0.3.9", 403),
-    ("fe80::/10", "fe80::1%eth0", 200),
-    ("192.0.2.1", "", 403),
-    ("192.0.2.1", "unix:", 403),
-    ("192.0.2.1", "192.0.2.1 ", 403),
-    ("192.0.2.1", "localhost", 403),
-    ("localhost", "192.0.2.1", 500),
-    ("192.0.2.1 192.0.2.0/33", "192.0.2.1", 500),
-    ("192.0.2", "192.0.2.1", 500),
-    ("192.0.2.0/", "192.0.2.1", 500),
-    ("192.0.2.0/-1", "192.0.2.1", 500),
-    ("192.0.2.0/255.255.255.0", "192.0.2.1", 500),
-    ("192.0.2.0/\u0662\u0664", "192.0.2.1", 500),
-    ("2001:db8::/129", "192.0.2.1", 500),
-    ("j\u00f6rg", "192.0.2.1", 500),
-    (" , ", "192.0.2.1", 403),
+    # (QUOTA_ALLOW, who gets an answer, who gets a 403; for a bad setting all get a 500)
+    ("", "192.0.2.1", ""),
+    ("192.0.2.1", "192.0.2.1 ::ffff:192.0.2.1", "192.0.2.10 unix: localhost 2001:db8::1"),
+    ("192.0.2.0/24", "192.0.2.255 ::ffff:c000:217", "192.0.3.0"),
+    ("192.0.2.7/24", "192.0.2.1", "192.0.3.7"),
+    ("192.0.2.128/25", "192.0.2.128", "192.0.2.127"),
+    ("0.0.0.0/0", "203.0.113.9", "2001:db8::1"),
+    ("::/0", "2001:db8::1", "192.0.2.1"),
+    ("2001:db8::/32", "2001:db8:1::1", "2001:db9::1"),
+    ("2001:DB8:0::1", "2001:db8::1", "2001:db8::2"),
+    ("198.51.100.1 , 2001:db8::/32,192.0.2.1", "192.0.2.1 2001:db8::7", "198.51.100.2"),
+    ("::ffff:192.0.2.0/120", "192.0.2.9", "192.0.3.9"),
+    ("fe80::/10", "fe80::1%eth0", "fec0::1%eth0"),
+    (" , ", "", "192.0.2.1"),
+    *((bad, None, "192.0.2.1") for bad in ("localhost", "192.0.2.1 192.0.2.0/33", "192.0.2")),
+    *(
+        (bad, None, "192.0.2.1")
+        for bad in ("192.0.2.0/", "192.0.2.0/-1", "192.0.2.0/255.255.255.0")
+    ),
+    *(
+        (bad, None, "192.0.2.1")
+        for bad in ("192.0.2.0/\u0662\u0664", "2001:db8::/129", "j\u00f6rg")
+    ),
 ]
 
 
-@pytest.mark.parametrize(("allow", "peer", "status"), ALLOW)
-def test_only_who_is_allowed_gets_an_answer(allow, peer, status, spool):
+@pytest.mark.parametrize(("allow", "friends", "strangers"), ALLOW)
+def test_only_who_is_allowed_gets_an_answer(allow, friends, strangers, spool):
+    refusal = 500 if friends is None else 403
+    peers = [(peer, 200) for peer in (friends or "").split()]
+    peers += [(peer, refusal) for peer in strangers.split()] + [("", refusal)] * bool(strangers)
     settings = {"QUOTA_MAILBOX": f"{spool}/%n", "QUOTA_ALLOW": allow}
-    got = ask(MBOX_CGI, "u=nobody", REMOTE_ADDR=peer, **settings)
-    assert got.status == status and got.line.startswith("OK " if status == 200 else "ERROR ")
-    assert "nobody" not in got.line or status == 200
-    for method, query in ("POST", "u=nobody"), ("GET", ""), ("HEAD", "u=nobody"):
-        got = ask(MBOX_CGI, query, REQUEST_METHOD=method, REMOTE_ADDR=peer, **settings)
-        assert got.status == status or status == 200
+    for peer, status in peers:
+        got = ask(MBOX_CGI, "u=nobody", REMOTE_ADDR=peer, **settings)
+        assert got.status == status and got.line.startswith("OK " if status == 200 else "ERROR ")
+        assert "nobody" not in got.line or status == 200
+        for method, query in ("POST", "u=nobody"), ("GET", ""), ("HEAD", "u=nobody"):
+            got = ask(MBOX_CGI, query, REQUEST_METHOD=method, REMOTE_ADDR=peer, **settings)
+            assert got.status == status or status == 200
+        assert ask_wsgi(REMOTE_ADDR=peer, **settings)[:3] == str(status), "by WSGI"
+        assert peer or ask_wsgi(**settings)[:3] == str(status), "an address may be missing"
+
+
+def ask_wsgi(**environ: str) -> str:
+    """Ask about nobody's mbox as a WSGI server does; return the status and the body."""
     statuses: list[str] = []
-    environ = {"REQUEST_METHOD": "GET", "QUERY_STRING": "u=nobody", **settings}
-    environ = {name: value.encode().decode("latin-1") for name, value in environ.items()}
-    for address in ({"REMOTE_ADDR": peer}, {}) if peer == "" else ({"REMOTE_ADDR": peer},):
-        CGIS[MBOX_CGI].application({**environ, **address}, lambda s, header: statuses.append(s))
-        assert statuses[-1][:3] == str(status), "as a WSGI application"
+    environ = {"REQUEST_METHOD": "GET", "QUERY_STRING": "u=nobody", **environ}
+    raw = {name: value.encode().decode("latin-1") for name, value in environ.items()}
+    body = CGIS[MBOX_CGI].application(raw, lambda status, header: statuses.append(status))
+    return f"{statuses[0]} {b''.join(body).decode()}"
 
 
+BAD_LIMITS = [
+    "M",
+    "1.5G",
+    "-1",
+    "+1",
+    "200MB",
+    "1 M",
+    "1P",
+    "ten",
+    "1_000",
+    "\u0665",
+    "9" * 5000,
+    "",
+]
+BAD_GRACES = ["", "%", "-5%", "1.5%", "10 %%", "ten", "-1", "9" * 30]
 SETTINGS = [
-    # (setting, value, user, status, line)
-    ("QUOTA_UNKNOWN", "1", "nobody", 200, "UNKNOWN nobody 0 100"),
-    ("QUOTA_UNKNOWN", "0", "nobody", 200, "OK nobody 0 100"),
-    ("QUOTA_UNKNOWN", "off", "nobody", 200, "OK nobody 0 100"),
-    ("QUOTA_UNKNOWN", "1", "john", 200, "OK john 100 100"),
-    ("QUOTA_UNKNOWN", "yes", "john", 500, "ERROR QUOTA_UNKNOWN is not one of "),
+    # (settings, user, status, beginning of the line, Quota-Grace)
+    *(
+        (
+            f"QUOTA_LIMIT={text}",
+            "john",
+            200,
+            f"{'OVERQUOTA' if text == '10' else 'OK'} john 100 {n}\n",
+            "",
+        )
+        for text, n in (
+            *[("0", 0), ("10", 10), ("100", 100), ("1K", 1024), ("3k", 3072), ("200M", 200 << 20)],
+            *[("2G", 2 << 30), ("1T", 1 << 40), (" 5K ", 5120)],
+        )
+    ),
+    *((f"QUOTA_LIMIT={bad}", "john", 500, "ERROR QUOTA_LIMIT ", "") for bad in BAD_LIMITS),
+    *(
+        (f"QUOTA_LIMIT={limit} QUOTA_GRACE={grace}", user, 200, "OK ", field)
+        for user in ("john", "nobody")
+        for grace, limit, field in (
+            *[("auto", 1000, ""), ("0", 1000, ""), ("0%", 1000, ""), ("10%", 0, "")],
+            *[("10%", 1000, "100"), ("1000%", 1000, "10000"), ("5", 1000, "5"), ("2k", 0, "2048")],
+        )
+    ),
+    *((f"QUOTA_GRACE={bad}", "john", 500, "ERROR QUOTA_GRACE", "") for bad in BAD_GRACES),
+    ("QUOTA_UNKNOWN=1", "nobody", 200, "UNKNOWN nobody 0 ", ""),
+    ("QUOTA_UNKNOWN=0", "nobody", 200, "OK nobody 0 ", ""),
+    ("QUOTA_UNKNOWN=off", "nobody", 200, "OK nobody 0 ", ""),
+    ("QUOTA_UNKNOWN=1", "john", 200, "OK john 100 ", ""),
+    ("QUOTA_UNKNOWN=yes", "john", 500, "ERROR QUOTA_UNKNOWN is not one of ", ""),
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "user", "status", "line"), SETTINGS)
-def test_a_mailbox_that_does_not_exist_may_be_unknown(name, value, user, status, line, spool):
-    settings = {"QUOTA_LIMIT": "100", "QUOTA_MAILBOX": spool / "%n", name: value}
-    got = ask(MBOX_CGI, f"u={user}", **settings)
-    assert got.status == status and got.line.startswith(line)
+@pytest.mark.parametrize(("settings", "user", "status", "line", "grace"), SETTINGS)
+def test_a_setting_does_what_it_says_or_is_an_error(settings, user, status, line, grace, spool):
+    named = dict(re.findall(r"(QUOTA_\w+)=(.*?)(?= QUOTA_|$)", settings, re.DOTALL))
+    got = ask(MBOX_CGI, f"u={user}", QUOTA_MAILBOX=spool / "%n", **named)
+    assert got.status == status and f"{got.line}\n".startswith(line)
+    assert got.header.get("Quota-Grace", "") == grace
 
 
 def refuse_to(monkeypatch, name: str, path: object, error: int) -> None:
@@ -3798,7 +3676,8 @@ def test_serve_answers_one_request_of_a_connection_whatever_the_client_speaks(sc
         got = talk(port, request)
         assert got[0] == status and body in (None, got[1]), request
         assert status == 200 or got[1].startswith("ERROR "), request
-    assert site.processes[0].stop() == 0
+    with socket.create_connection(("127.0.0.1", port), 60):  # it asks nothing
+        assert site.processes[0].stop() == 0
 
 
 def test_serve_turns_a_stranger_away_before_it_has_asked(site, boxes):
@@ -3882,26 +3761,25 @@ def test_an_answer_that_took_long_is_kept_for_a_minute(serving):
     assert serving.measured.count("mary") == 2, "a quick one is not kept"
 
 
-def test_a_request_has_ten_seconds_and_dripping_ones_stop_neither_serve_nor_its_end(site, boxes):
-    port = site.serve(MBOX_CGI, **boxes)
+def test_dripping_requests_end_after_ten_seconds_and_hold_up_nobody(serving, monkeypatch):
+    assert serving.module.REQUEST_SECONDS == 10
+    monkeypatch.setattr(serving.module, "REQUEST_SECONDS", 1)
     with contextlib.ExitStack() as stack:
         begin = time.monotonic()
         connections = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", port), 60))
+            stack.enter_context(socket.create_connection(("127.0.0.1", serving.port), 60))
             for _ in range(100)
         ]
         left = set(connections)
         while left:
-            assert time.monotonic() - begin < 10 + SLACK, "ten seconds are for the whole request"
-            assert get(port, "u=john") == (200, JOHN)
-            for connection in select.select(left, [], [], 0.3)[0]:
-                assert time.monotonic() - begin > 8, "hung up on too early"
+            assert time.monotonic() - begin < 1 + SLACK, "the seconds are for the whole request"
+            assert get(serving.port, "u=john") == (200, JOHN)
+            for connection in select.select(left, [], [], 0.2)[0]:
+                assert time.monotonic() - begin > 0.9, "hung up on too early"
                 left.remove(connection)
             for connection in left.intersection(connections[::2]):
                 with contextlib.suppress(OSError):  # hung up on meanwhile
                     connection.send(b"G")
-        stack.enter_context(socket.create_connection(("127.0.0.1", port), 60))
-        assert site.processes[0].stop() == 0
 
 
 def test_serve_without_descriptors_left_gives_errors_and_no_verdict(site, boxes):
@@ -3981,11 +3859,13 @@ def ask_maildir(path: pathlib.Path, **settings: object) -> Response:
     return response
 
 
-STUFFED = {"cur/1": 2000}
-BY_DOVECOT = {"dovecot-uidlist": UIDLIST}
-DISTRUSTED = b"1000S\n1001 1\n1 1\n"  # over and of two lines: every server counts
+FULL_CUR = {"cur/1": 2000}
+DOVECOT = {"dovecot-uidlist": UIDLIST}
+DOUBT = b"1000S\n1001 1\n1 1\n"  # over and of two lines: every server counts
 LONGEST = b"1000S\n" + b"0 0\n" * 1278  # 5118 bytes
-COUNTED = {"QUOTA_KEEPER": "dovecot-count", "QUOTA_LIMIT": "1000000"}
+TRASH = {"cur/1:2,T": 9, ".Trash/cur/1": 9, "cur/.x": 9}
+LINKED = {"a/cur/1": 9, ".a": "a"}
+BY_COUNT = {"QUOTA_KEEPER": "dovecot-count", "QUOTA_LIMIT": "1000"}
 MAILDIR_RULE = [
     # (sentence, maildirsize, files, status, used and quota of the answer[, settings, `age`])
     ("under the limit of bytes", b"1000S\n999 1\n", {}, "OK 999 1000"),
@@ -3996,185 +3876,105 @@ MAILDIR_RULE = [
     ("items in any order", b"3C,9S\n9 2\n", {}, "OVERQUOTA 9 9"),
     ("0 is no limit", b"0S,0C\n9 9\n", {}, "OK 9 0"),
     ("no digits, no limit", b"NOQUOTA\n9 9\n", {}, "OK 9 0"),
-    ("an empty file is none", b"", STUFFED, "OVERQUOTA 2000 9", {"QUOTA_LIMIT": "9"}),
-    ("zeros ahead", b"6S\n" + b"0" * 200 + b"5 1\n", STUFFED, "OK 5 6"),
-    ("an unfinished line that is none", b"8S\n3 1\nx", STUFFED, "OK 3 8"),
     ("other letters, no limit", b"5B,5s\n9 9\n", {}, "OK 9 0"),
-    ("lines add up", b"999S\n1 1\n  -2   -1\n\t9 1\n-7 -1\n", STUFFED, "OK 1 999"),
+    ("an empty file is none", b"", FULL_CUR, "OVERQUOTA 2000 9", {"QUOTA_LIMIT": "9"}),
+    ("zeros ahead", b"6S\n" + b"0" * 200 + b"5 1\n", FULL_CUR, "OK 5 6"),
+    ("an unfinished line that is none", b"8S\n3 1\nx", FULL_CUR, "OK 3 8"),
+    ("lines add up", b"999S\n1 1\n  -2   -1\n\t9 1\n-7 -1\n", FULL_CUR, "OK 1 999"),
     ("padded lines", b"9S\n           9            2\n", {}, "OVERQUOTA 9 9"),
     ("more on a line is left out", b"9S\n9 2 7 x\n", {}, "OVERQUOTA 9 9"),
-    ("under is trusted", b"1000S\n9 1\n", STUFFED, "OK 9 1000"),
-    ("under is trusted in many lines", b"1000S\n9 1\n9 1\n", STUFFED, "OK 18 1000"),
-    ("under is trusted when old", b"1000S\n9 1\n", STUFFED, "OK 9 1000", {"age": 10000000}),
-    ("no lines are a sum of 0", b"1000S\n", STUFFED, "OK 0 1000"),
-    ("no file: counted", None, STUFFED, "OVERQUOTA 2000 900", {"QUOTA_LIMIT": "900"}),
-    ("a line that is none: counted", b"9S\nx\n", STUFFED, "OVERQUOTA 2000 9"),
-    ("a blank line: counted", b"9S\n1 1\n\n", STUFFED, "OVERQUOTA 2000 9"),
-    ("half a line: counted", b"9S\n1\n", STUFFED, "OVERQUOTA 2000 9"),
-    ("not decimal: counted", b"9S\n1_0 1\n", STUFFED, "OVERQUOTA 2000 9"),
-    ("a sum of bytes below 0: counted", b"9S\n-1 1\n", STUFFED, "OVERQUOTA 2000 9"),
-    ("a sum of messages below 0: counted", b"9S\n1 -1\n", STUFFED, "OVERQUOTA 2000 9"),
-    ("5119 bytes are trusted", LONGEST[:-1] + b" \n", STUFFED, "OK 0 1000"),
-    ("5120 bytes are not", LONGEST[:-1] + b"  \n", STUFFED, "OVERQUOTA 2000 1000"),
-    ("over in two lines: counted", DISTRUSTED, {}, "OK 0 1000"),
-    ("over and old: counted", b"1000S\n1001 1\n", {}, "OK 0 1000", {"age": 905}),
-    ("over and new: trusted", b"9S\n10 1\n", {}, "OVERQUOTA 10 9", {"age": 880}),
-    ("messages over and old: counted", b"1C\n9 2\n", {}, "OK 0 0", {"age": 905}),
-    ("just full and old: Courier counts", b"9S\n9 1\n", {}, "OK 0 9", {"age": 905}),
-    ("Dovecot does not", b"9S\n9 1\n", BY_DOVECOT, "OVERQUOTA 9 9", {"age": 905}),
-    ("cur and new count", DISTRUSTED, {"cur/1": 9, "new/2": 8}, "OK 17 1000"),
-    ("tmp does not", DISTRUSTED, {"tmp/1": 9000, "cur/1": 9}, "OK 9 1000"),
-    ("folders count", DISTRUSTED, {".a/cur/1": 9, ".a.b.c/new/1": 8}, "OK 17 1000"),
-    ("deep folders do not", DISTRUSTED, {".a/.b/cur/1": 9000}, "OK 0 1000"),
-    ("folders without a dot do not", DISTRUSTED, {"a/cur/1": 9000}, "OK 0 1000"),
-    ("linked ones not in Courier", DISTRUSTED, {"a/cur/1": 9, ".a": "a"}, "OK 0 1000"),
-    ("linked ones in Dovecot", DISTRUSTED, {"a/cur/1": 9, ".a": "a", **BY_DOVECOT}, "OK 9 1000"),
-    ("not folders", DISTRUSTED, {".file": 9000, "cur/.a/1": 9}, "OK 0 1000"),
-    ("S= and a comma", DISTRUSTED, {"cur/1,S=7,W=9:2,S": 9000}, "OK 7 1000"),
-    ("S= and a colon", DISTRUSTED, {"cur/1,W=9,S=7:2,S": 9000}, "OK 7 1000"),
-    ("S= and the end", DISTRUSTED, {"new/1,S=0007": 9000}, "OK 7 1000"),
-    ("S= without digits is 0", DISTRUSTED, {"cur/1,S=:2,": 9000}, "OK 0 1000"),
-    ("S= and others: the file", DISTRUSTED, {"cur/1,S=7x": 9, "new/1,S=x": 8}, "OK 17 1000"),
-    ("no S=: the file", DISTRUSTED, {"cur/1,s=7,W=5:2,": 9}, "OK 9 1000"),
-    ("a link: what it leads to", DISTRUSTED, {"cur/1": "../x", "x": 9}, "OK 9 1000"),
-    ("hidden names", DISTRUSTED, {"cur/.nfs": 9000, "new/..x": 8}, "OK 0 1000"),
-    (
-        "hidden names in Dovecot",
-        DISTRUSTED,
-        {"cur/.nfs": 9, "cur/..x": 9, **BY_DOVECOT},
-        "OK 9 1000",
-    ),
-    ("what vanishes", DISTRUSTED, {"cur/1": "nowhere", "cur/2": 9}, "OK 9 1000"),
-    ("Trash", DISTRUSTED, {".Trash/cur/1": 9, ".Trash.a/cur/1": 8}, "OK 8 1000"),
-    ("flag T", DISTRUSTED, {"cur/1:2,ST": 9, "new/1,S=8:2,T": 8}, "OK 0 1000"),
-    ("other flags", DISTRUSTED, {"cur/T:2,DFPRSt": 9, "cur/T": 8}, "OK 17 1000"),
-    ("Dovecot's Trash", DISTRUSTED, {".Trash/cur/1": 9, **BY_DOVECOT}, "OK 9 1000"),
-    ("its flag T", DISTRUSTED, {"cur/1:2,T": 9, **BY_DOVECOT}, "OK 9 1000"),
-    (
-        "trash skipped for Dovecot, which knows no flag T",
-        DISTRUSTED,
-        {"cur/1:2,T": 9, ".Trash/cur/1": 9, ".Trash.a/cur/1": 5, **BY_DOVECOT},
-        "OK 14 1000",
-        {"QUOTA_TRASH": "skip"},
-    ),
-    (
-        "trash counted for Courier",
-        DISTRUSTED,
-        {"cur/1:2,T": 9, ".Trash/cur/1": 9, "cur/.x": 9},
-        "OK 18 1000",
-        {"QUOTA_TRASH": "count"},
-    ),
-    (
-        "a server that is named",
-        DISTRUSTED,
-        {"cur/1:2,T": 9, ".Trash/cur/1": 9, "cur/.x": 9},
-        "OK 27 1000",
-        {"QUOTA_KEEPER": "dovecot"},
-    ),
-    ("maildirsize beats QUOTA_LIMIT", b"9S\n8 1\n", STUFFED, "OK 8 9", {"QUOTA_LIMIT": "5"}),
-    ("so does its none", b"0S\n8 1\n", STUFFED, "OK 8 0", {"QUOTA_LIMIT": "5"}),
-    ("a user's own beats it", b"9S\n8 1\n", STUFFED, "OVERQUOTA 8 7", {"QUOTA_USERS": "7"}),
-    ("and its messages", b"7S\n6 1\n", STUFFED, "OK 6 7", {"QUOTA_USERS": "7"}),
-    ("a user without limit", b"9S\n9 1\n", STUFFED, "OK 9 0", {"QUOTA_USERS": "0"}),
+    ("under is trusted", b"1000S\n9 1\n", FULL_CUR, "OK 9 1000"),
+    ("under is trusted in many lines", b"1000S\n9 1\n9 1\n", FULL_CUR, "OK 18 1000"),
+    ("under is trusted when old", b"1000S\n9 1\n", FULL_CUR, "OK 9 1000", {"age": 10**7}),
+    ("no lines are a sum of 0", b"1000S\n", FULL_CUR, "OK 0 1000"),
+    ("no file: counted", None, FULL_CUR, "OVERQUOTA 2000 900", {"QUOTA_LIMIT": "900"}),
+    ("a line that is none: counted", b"9S\nx\n", FULL_CUR, "OVERQUOTA 2000 9"),
+    ("a blank line: counted", b"9S\n1 1\n\n", FULL_CUR, "OVERQUOTA 2000 9"),
+    ("half a line: counted", b"9S\n1\n", FULL_CUR, "OVERQUOTA 2000 9"),
+    ("not decimal: counted", b"9S\n1_0 1\n", FULL_CUR, "OVERQUOTA 2000 9"),
+    ("a sum of bytes below 0: counted", b"9S\n-1 1\n", FULL_CUR, "OVERQUOTA 2000 9"),
+    ("a sum of messages below 0: counted", b"9S\n1 -1\n", FULL_CUR, "OVERQUOTA 2000 9"),
+    ("5119 bytes are trusted", LONGEST[:-1] + b" \n", FULL_CUR, "OK 0 1000"),
+    ("5120 bytes are not", LONGEST[:-1] + b"  \n", FULL_CUR, "OVERQUOTA 2000 1000"),
+    ("over in two lines: counted", DOUBT, {}, "OK 0 1000"),
+    ("over and old: counted", b"1000S\n1001 1\n", {}, "OK 0 1000", {"age": 910}),
+    ("over and new: trusted", b"9S\n10 1\n", {}, "OVERQUOTA 10 9", {"age": 850}),
+    ("messages over and old: counted", b"1C\n9 2\n", {}, "OK 0 0", {"age": 910}),
+    ("just full and old: Courier counts", b"9S\n9 1\n", {}, "OK 0 9", {"age": 910}),
+    ("Dovecot does not", b"9S\n9 1\n", DOVECOT, "OVERQUOTA 9 9", {"age": 910}),
+    ("cur and new count", DOUBT, {"cur/1": 9, "new/2": 8}, "OK 17 1000"),
+    ("tmp does not", DOUBT, {"tmp/1": 9000, "cur/1": 9}, "OK 9 1000"),
+    ("folders count", DOUBT, {".a/cur/1": 9, ".a.b.c/new/1": 8}, "OK 17 1000"),
+    ("deep folders do not", DOUBT, {".a/.b/cur/1": 9000}, "OK 0 1000"),
+    ("folders without a dot do not", DOUBT, {"a/cur/1": 9000}, "OK 0 1000"),
+    ("linked ones not in Courier", DOUBT, LINKED, "OK 0 1000"),
+    ("linked ones in Dovecot", DOUBT, {**LINKED, **DOVECOT}, "OK 9 1000"),
+    ("not folders", DOUBT, {".file": 9000, "cur/.a/1": 9}, "OK 0 1000"),
+    ("S= and a comma", DOUBT, {"cur/1,S=7,W=9:2,S": 9000}, "OK 7 1000"),
+    ("S= and a colon", DOUBT, {"cur/1,W=9,S=7:2,S": 9000}, "OK 7 1000"),
+    ("S= and the end", DOUBT, {"new/1,S=0007": 9000}, "OK 7 1000"),
+    ("S= without digits is 0", DOUBT, {"cur/1,S=:2,": 9000}, "OK 0 1000"),
+    ("S= and others: the file", DOUBT, {"cur/1,S=7x": 9, "new/1,S=x": 8}, "OK 17 1000"),
+    ("no S=: the file", DOUBT, {"cur/1,s=7,W=5:2,": 9}, "OK 9 1000"),
+    ("a link: what it leads to", DOUBT, {"cur/1": "../x", "x": 9}, "OK 9 1000"),
+    ("hidden names", DOUBT, {"cur/.nfs": 9000, "new/..x": 8}, "OK 0 1000"),
+    ("hidden names in Dovecot", DOUBT, {"cur/.n": 9, "cur/..x": 9, **DOVECOT}, "OK 9 1000"),
+    ("what vanishes", DOUBT, {"cur/1": "nowhere", "cur/2": 9}, "OK 9 1000"),
+    ("Trash", DOUBT, {".Trash/cur/1": 9, ".Trash.a/cur/1": 8}, "OK 8 1000"),
+    ("flag T", DOUBT, {"cur/1:2,ST": 9, "new/1,S=8:2,T": 8}, "OK 0 1000"),
+    ("other flags", DOUBT, {"cur/T:2,DFPRSt": 9, "cur/T": 8}, "OK 17 1000"),
+    ("Dovecot's Trash", DOUBT, {".Trash/cur/1": 9, **DOVECOT}, "OK 9 1000"),
+    ("its flag T", DOUBT, {"cur/1:2,T": 9, **DOVECOT}, "OK 9 1000"),
+    ("its Trash skipped", DOUBT, {**TRASH, **DOVECOT}, "OK 18 1000", {"QUOTA_TRASH": "skip"}),
+    ("Courier's trash counted", DOUBT, TRASH, "OK 18 1000", {"QUOTA_TRASH": "count"}),
+    ("a server that is named", DOUBT, TRASH, "OK 27 1000", {"QUOTA_KEEPER": "dovecot"}),
+    ("maildirsize beats QUOTA_LIMIT", b"9S\n8 1\n", {}, "OK 8 9", {"QUOTA_LIMIT": "5"}),
+    ("so does its none", b"0S\n8 1\n", {}, "OK 8 0", {"QUOTA_LIMIT": "5"}),
+    ("a user's own beats it", b"9S\n8 1\n", {}, "OVERQUOTA 8 7", {"QUOTA_USERS": "7"}),
+    ("and its messages", b"7S,1C\n6 1\n", {}, "OK 6 7", {"QUOTA_USERS": "7"}),
+    ("a user without limit", b"9S\n9 1\n", {}, "OK 9 0", {"QUOTA_USERS": "0"}),
     ("a first line from Windows", b"9S\r\n9 1\r\n", {}, "OVERQUOTA 9 9"),
-    ("is none to Dovecot", b"9S\r\n9 1\r\n", BY_DOVECOT, "OK 9 0"),
+    ("is none to Dovecot", b"9S\r\n9 1\r\n", DOVECOT, "OK 9 0"),
     ("spaces", b" 9S, 2C\n9 1\n", {}, "OVERQUOTA 9 9"),
-    ("are none to Dovecot", b" 9S, 2C\n9 1\n", BY_DOVECOT, "OK 9 0"),
+    ("are none to Dovecot", b" 9S, 2C\n9 1\n", DOVECOT, "OK 9 0"),
     ("the last 0 counts", b"9S,0S\n9 1\n", {}, "OK 9 0"),
-    ("not for Dovecot", b"9S,0S\n9 1\n", BY_DOVECOT, "OVERQUOTA 9 9"),
+    ("not for Dovecot", b"9S,0S\n9 1\n", DOVECOT, "OVERQUOTA 9 9"),
     ("a last line without an end", b"9S\n9 1", {}, "OVERQUOTA 9 9"),
-    ("is not there yet for Dovecot", b"9S\n9 1", BY_DOVECOT, "OK 0 9"),
+    ("is not there yet for Dovecot", b"9S\n9 1", DOVECOT, "OK 0 9"),
     # A NUL byte, as a crash leaves.
-    ("NUL in the first line: missing", b"9S\x00\n1 1\n", STUFFED, "OK 2000 0"),
-    ("so the limit is another", b"\x00" * 50, STUFFED, "OVERQUOTA 2000 5", {"QUOTA_LIMIT": "5"}),
-    ("NUL in a later line: counted", b"9S\n1 1\n\x00\x00", STUFFED, "OVERQUOTA 2000 9"),
-    ("NUL between lines: counted", b"9S\n1 1\n\x00\n1 1\n", STUFFED, "OVERQUOTA 2000 9"),
+    ("NUL in the first line: no file", b"9S\0\n1 1\n", FULL_CUR, "OK 2000 0"),
+    ("so the limit is another", b"\0" * 50, FULL_CUR, "OVERQUOTA 2000 5", {"QUOTA_LIMIT": "5"}),
+    ("NUL in a later line: counted", b"9S\n1 1\n\0\0", FULL_CUR, "OVERQUOTA 2000 9"),
+    ("NUL between lines: counted", b"9S\n1 1\n\0\n1 1\n", FULL_CUR, "OVERQUOTA 2000 9"),
     # No limit is invented.
-    ("no limit anywhere", None, STUFFED, "OK 2000 0"),
-    (
-        "no limit for the maildir driver",
-        None,
-        {**STUFFED, **BY_DOVECOT},
-        "OK 2000 0",
-        {"QUOTA_KEEPER": "dovecot"},
-    ),
-    (
-        "QUOTA_LIMIT where there is no other",
-        None,
-        STUFFED,
-        "OVERQUOTA 2000 9",
-        {"QUOTA_LIMIT": "9"},
-    ),
-    ("0 is none", None, STUFFED, "OK 2000 0", {**COUNTED, "QUOTA_LIMIT": "0"}),
-    # Dovecot's count driver: virtual sizes, and of a message without one its file's size.
-    (
-        "W= beats S= and the file",
-        None,
-        {"cur/1,S=312,W=414:2,S": 1, "new/2,W=7": 312},
-        "OK 421 1000000",
-        COUNTED,
-    ),
-    ("no W=: the file", None, {"new/1,S=7": 312, "cur/2:2,": 9}, "OK 321 1000000", COUNTED),
-    ("zeros ahead of W=", None, {"cur/1,W=007:2,": 312}, "OK 7 1000000", COUNTED),
-    (
-        "W= without digits is 0",
-        None,
-        {"cur/1,W=:2,": 312, "new/1,W=,S=312": 312},
-        "OK 0 1000000",
-        COUNTED,
-    ),
-    ("but not at the end", None, {"new/1,W=": 312}, "OK 312 1000000", COUNTED),
-    ("of two W= the first", None, {"cur/1,W=5,W=900:2,": 312}, "OK 5 1000000", COUNTED),
-    (
-        "other things are no W=",
-        None,
-        {"cur/1,W=7x:2,": 312, "new/2,W=-5": 312, "new/3,w=7": 312},
-        "OK 936 1000000",
-        COUNTED,
-    ),
-    (
-        "hidden names do not count",
-        None,
-        {"cur/.1,W=9": 9, "new/..1,W=9": 9},
-        "OK 0 1000000",
-        COUNTED,
-    ),
-    (
-        "its folders",
-        None,
-        {".a/new/1,W=9": 9, ".a.b/cur/2,W=8:2,": 9, ".a/.b/cur/3,W=7": 9},
-        "OK 17 1000000",
-        COUNTED,
-    ),
-    ("its linked ones", None, {"x/cur/1,W=9:2,": 9, ".a": "x"}, "OK 9 1000000", COUNTED),
-    (
-        "its trash counts",
-        None,
-        {".Trash/cur/1,W=9:2,": 9, "cur/2,W=8:2,T": 9},
-        "OK 17 1000000",
-        COUNTED,
-    ),
-    (
-        "unless it is skipped",
-        None,
-        {".Trash/cur/1,W=9": 9, "cur/2,W=8:2,T": 9},
-        "OK 8 1000000",
-        {**COUNTED, "QUOTA_TRASH": "skip"},
-    ),
-    (
-        "a keeper set by hand is believed: no maildirsize",
-        b"9S\n9 1\n",
-        {"cur/1,W=5": 9},
-        "OK 5 1000000",
-        COUNTED,
-    ),
+    ("no limit anywhere", None, FULL_CUR, "OK 2000 0"),
+    ("nor by the maildir driver", None, FULL_CUR, "OK 2000 0", {"QUOTA_KEEPER": "dovecot"}),
+    ("0 is none by count", None, FULL_CUR, "OK 2000 0", {**BY_COUNT, "QUOTA_LIMIT": "0"}),
+    ("its trash may be skipped", None, TRASH, "OK 9 1000", {**BY_COUNT, "QUOTA_TRASH": "skip"}),
 ]
+VIRTUAL_SIZES = [
+    # Dovecot's count driver: (sentence, files, bytes). No message is opened.
+    ("W= beats S= and the file", {"cur/1,S=312,W=414:2,S": 1, "new/2,W=7": 312}, 421),
+    ("no W=: the file", {"new/1,S=7": 312, "cur/2:2,": 9}, 321),
+    ("zeros ahead", {"cur/1,W=007:2,": 312}, 7),
+    ("W= without digits is 0", {"cur/1,W=:2,": 312, "new/1,W=,S=312": 312}, 0),
+    ("but not at the end", {"new/1,W=": 312}, 312),
+    ("of two W= the first", {"cur/1,W=5,W=900:2,": 312}, 5),
+    ("other things are no W=", {"cur/1,W=7x:2,": 312, "new/2,W=-5": 312, "new/3,w=7": 312}, 936),
+    ("hidden names", {"cur/.1,W=9": 9, "new/..1,W=9": 9}, 0),
+    ("folders", {".a/new/1,W=9": 9, ".a.b/cur/2,W=8:2,": 9, ".a/.b/cur/3,W=7": 9}, 17),
+    ("linked ones", {"x/cur/1,W=9:2,": 9, ".a": "x"}, 9),
+    ("trash", {".Trash/cur/1,W=9:2,": 9, "cur/2,W=8:2,T": 9}, 17),
+    ("a maildirsize is not read", {"maildirsize": b"9S\n9 1\n", "cur/1,W=5": 9}, 5),
+]
+for sentence, files, size in VIRTUAL_SIZES:
+    MAILDIR_RULE.append((f"virtual: {sentence}", None, files, f"OK {size} 1000", BY_COUNT))
 
 
 @pytest.mark.parametrize("row", MAILDIR_RULE, ids=lambda row: row[0])
 def test_a_maildir_is_over_as_the_rule_says(row, tmp_path):
-    sentence, maildirsize, files, line, *more = row
-    settings = dict(more[0]) if more else {}
+    _, maildirsize, files, line, *more = row
+    settings = dict(*more)
     path = make_maildir(tmp_path / "Maildir", files, maildirsize, settings.pop("age", 0))
     if "QUOTA_USERS" in settings:
         (tmp_path / "users").write_text(f"john {settings['QUOTA_USERS']}\n")
@@ -4243,7 +4043,7 @@ def test_who_keeps_a_maildir_is_seen_by_its_files(row, control, tmp_path):
 
 def test_a_control_folder_is_a_path_with_placeholders(tmp_path):
     path = make_maildir(tmp_path / "Maildir", {"cur/1": 20}, b"9S\n9 1\n")
-    make_maildir(tmp_path / "control" / "john", BY_DOVECOT, b"70S\n7 1\n")
+    make_maildir(tmp_path / "control" / "john", DOVECOT, b"70S\n7 1\n")
     assert ask_maildir(path).line == "OVERQUOTA john 9 9"
     assert ask_maildir(path, QUOTA_CONTROL=tmp_path / "control/%n").line == "OK john 7 70"
     none = ask_maildir(path, QUOTA_CONTROL=tmp_path / "control/%n.none", QUOTA_LIMIT="50")
@@ -4302,7 +4102,7 @@ BAD_MAILDIRS = [
     ("a size of 10^4500", b"9S\n" + b"9" * 4500 + b" 1\n", "OVERQUOTA john 2000 9"),
     ("cur is a file", {".a/cur": 0}, "ERROR cannot read the mailbox: "),
     ("a message is a loop", {"cur/loop": "loop"}, "ERROR cannot read the mailbox: "),
-    ("folders in a circle", {**BY_DOVECOT, ".b": ".c", ".c": ".b"}, "OVERQUOTA john 2000 1500"),
+    ("folders in a circle", {**DOVECOT, ".b": ".c", ".c": ".b"}, "OVERQUOTA john 2000 1500"),
     ("folders that loop", {".b": ".", ".c": "..", ".f": ".f"}, "OVERQUOTA john 2000 1500"),
     ("a name with 10^200", {f"cur/1,S={10**200}": 0}, f"OVERQUOTA john {10**200 + 2000} 1500"),
 ]
@@ -4370,7 +4170,7 @@ SECRETS = ["stat", "maildirsize"], ["scandir", "."], ["scandir", "new"], ["scand
 def test_what_cannot_be_read_is_an_error_and_not_a_smaller_sum(
     function, name, tmp_path, monkeypatch, capfd
 ):
-    make_maildir(tmp_path / "john", {"cur/1": 9, ".a/new/1": 9}, DISTRUSTED)
+    make_maildir(tmp_path / "john", {"cur/1": 9, ".a/new/1": 9}, DOUBT)
     settings = {"QUOTA_MAILDIR": tmp_path / "%n"}
     assert ask(MAILDIR_CGI, **settings).line == "OK john 18 1000"
     refuse_to(monkeypatch, function, os.path.normpath(tmp_path / "john" / name), errno.EACCES)
@@ -4390,7 +4190,7 @@ def test_a_reader_who_moves_messages_meanwhile_does_not_change_what_is_counted(k
 
     settings = {"QUOTA_MAILDIR": tmp_path / "%n", "QUOTA_KEEPER": keeper}
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for _ in range(10):
+        for _ in range(4):
             moving = pool.submit(move)
             while not moving.done():
                 for limit, status in ("42000", "OK"), ("39000", "OVERQUOTA"):
@@ -4402,13 +4202,13 @@ def test_a_reader_who_moves_messages_meanwhile_does_not_change_what_is_counted(k
 
 def test_many_messages_are_counted_in_little_memory(tmp_path):
     path = make_maildir(tmp_path / "john", {})
-    for number in range(20_000):
+    for number in range(5_000):
         os.close(os.open(path / "cur" / f"{number},S=7:2,S", os.O_CREAT | os.O_WRONLY))
     tracemalloc.start()
     got = ask(MAILDIR_CGI, QUOTA_MAILDIR=tmp_path / "%n", QUOTA_LIMIT="1M")
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
-    assert got.line == "OK john 140000 1048576"
+    assert got.line == "OK john 35000 1048576"
 
 
 # ---- Dovecot asked itself: its HTTP service is faked, the real ones are in .ci/test_servers.py ----
@@ -4631,7 +4431,7 @@ def test_readme_and_help_give_every_option_with_its_default_in_the_same_order():
     for name, _, _, default, _ in module.OPTIONS:
         if name == "backend":
             default = module.DEFAULT_BACKEND
-        if default in (None, False, []):
+        if not default and default != 0 or default is False:
             assert shown[name] in (
                 "",
                 "off",
