@@ -98,16 +98,16 @@ PASSED_OVER = 8  # mailboxes with mail in flight, at most, in the search for one
 NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
 PATIENCE = 3  # questions in a row that run out of time before a backend is left alone
-HEADERS = 1024  # bytes that mail servers add to a message on its way: Received and others
+HEADERS = 1024  # bytes that mail servers add to a message on its way: 500 to 1,500
 STEPS = 1000  # from name to name in aliases, as Postfix's virtual_alias_recursion_limit
-TABLE_QUERIES = 8  # postmap processes at a time, each for a few milliseconds
-TABLE_RESULTS = 10_000  # names whose result a table remembers
+TABLE_QUERIES = 8  # postmap processes at a time; each runs for some five milliseconds
+TABLE_RESULTS = 10_000  # names whose result a table remembers, in some 10 MB
 REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RFC 5321, 4.5.3.1.5)
-LOG_LENGTH = 10_000  # lines that may wait to be written
+LOG_LENGTH = 10_000  # lines that may wait to be written; what comes then is lost
 TICK = 1  # seconds between two looks at signals, alias files and metrics
-METRICS_EVERY = 15  # seconds
+METRICS_EVERY = 15  # seconds, as Prometheus usually asks
 DAY = 86400  # seconds
-STOPPING = 1.7  # seconds that the end may take, whatever hangs
+STOPPING = 1.7  # seconds that the end may take, whatever hangs: 2 with the rest
 
 OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
 TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
@@ -373,7 +373,8 @@ class Question:
         self.half = (deadline - asked) / 2  # seconds
         self.begun = 0.0  # when a thread began to ask; 0: the question waits for its turn
         self.next_review = asked + self.half  # when the sessions that wait look after it
-        self.future: concurrent.futures.Future[Answer]  # for all sessions that want to know
+        # For all sessions that want to know.
+        self.future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
         self.lock = threading.Lock()  # guards what follows
         self.ended = ""  # why it was ended before there was an answer
         self.socket: Optional[socket.socket] = None
@@ -528,7 +529,7 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
         hint = HINTS.get(response.status, "")
         raise BadAnswer(f"status {response.status} {why or response.reason[:80]}{hint}")
     # The line is whole if its end is there, or all that the header announced, or the last chunk.
-    ended = response.length == 0 or response.chunked and response.chunk_left is None
+    ended = response.length == 0 or (response.chunked and response.chunk_left is None)
     is_whole = line.endswith(b"\n") or ended
     if not is_whole and (response.length or len(line) >= ANSWER_LENGTH):
         raise BadAnswer("the answer is cut short or too long")
@@ -546,9 +547,12 @@ class Backend:
 
     All sessions that want to know of one mailbox wait for one question. A question gets its turn
     in the first half of its time, or none. So each that begins has half of its time at least, and
-    one that runs out of time tells something of the backend. When the time is over, whoever waits
-    ends the question: the connection is shut down, and the thread is free. A mailbox whose question
-    ran out of time is left alone for `retry_after` seconds.
+    one that runs out of time tells something of the backend. The newest question gets the next
+    turn: if more is asked than the backend can answer, the oldest have too little time left.
+
+    When the time is over, whoever waits ends the question: its connection is shut down, and its
+    thread is free. A mailbox whose question ran out of time is left alone for `retry_after`
+    seconds.
 
     If others wait for a turn, a question is also ended early: it has been asked for half of its
     time, and a later one was answered. The backend works then, and this mailbox hangs.
@@ -567,6 +571,7 @@ class Backend:
         self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
         self.lock = threading.Lock()  # guards what follows
         self.questions: dict[Mailbox, Question] = {}
+        self.waiting: list[Question] = []  # for a turn, the newest last
         self.left_alone: dict[Mailbox, float] = {}  # mailboxes that ran out of time, until when
         self.latest_answered = 0.0  # when the latest question that has an answer had begun
         self.answered_at = 0.0  # when the last answer came
@@ -577,17 +582,14 @@ class Backend:
     def ask(self, mailbox: Mailbox, deadline: float) -> Answer:
         """Ask about a mailbox, or join the question that is under way. Raises Fault."""
         question = self.join(mailbox, deadline)
-        while not question.ended:
+        while True:
             moment = min(deadline, question.next_review)
             try:
                 return question.future.result(max(0, moment - time.monotonic()))
-            except concurrent.futures.CancelledError:  # it was ended before its turn
-                break
             except concurrent.futures.TimeoutError:
                 self.review(question, moment)
-            if moment >= deadline:
-                break
-        raise Fault(question.ended or "no answer in time")
+                if moment >= deadline and not question.future.done():
+                    raise Fault("no answer in time") from None
 
     def join(self, mailbox: Mailbox, deadline: float) -> Question:
         """Give the question about a mailbox that is under way, or a new one. Raises Fault."""
@@ -604,22 +606,21 @@ class Backend:
                 self.retry_at = now + self.retry_after  # one question tries it, others do not
             question = Question(mailbox, now, deadline)
             try:
-                question.future = self.pool.submit(self.carry_out, question)
+                self.pool.submit(self.take_turn)
             except RuntimeError as error:  # the system's limit of threads
                 raise Fault(f"no thread for a question: {error}") from None
             self.questions[mailbox] = question
+            self.waiting.append(question)
             self.make_room(now)
             return question
 
-    def carry_out(self, question: Question) -> Answer:
-        """Ask one question, in a thread of the pool, and learn from what comes. Raises Fault."""
+    def take_turn(self) -> None:
+        """Ask the newest question that waits, in a thread of the pool."""
         with self.lock:
-            now = time.monotonic()
-            if self.is_under_way(question) and now >= question.asked + question.half:
-                self.end(question, NO_TURN)
-            if not self.is_under_way(question):
-                raise Fault(question.ended)
-            question.begun = now
+            if not self.waiting:  # the question was ended before its turn
+                return
+            question = self.waiting.pop()
+            question.begun = time.monotonic()
         fault: Optional[Fault] = None
         try:
             answer = self.client.fetch(question)._replace(source=self.name, at=question.begun)
@@ -629,7 +630,7 @@ class Backend:
         self.counters.record_question(self.name, now - question.begun, fault is not None)
         with self.lock:
             if not self.is_under_way(question):
-                raise Fault(question.ended)
+                return
             del self.questions[question.mailbox]
             if isinstance(fault, Unreachable):
                 self.record_failure(question, str(fault))
@@ -637,8 +638,9 @@ class Backend:
                 self.record_answer(question, now)
             self.make_room(now)
         if fault:
-            raise fault
-        return answer
+            question.future.set_exception(fault)
+        else:
+            question.future.set_result(answer)
 
     def is_under_way(self, question: Question) -> bool:
         """Say whether a question has not ended. The lock is held."""
@@ -647,8 +649,10 @@ class Backend:
     def end(self, question: Question, why: str) -> None:
         """End a question without an answer. The lock is held."""
         del self.questions[question.mailbox]
+        if not question.begun:
+            self.waiting.remove(question)
         question.end(why)
-        question.future.cancel()  # if it waits for its turn
+        question.future.set_exception(Fault(why))
 
     def review(self, question: Question, moment: float) -> None:
         """End a question that has no turn by half of its time, or no answer by its deadline."""
@@ -839,7 +843,7 @@ class Ledger:
                 break
             oldest = next(iter(self.accounts))
             unused = self.accounts.pop(oldest)
-            if unused.sum_up(time.monotonic() - self.window):
+            if unused.sum_up(time.monotonic() - self.window - self.timeout):
                 self.accounts[oldest] = unused  # it is the last now
         return account
 
@@ -1026,6 +1030,7 @@ class Table:
     """A Postfix table, which the session's own thread asks through `postmap -q`."""
 
     turns: ClassVar[threading.Semaphore] = threading.Semaphore(TABLE_QUERIES)  # of all tables
+    starting: ClassVar[threading.Lock] = threading.Lock()  # guards what follows
     running: ClassVar[set[subprocess.Popen[bytes]]] = set()
     is_closed: ClassVar[bool] = False  # the program ends
 
@@ -1114,11 +1119,13 @@ class Table:
         path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
         command = [shutil.which("postmap", path=path) or "postmap", "-q", "-", self.name]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
-        Table.running.add(process)
+        with Table.starting:
+            if Table.is_closed:
+                raise Fault("the program ends")
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+            Table.running.add(process)
         try:
-            seconds = 0 if Table.is_closed else max(0, deadline - time.monotonic())
-            output, errors = process.communicate(asked, seconds)
+            output, errors = process.communicate(asked, max(0, deadline - time.monotonic()))
             return process.returncode, output, errors
         except subprocess.TimeoutExpired:
             raise Fault(f"table {self.name} gave no answer in time") from None
@@ -1127,14 +1134,16 @@ class Table:
             process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
-            Table.running.discard(process)
+            with Table.starting:
+                Table.running.discard(process)
 
     @classmethod
     def close(cls) -> None:
         """End all postmaps, which would outlive the program, and start no others."""
-        cls.is_closed = True
-        for process in list(cls.running):
-            process.kill()
+        with cls.starting:
+            cls.is_closed = True
+            for process in cls.running:
+                process.kill()
 
 
 AliasSource = Union[AliasFile, Table]
@@ -1208,6 +1217,7 @@ class Message:
         self.sender, self.is_authenticated = sender, is_authenticated
         self.counted = 0  # bytes of the body until now
         self.passed: dict[Mailbox, Decision] = {}  # of the first recipient who was let through
+        self.copies: dict[Mailbox, set[str]] = collections.defaultdict(set)  # local parts of all
         self.others_passed = False  # a recipient who was not asked about, or could not be
 
     @property
@@ -1219,7 +1229,9 @@ class Message:
         if not decision.finding.answer:
             self.others_passed = True
         if decision.target:
-            self.passed.setdefault(decision.target.mailbox, decision)
+            mailbox = decision.target.mailbox
+            self.passed.setdefault(mailbox, decision)
+            self.copies[mailbox].add(decision.target.local)  # john and john+a are two copies
 
     def wants_body(self) -> bool:
         """Say whether more of the body can matter.
@@ -1230,7 +1242,7 @@ class Message:
         if self.counted <= self.declared:
             return False
         answers = [decision.finding.answer for decision in self.passed.values()]
-        return any(answer is None or self.counted <= answer.most for answer in answers)
+        return any(answer and self.counted <= answer.most for answer in answers)
 
 
 class Route(NamedTuple):
@@ -1301,7 +1313,8 @@ class Policy:
             if route.target and route.mailboxes:
                 target = route.target
                 finding = route.mailboxes.find(target.mailbox, deadline)
-                verdict = self.judge(finding, message.size)
+                copies = message.copies[target.mailbox] | {target.local}
+                verdict = self.judge(finding, message.size, len(copies))
         except Fault as fault:  # a table
             verdict, finding = "fault", Finding(fault=str(fault))
         reply = self.reply(verdict, finding, address)
@@ -1322,8 +1335,11 @@ class Policy:
         mailboxes = self.mailboxes.get(target.domain, self.mailboxes.get(None))
         return Route("", target, mailboxes) if mailboxes else Route("nobackend")
 
-    def judge(self, finding: Finding, size: int) -> str:
-        """Judge a message of `size` bytes (0: not known) by what is known of a mailbox."""
+    def judge(self, finding: Finding, size: int, copies: int) -> str:
+        """Judge a message of `size` bytes (0: not known) by what is known of a mailbox.
+
+        The mailbox gets so many copies of it.
+        """
         answer = finding.answer
         if answer is None:
             return "fault"
@@ -1334,9 +1350,9 @@ class Policy:
             if size > answer.most:
                 return "overquota" if finding.fault else "toolarge"
             expected = (answer.figure or 0) + finding.in_flight
-            is_full = is_full or expected + size > answer.most
+            is_full = is_full or expected + size * copies > answer.most
             # The grace is for one message: with mail in flight it counts as used up.
-            is_full = is_full or finding.in_flight > 0 and expected >= answer.quota
+            is_full = is_full or (finding.in_flight > 0 and expected >= answer.quota)
         if not is_full:
             return "ok"
         return "inactive" if self.is_inactive(finding, answer) else "overquota"
@@ -1372,13 +1388,15 @@ class Policy:
         with self.ledger.lock:  # to decide and to count is one step
             for mailbox, decision in message.passed.items():
                 finding = self.since_rcpt(mailbox, decision.finding)
-                verdict = self.judge(finding, message.size)
+                copies = len(message.copies[mailbox])
+                verdict = self.judge(finding, message.size, copies)
                 if verdict in REFUSED:
                     refusals.append((verdict, finding))
             is_accepted = message.others_passed or len(refusals) < len(message.passed)
             if is_accepted or self.options.dry_run:
                 for mailbox, decision in message.passed.items():
-                    self.ledger.accept(mailbox, message.size + HEADERS, decision.finding)
+                    size = (message.size + HEADERS) * len(message.copies[mailbox])
+                    self.ledger.accept(mailbox, size, decision.finding)
         if is_accepted or not refusals:
             return None
         verdict, finding = refusals[0]
@@ -1625,7 +1643,7 @@ def matching(pattern: str, what: str, kind: Callable[[str], Any] = str) -> Calla
 def listen_socket(text: str) -> str:
     """Check libmilter's syntax of a socket. Raises ArgumentTypeError."""
     match = re.fullmatch(r"inet6?:([0-9]{1,5})(?:@[^@\s]+)?|(?:unix|local):/.+", text)
-    if not match or match[1] and not 0 < int(match[1]) < 65536:
+    if not match or (match[1] and not 0 < int(match[1]) < 65536):
         raise ArgumentTypeError("is not inet:PORT@HOST, inet6:PORT@HOST or unix:/PATH")
     return text
 

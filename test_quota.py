@@ -1403,29 +1403,30 @@ def test_alias_files_are_read_again_when_they_change_or_a_hup_comes(site):
     assert asked() == "john"
     file.write_text("sales: mary\n")
     wait_for(lambda: asked() == "mary", "the changed alias")
-    file.unlink()
-    assert milter.log(f"aliases={file} state=kept")
-    assert asked() == "mary", "the last good one is kept"
     file.write_text("sales: fred\n")
     milter.hup()
     assert asked() == "fred"
 
 
-def test_an_alias_file_that_is_being_written_is_not_read_half(site):
-    file = site.write("aliases", "first: john\nlast: john\n")
-    milter = site.milter("--aliases", file, *UNCACHED)
-
-    def asked() -> str:
-        milter.rcpt("last")
-        return site.backend.users()[-1]
-
-    with open(file, "w") as slow:
-        for line in ["first: mary\n", *["# more\n"] * 15, "last: mary\n"]:
-            slow.write(line)
-            slow.flush()
-            time.sleep(0.2)
-            assert asked() == "john"
-    wait_for(lambda: asked() == "mary", "the whole file")
+def test_an_alias_file_is_read_when_it_has_held_still_and_the_last_good_one_is_kept(site):
+    file = site.write("aliases", "last: john\n")
+    module = milter_module()
+    (aliases,) = module.read_options([f"--aliases={file}"]).aliases
+    address = module.Address.parse("<last@example.com>", "+", False)
+    for text, expected in [
+        *[(f"first: mary\n{'#' * number}", "john") for number in range(5)],  # it is being written
+        ("first: mary\nlast: paul\n", "paul"),
+        (None, "paul"),
+        ("binary: \0\n", "paul"),
+        ("last: fred\n", "fred"),
+    ]:
+        if text is None:
+            file.unlink()
+        else:
+            file.write_text(text)
+        for _ in range(1 if "#" in str(text) or text == "first: mary\n" else 4):
+            aliases.refresh()
+        assert list(aliases.find(address, 0).values()) == [expected], text
 
 
 # ---- tables: postmap is faked, the real one and its tables are in .ci/test_servers.py ----
@@ -1616,11 +1617,11 @@ def test_what_a_table_said_is_remembered_for_the_cache_ttl_or_until_hup(tables, 
 
 
 def test_table_and_backend_share_one_budget(tables, site):
-    # The table takes half a second twice, and of four the backend would need three and a half.
-    site.backend.default = after(3.5, FULL)
+    # The table takes half a second twice, and of three the backend would need two and a half.
+    site.backend.default = after(2.5, FULL)
     postmap = POSTMAP.replace("if kind", "time.sleep(0.5)\nif kind", 1)
     site.write("postmap", postmap.format(python=sys.executable)).chmod(0o755)
-    milter = tables.start("hash", "--timeout", "4")
+    milter = tables.start("hash", "--timeout", "3")
     assert milter.rcpt("sales").startswith(FAULT) and site.backend.users() == ["john"]
 
 
@@ -2237,35 +2238,29 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("tls", [False, True])
 def test_a_fault_about_a_mailbox_ends_in_time_with_its_connection_and_concerns_it_alone(
-    scheme, site, certificate
+    tls, site, certificate
 ):
     """Each row is a backend of its own; all are asked at once."""
-    backends = []
-    for _ in FAULTS:
-        backends.append(site.another(tls=certificate if scheme == "https" else None))
+    backends = [site.another(tls=certificate if tls else None) for _ in FAULTS]
     served = [f"--backend=x{n}.org={backend.url}" for n, backend in enumerate(backends)]
-    options = *served, "--cafile", certificate, "--timeout", "2", *UNCACHED
-    for on_error, reply in ("tempfail", FAULT), ("accept", ""):
-        milter = site.milter(*options, "--on-error", on_error, backend=False)
-        for backend, script in zip(backends, FAULTS.values()):
-            backend.default, backend.left = script, []
-        begin = time.monotonic()
-        replies = milter.at_once([f"john@x{n}.org" for n in range(len(backends))])
-        assert time.monotonic() - begin < 2 + SLACK
-        for number, (name, script) in enumerate(FAULTS.items()):
-            got, backend = replies[number], backends[number]
-            assert got.startswith(reply) and bool(got) == bool(reply), name
-            fields = "verdict=fault used=- quota=- cached=no", " reason="
-            assert milter.log(f"recipient=john@x{number}.org", *fields), name
-            if sum(pause for _, pause in script) > 10:
-                wait_for(lambda b=backend: b.left == ["john"], f"the end of `{name}`")
-            backend.default = FULL
-        healthy = milter.at_once([f"mary@x{n}.org" for n in range(len(backends))])
-        assert {got[:3] for got in healthy} == {"452"}
-        assert not milter.lines("state=down")
-        assert milter.process.stop() == 0
+    options = *served, "--cafile", certificate, "--timeout", "2", *UNCACHED, *TEMPFAIL
+    milter = site.milter(*options, backend=False)
+    for backend, script in zip(backends, FAULTS.values()):
+        backend.default = script
+    begin = time.monotonic()
+    replies = milter.at_once([f"john@x{n}.org" for n in range(len(backends))])
+    assert time.monotonic() - begin < 2 + SLACK
+    for number, (name, script) in enumerate(FAULTS.items()):
+        assert replies[number].startswith(FAULT), name
+        fields = "verdict=fault used=- quota=- cached=no", " reason="
+        assert milter.log(f"recipient=john@x{number}.org", *fields), name
+        if sum(pause for _, pause in script) > 10:
+            wait_for(lambda n=number: backends[n].left == ["john"], f"the end of `{name}`")
+        backends[number].default = FULL
+    healthy = milter.at_once([f"mary@x{n}.org" for n in range(len(backends))])
+    assert {got[:3] for got in healthy} == {"452"} and not milter.lines("state=down")
 
 
 CERTIFICATE = """\
@@ -2438,6 +2433,7 @@ def test_a_backend_that_answers_slowly_is_not_called_down(site):
     milter = site.milter("--max-queries", "4", "--timeout", "3")
     replies = milter.at_once([f"user{number}" for number in range(40)])
     assert {reply[:3] for reply in replies} <= {"452", ""} and len(site.backend.requests) >= 4
+    site.backend.default = FULL
     assert milter.rcpt("afterwards")[:3] == "452"
     assert not milter.lines("state=down")
 
@@ -2482,14 +2478,11 @@ def test_a_question_that_was_overtaken_makes_room_for_others_after_half_its_time
 
 
 def test_hanging_mailboxes_do_not_keep_the_others_from_being_checked(site):
-    site.backend.answers = {f"hangs{number}": HANG for number in range(6)}
+    site.backend.answers = {f"hangs{number}": HANG for number in range(3)}
     site.backend.default = FULL
     milter = site.milter("--max-queries", "4", "--timeout", "4")
-    for number in range(2):
-        users = [f"hangs{number * 3 + more}" for more in range(3)]
-        users += [f"user{number}-{more}" for more in range(9)]
-        replies = [reply[:3] for reply in milter.at_once(users)]
-        assert replies == [""] * 3 + ["452"] * 9, f"round {number}"
+    users = [f"hangs{number}" for number in range(3)] + [f"user{number}" for number in range(9)]
+    assert [reply[:3] for reply in milter.at_once(users)] == [""] * 3 + ["452"] * 9
     assert not milter.lines("state=down")
 
 
@@ -2523,7 +2516,7 @@ def test_backends_do_not_hinder_each_other(site):
     silent.default = HANG
     site.backend.default = FULL
     refused = f"--backend=refused.org=http://127.0.0.1:{free_port()}/"
-    options = f"--backend=silent.org={silent.url}", refused, "--max-queries", "2", "--timeout", "4"
+    options = f"--backend=silent.org={silent.url}", refused, "--max-queries", "2", "--timeout", "2"
     milter = site.milter(*options, *TEMPFAIL)
     with contextlib.ExitStack() as stack:
         waiting = [stack.enter_context(milter.session()) for _ in range(20)]
@@ -2871,7 +2864,7 @@ def test_term_and_int_end_it_in_time_with_sessions_open_and_questions_under_way(
 
 
 def test_term_does_not_wait_behind_hups_and_many_aliases(site):
-    lines = (f"user{n}@example.com box{n}@example.com\n" for n in range(300_000))
+    lines = (f"user{n}@example.com box{n}@example.com\n" for n in range(100_000))
     milter = site.milter("--aliases", site.write("aliases", "".join(lines)))
     for _ in range(5):
         milter.process.popen.send_signal(signal.SIGHUP)
@@ -3020,12 +3013,10 @@ def test_metrics_are_replaced_and_tell_what_the_milter_did(site):
 def test_metrics_that_cannot_be_written_harm_nothing_and_are_logged(site):
     site.backend.answers["full"] = FULL
     os.mkfifo(site.folder / "pipe")
-    for name in "pipe", "nowhere/quota.prom":
-        milter = site.milter("--metrics", site.folder / name)
-        assert milter.log(f"metrics={site.folder / name}", "state=failed")
-        assert milter.rcpt("full")[:3] == "452" and milter.rcpt("john") == ""
-        assert milter.process.stop() == 0
-    assert (site.folder / "pipe").is_fifo()
+    milter = site.milter("--metrics", site.folder / "pipe")
+    assert milter.log(f"metrics={site.folder}/pipe", "state=failed")
+    assert milter.rcpt("full")[:3] == "452" and milter.rcpt("john") == ""
+    assert milter.process.stop() == 0 and (site.folder / "pipe").is_fifo()
     file = site.folder / "folder/quota.prom"
     file.parent.mkdir()
     milter = site.milter("--metrics", file, trick="clock")
@@ -3282,7 +3273,7 @@ def test_placeholders_make_the_path(template, expected, tmp_path, capfd):
     got = ask(MBOX_CGI, "u=john&d=x.org", QUOTA_LIMIT="9", QUOTA_MAILBOX=whole)
     if is_bad:
         assert got.status == 500 and got.line.startswith(f"ERROR QUOTA_MAILBOX {expected}")
-        assert str(tmp_path) not in got.line and whole in capfd.readouterr().err
+        assert str(tmp_path) not in got.line and "QUOTA_MAILBOX" in capfd.readouterr().err
     else:
         assert got.line == ("OVERQUOTA john 200 9" if expected else "OK john 0 9")
 
@@ -4129,9 +4120,9 @@ def test_a_bad_maildir_gets_a_verdict_by_counting_or_an_error(what, spoiled, lin
 
 NO_MAILDIRS = [
     # (what stands where the Maildir should be, status, beginning of the line)
-    (["john@x.org/Maildir/cur"], 500, "ERROR QUOTA_MAILDIR is a folder with neither cur nor new"),
-    (["mailboxes/INBOX/dbox-Mails"], 500, "ERROR QUOTA_MAILDIR is a folder with"),  # an mdbox
-    ([], 500, "ERROR QUOTA_MAILDIR is a folder with"),
+    (["john@x.org/Maildir/cur"], 500, "ERROR QUOTA_MAILDIR is no Maildir"),
+    (["mailboxes/INBOX/dbox-Mails"], 500, "ERROR QUOTA_MAILDIR is no Maildir"),  # an mdbox
+    ([], 500, "ERROR QUOTA_MAILDIR is no Maildir"),
     (["cur"], 200, "OK john 0 0"),
     (["new"], 200, "OK john 0 0"),
 ]
