@@ -1,5 +1,5 @@
 #!/usr/bin/python3 -IS
-"""maildir_quota.cgi - say whether a user's Maildir is over its quota.
+"""maildir_quota.cgi - say whether a user's Maildir is over its quota, or ask Dovecot.
 
 USE
     As a CGI script: copy it into cgi-bin, make it executable and ask
@@ -16,15 +16,15 @@ USE
     application                              the same for a WSGI server
 
 VERDICT
-    As the server that keeps the Maildir will treat the next message:
+    With QUOTA_DOVEADM Dovecot itself is asked, whatever its mailboxes are. Else
+    as the server that keeps the Maildir will treat the next message:
     courier        deliverquota: sizes in names (`,S=`), the file `maildirsize`
     dovecot        Dovecot's `maildir` driver: the same, trash counts
     dovecot-count  Dovecot's `count` driver: virtual sizes in names (`,W=`)
     The first two are over their quota at the limit of bytes or of messages in
     `maildirsize`; messages are counted where that is missing, broken, or says
     "over" and may be out of date. `count` has no `maildirsize` and no limit but
-    the settings below. QUOTA_KEEPER=auto tells them apart by `dovecot-uidlist`
-    and by `maildirsize`: see keeper_of().
+    the settings below. QUOTA_KEEPER=auto tells them apart: see find_keeper().
 
 SETTINGS
     The constants below; an environment variable of the same name beats them.
@@ -32,8 +32,10 @@ SETTINGS
 DIAGNOSTICS
     400  no user, a name that no mailbox can have, or no domain where the path
          needs one
+    403  the client's address is not in QUOTA_ALLOW
     405  neither GET nor HEAD
-    500  a bad setting, or a Maildir that cannot be read
+    500  a bad setting, a Maildir that cannot be read or is none, or Dovecot
+         did not answer
     Each with one line, `ERROR why`, which is never a verdict (in a shell on
     standard error, with status 1); the detail goes to standard error.
 
@@ -41,200 +43,262 @@ SECURITY
     Whoever may ask learns who has a mailbox and how large it is: let only the
     frontends ask. Names are checked before they become part of a path. Under a
     web server the command line is ignored: a query without `=` is passed there.
-    The script reads `maildirsize` and lists folders; it opens a message only for
-    `dovecot-count`, and only where its name lacks `,W=`. It never writes.
+    The script reads `maildirsize`, lists folders, opens no message and never
+    writes. The key of Dovecot's service is sent to that service only.
 """
 
-# A CGI's cost is its start, and `os`, `re`, `urllib` or `typing` would make that longer: `posix` is
-# what `os` wraps. Names are not always UTF-8, so all text is bytes.
+# ruff: noqa: E402 - a CGI's cost is its start: it ends before the imports that it does not need.
+from __future__ import annotations
+
+import _thread
 import errno
-import posix
+import os
+import stat
 import sys
 import time
 
-TYPE_CHECKING = False  # as in `typing`, without its import
+TYPE_CHECKING = False  # the import of `typing` would make the start longer
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from io import FileIO
-    from typing import Optional
+    from collections.abc import Iterator, Mapping
+    from typing import Any, Callable, Optional
 
-    Env = dict[bytes, bytes]
-    Header = list[tuple[str, str]]
-    ReadLimits = Callable[[bytes, list[bytes]], dict[bytes, bytes]]
+    Env = Mapping[bytes, bytes]  # names and files are not always UTF-8: all text is bytes
+    Response = tuple[str, list[tuple[str, str]], bytes]  # status line, header fields, body
+    Amount = tuple[int, int]  # bytes and messages: what there is, or limits, of which 0 is none
 
-QUOTA_LIMIT = "200M"  # bytes, or with K, M, G, T (powers of 1024); 0: no limit
+QUOTA_LIMIT = ""  # where there is no other: bytes, or with K, M, G, T (powers of 1024); 0: no limit
 QUOTA_MAILDIR = "%h/Maildir"  # %n user, %d domain, %u user@domain, %h the user's home, %% percent
-QUOTA_USERS = ""  # a file of lines `user limit` or `user@domain limit`, which beat every other
+QUOTA_USERS = ""  # a file of lines `user limit`, `user@domain limit`, `@domain limit`
 QUOTA_KEEPER = "auto"  # the server: courier, dovecot (its maildir driver) or dovecot-count
 QUOTA_TRASH = "auto"  # count it as Dovecot, skip it as Courier, or as whichever keeps the Maildir
 QUOTA_CONTROL = ""  # where Dovecot has its CONTROL files, if not in the Maildir: %n, %d, %u, %h
+QUOTA_DOVEADM = ""  # ask Dovecot instead: http://127.0.0.1:8080/doveadm/v1
+QUOTA_DOVEADM_KEY = ""  # a file whose first line is Dovecot's doveadm_api_key
 QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/32; none: all
 QUOTA_GRACE = "auto"  # what the message that fills the mailbox may take beyond its quota: 1M, 10%
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
-PATHS = ("QUOTA_MAILDIR", "QUOTA_CONTROL")  # the settings that are paths with placeholders
-
-COURIER, DOVECOT, COUNT = KEEPERS = b"courier", b"dovecot", b"dovecot-count"
-DOVECOT_CONF = b"/etc/dovecot/dovecot.conf"  # Debian's, readable by all
-
+DOVEADM_SECONDS = 3  # for Dovecot's answer, and 1 for the connection: the milter waits 5
+DOVEADM_LENGTH = 65536  # bytes of its answer
 TRUSTED_LENGTH = 5120  # bytes from which on the servers rebuild a maildirsize rather than read it
 TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize that says "over" is believed
 SAME_TIME = 60  # seconds; what one delivery writes is never further apart
-MOST_READ = 16 << 20  # bytes of messages read for one answer, some hundredths of a second
 LONGEST_NUMBER = 20  # digits; a longer one does not fit the servers' 64 bits
 DIGITS = b"0123456789"
 
 
-def measure(
-    path: bytes, others: "list[Optional[bytes]]", quota: int, is_own: bool, env: "Env"
-) -> "tuple[bool, int, int, int, float]":
-    """Measure the Maildir at `path`: over its quota?, bytes used, quota, grace, its last change.
+def measure(user: bytes, domain: Optional[bytes], missing: bytes, env: Env) -> Measured:
+    """Measure the mailbox of a user; `missing` is the status where there is no Maildir.
 
-    Quota (0: none) and grace in bytes, the last change in seconds since the epoch (0: not known).
-    The given quota, unless it is the user's own, counts where `maildirsize` has none.
-    Raises OSError, Problem.
+    Raises Problem.
     """
-    keeper = setting("QUOTA_KEEPER", env, b"auto", *KEEPERS)
+    if setting("QUOTA_DOVEADM", env):
+        return ask_dovecot(user, domain, env)
+    limit, text = user_limit(user, domain, env), setting("QUOTA_LIMIT", env)
+    own = None if limit is None else (limit, 0)
+    default = (parse_limit("QUOTA_LIMIT", text), 0) if text else None
+    quota = (own or default or (0, 0))[0]
+    grace = parse_grace(quota, b"0", env)
+    path = control = expand("QUOTA_MAILDIR", user, domain, env)
+    if setting("QUOTA_CONTROL", env):
+        control = expand("QUOTA_CONTROL", user, domain, env)
+    if path is None or control is None:
+        return Measured(b"UNKNOWN", 0, quota, grace)
+    try:
+        return measure_maildir(path, control, own, default, env)
+    except OSError as error:
+        check_missing(error, "QUOTA_MAILDIR", env)
+        return Measured(missing, 0, quota, grace)
+
+
+def measure_maildir(
+    path: bytes, control: bytes, own: Optional[Amount], default: Optional[Amount], env: Env
+) -> Measured:
+    """Measure the Maildir at `path`, whose `maildirsize` is in `control`.
+
+    `own` and `default` are the limits of QUOTA_USERS and QUOTA_LIMIT. Raises Problem, and OSError
+    where there is no Maildir or it cannot be read.
+    """
+    named = setting("QUOTA_KEEPER", env, b"auto", *KEEPERS)
     trash = setting("QUOTA_TRASH", env, b"auto", b"count", b"skip")
-    control = next(iter(others), None) or path
-    posix.stat(path)  # no Maildir is FileNotFoundError; from here on that is one of its files
-    if keeper == b"auto":
-        keeper = keeper_of(path, control)
-    dovecot = keeper != COURIER
-    skip = trash == b"skip" or trash == b"auto" and not dovecot
-    folders = folders_of(path, dovecot)
-    limits, total, doubtful = (quota, 0), None, False
-    maildirsize = None if keeper == COUNT else read_maildirsize(control, dovecot)
-    if maildirsize is not None:
-        header, entries, age = maildirsize
-        limits = limits if is_own else parse_limits(header, dovecot)
+    os.stat(path)
+    if modified(path + b"/cur") is None and modified(path + b"/new") is None:
+        raise Problem(500, "QUOTA_MAILDIR is a folder with neither cur nor new, no Maildir", path)
+    if modified(control) is None:
+        check_folder("QUOTA_CONTROL", env)
+    text, written_at = b"", NEVER
+    if named != b"dovecot-count":
+        text, written_at = read_maildirsize(control)
+    keeper = KEEPERS[named] if named in KEEPERS else find_keeper(path, control, written_at)
+    header, entries = keeper.split_lines(text)
+    limits = keeper.choose_limits(own, keeper.parse_limits(header) if text else None, default)
+    total = None
+    if keeper.has_sum and 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text:
         total = add_up(entries)
-        doubtful = len(entries) > 1 or age > TRUSTED_AGE
-    # A sum that is exactly the limit is over for Courier, but not yet for Dovecot's doubts.
-    if total is None or doubtful and is_over(total, limits, 0 if dovecot else 1):
-        total = count(folders, keeper, skip)
-        if is_over(total, limits, 1):
-            total = count(folders, keeper, skip, once=True)
-    grace = find_grace(keeper, limits[0], env)
-    return is_over(total, limits, 1), total[0], limits[0], grace, last_change(folders)
+    is_doubtful = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
+    folders = find_folders(path, keeper.follows_links)
+    if total is None or is_doubtful and is_over(total, limits, keeper.doubts_beyond):
+        skip_trash = trash == b"skip" or trash == b"auto" and not keeper.counts_trash
+        total = count(folders, keeper, skip_trash)
+        if is_over(total, limits):
+            total = count(folders, keeper, skip_trash, once=True)
+    status = b"OVERQUOTA" if is_over(total, limits) else b"OK"
+    grace = parse_grace(limits[0], keeper.grace, env)
+    return Measured(status, total[0], limits[0], grace, last_change(folders))
 
 
-def keeper_of(path: bytes, control: bytes) -> bytes:
+def is_over(total: Amount, limits: Amount, beyond: int = 0) -> bool:
+    """Say whether bytes or messages have reached their limit, or are `beyond` it by as much."""
+    return any(0 < limit <= have - beyond for have, limit in zip(total, limits))
+
+
+# ---- who keeps a Maildir ----
+
+
+class Courier:
+    """The rule of Courier's deliverquota, which maildrop, Exim and Postfix' VDA share."""
+
+    has_sum = True  # `maildirsize` has a line for each delivery
+    doubts_beyond = 0  # bytes or messages over the limit from which on an old sum is doubted
+    follows_links = False  # to folders
+    counts_trash = False  # the folder .Trash
+    flags_trash = True  # a message with the flag T is trash, too
+    hidden = b"."  # what names begin with that are no messages
+    size_field = b",S="  # where in its name a message's size is
+    grace = b"0"  # by default
+
+    def split_lines(self, text: bytes) -> tuple[bytes, list[bytes]]:
+        """Split `maildirsize` into its first line and the others."""
+        header, *entries = text.split(b"\n")
+        if entries and parse_entry(entries[-1]) is None:
+            entries.pop()  # it is empty, or somebody is still writing it
+        return header, entries
+
+    def parse_limits(self, header: bytes) -> Amount:
+        """Read the limits in the first line of `maildirsize`: the digits before an S or a C."""
+        found = {b"S": 0, b"C": 0}
+        for item in header.replace(b"S", b"S,").replace(b"C", b"C,").split(b","):
+            digits = item[len(item[:-1].rstrip(DIGITS)) : -1]
+            if 0 < len(digits) <= LONGEST_NUMBER:
+                found[item[-1:]] = int(digits)
+        return found[b"S"], found[b"C"]
+
+    def choose_limits(
+        self, own: Optional[Amount], written: Optional[Amount], default: Optional[Amount]
+    ) -> Amount:
+        """Choose between the limits of the user, of `maildirsize` and of all. May raise Problem."""
+        return own or written or default or (0, 0)
+
+
+class Dovecot(Courier):
+    """The rule of Dovecot's `maildir` quota driver."""
+
+    doubts_beyond = 1
+    follows_links = True
+    counts_trash = True
+    flags_trash = False
+    hidden = b".."
+    grace = b"10%"
+
+    def split_lines(self, text: bytes) -> tuple[bytes, list[bytes]]:
+        """Split `maildirsize`, without a last line that does not end."""
+        header, *entries = text.split(b"\n")[:-1] or [b""]
+        return header, entries
+
+    def parse_limits(self, header: bytes) -> Amount:
+        """Read the limits in the first line: items of digits and a letter."""
+        found = {b"S": 0, b"C": 0}
+        for item in header.split(b","):
+            digits = item[:-1]
+            if digits.isdigit() and len(digits) <= LONGEST_NUMBER and int(digits) > 0:
+                found[item[-1:]] = int(digits)
+        return found[b"S"], found[b"C"]
+
+
+class Count(Dovecot):
+    """The rule of Dovecot's `count` quota driver, whose limits only Dovecot knows."""
+
+    has_sum = False
+    hidden = b"."
+    size_field = b",W="  # the virtual size, with line ends of CR LF
+
+    def choose_limits(
+        self, own: Optional[Amount], written: Optional[Amount], default: Optional[Amount]
+    ) -> Amount:
+        """Choose as for Courier, but an old `maildirsize` is the last resort, and none is none."""
+        limits = own or default or written
+        if limits is None:
+            raise Problem(500, "only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
+        return limits
+
+
+KEEPERS = {b"courier": Courier(), b"dovecot": Dovecot(), b"dovecot-count": Count()}
+
+
+def find_keeper(path: bytes, control: bytes, written_at: float) -> Courier:
     """Tell by its files which server keeps a Maildir. Raises OSError.
 
-    Dovecot's maildir driver appends to `maildirsize` at each delivery, its count driver never does:
-    there a `maildirsize` older than the mail was left behind. Reading alone changes the times of
-    files, and other programs deliver without Dovecot's list, so list and mail must both be newer.
+    Only Dovecot writes `dovecot-uidlist`. Its maildir driver appends to `maildirsize` at each
+    delivery, its count driver never does: there a `maildirsize` older than the mail was left
+    behind. Reading alone changes the times of files, and other programs deliver without Dovecot's
+    list, so list and mail must both be newer.
     """
-    elsewhere = control != path
+    is_elsewhere = control != path  # as only Dovecot's may be
     uidlist = modified(control + b"/dovecot-uidlist")
-    if uidlist is None and elsewhere:
+    if uidlist is None and is_elsewhere:
         uidlist = modified(control + b"/.INBOX/dovecot-uidlist")
-    maildirsize = modified(control + b"/maildirsize")
-    if uidlist is None and not elsewhere:
-        return COURIER
-    if maildirsize is None:
-        return COUNT
-    newer = maildirsize + SAME_TIME
+    if uidlist is None and not is_elsewhere:
+        return KEEPERS[b"courier"]
+    if written_at == NEVER:
+        return KEEPERS[b"dovecot-count"]
+    newer = written_at + SAME_TIME
     if uidlist is not None and uidlist > newer:
         latest = time.time() + SAME_TIME  # what lies in the future is no time
-        for entry in messages_in(folders_of(path, True)):
+        for entry in list_messages(find_folders(path, True)):
             digits = entry.name[: len(entry.name) - len(entry.name.lstrip(DIGITS))]
             if newer < int(digits or b"0") < latest:
-                return COUNT
-    return DOVECOT
+                return KEEPERS[b"dovecot-count"]
+    return KEEPERS[b"dovecot"]
 
 
-def modified(path: bytes) -> "Optional[float]":
+def modified(path: bytes) -> Optional[float]:
     """Return when a file was last written, None where there is none. Raises OSError."""
     try:
-        return posix.stat(path).st_mtime
+        return os.stat(path).st_mtime
     except FileNotFoundError:
         return None
 
 
-def find_grace(keeper: bytes, quota: int, env: "Env") -> int:
-    """Return the grace in bytes: the setting, else what the server has by default."""
-    text = setting("QUOTA_GRACE", env)
-    if text.strip() == b"auto" and keeper != COURIER:
-        text = b"10M" if keeper == COUNT and is_dovecot_24() else b"10%"
-    return parse_grace(text, quota)
+# ---- maildirsize ----
+
+NEVER = float("-inf")
 
 
-def is_dovecot_24() -> bool:
-    """Say whether this system's Dovecot is 2.4 or later, whose configuration must begin so."""
-    try:
-        with open(DOVECOT_CONF, "rb") as file:
-            return b"\ndovecot_config_version" in b"\n" + file.read(1 << 16)
-    except OSError:
-        return False
+def read_maildirsize(control: bytes) -> tuple[bytes, float]:
+    """Read `maildirsize` as far as it may be trusted, and when it was written. Raises OSError.
 
-
-def last_change(folders: "list[bytes]") -> float:
-    """Return when a message last came, was read or went, in seconds since the epoch.
-
-    Each of these renames a file in `new` or `cur`. Other files change without it: a refused
-    delivery, too, may have `maildirsize` written again.
+    The text is empty where the file is missing, was left empty by a full disk, or has a NUL byte,
+    as after a crash, in its first line. The time is NEVER where the file is missing.
     """
-    times = [modified(folder + part) for folder in folders for part in (b"/new", b"/cur")]
-    return max((time for time in times if time is not None), default=0.0)
-
-
-def is_over(total: "tuple[int, int]", limits: "tuple[int, int]", more: int) -> bool:
-    """Say whether `more` bytes or messages would exceed a limit of bytes or messages (0: none)."""
-    return 0 < limits[0] < total[0] + more or 0 < limits[1] < total[1] + more
-
-
-def read_maildirsize(control: bytes, dovecot: bool) -> "Optional[tuple[bytes, list[bytes], float]]":
-    """Read `maildirsize`: its first line, the others, its age in seconds; None: no such file.
-
-    Of a file too long to be trusted, the others are one that is no entry. Raises OSError.
-    """
-    path = control + b"/maildirsize"
     try:
-        with open_file(path) as file:
-            text, changed = file.read(TRUSTED_LENGTH), posix.fstat(file.fileno()).st_mtime
+        text, status = read_file(control + b"/maildirsize", TRUSTED_LENGTH)
     except FileNotFoundError:
-        return None
-    if not text:  # what a full disk leaves
-        return None
-    *lines, unfinished = text.split(b"\n")
-    # Somebody may still be writing it: Dovecot leaves it out, Courier where it is no entry.
-    if not dovecot and (not lines or parse_entry(unfinished)):
-        lines.append(unfinished)
-    header, *entries = lines or [b""]
-    return header, entries if len(text) < TRUSTED_LENGTH else [b""], time.time() - changed
+        return b"", NEVER
+    return b"" if b"\0" in text.partition(b"\n")[0] else text, status.st_mtime
 
 
-def parse_limits(header: bytes, dovecot: bool) -> "tuple[int, int]":
-    """Read the first line of `maildirsize`: the limits of bytes and of messages (0: no limit).
-
-    Of anything but digits, letters and commas Dovecot leaves out the item, Courier only that.
-    """
-    found = {b"S": 0, b"C": 0}
-    if not dovecot:
-        header = header.replace(b"S", b"S,").replace(b"C", b"C,")
-    for item in header.split(b","):
-        before, letter = item[:-1], item[-1:]
-        digits = before[len(before.rstrip(DIGITS)) :]
-        if not 0 < len(digits) <= LONGEST_NUMBER:
-            continue
-        if not dovecot or before == digits and int(digits) > 0:
-            found[letter] = int(digits)
-    return found[b"S"], found[b"C"]
-
-
-def add_up(entries: "list[bytes]") -> "Optional[tuple[int, int]]":
+def add_up(entries: list[bytes]) -> Optional[Amount]:
     """Add up lines of `bytes messages`; None where one is something else or a sum is negative."""
     size = messages = 0
-    for entry in map(parse_entry, entries):
+    for line in entries:
+        entry = parse_entry(line)
         if entry is None:
             return None
         size, messages = size + entry[0], messages + entry[1]
     return (size, messages) if min(size, messages) >= 0 else None
 
 
-def parse_entry(line: bytes) -> "Optional[tuple[int, int]]":
+def parse_entry(line: bytes) -> Optional[Amount]:
     """Read `bytes messages` as C's scanf does, whatever follows; None where it is no entry."""
     numbers = []
     for _ in range(2):
@@ -249,21 +313,34 @@ def parse_entry(line: bytes) -> "Optional[tuple[int, int]]":
     return numbers[0], numbers[1]
 
 
-def folders_of(path: bytes, dovecot: bool) -> "list[bytes]":
-    """List a Maildir and its folders: paths. Raises OSError."""
+# ---- messages ----
+
+
+def find_folders(path: bytes, follows_links: bool) -> list[bytes]:
+    """List the paths of a Maildir and of its folders. Raises OSError."""
     folders = [path]
-    with posix.scandir(path) as entries:
+    with os.scandir(path) as entries:
         for entry in entries:
-            try:  # Dovecot follows links, but not in a circle
-                if entry.name[:1] == b"." and entry.is_dir(follow_symlinks=dovecot):
-                    folders.append(path + b"/" + entry.name)
+            try:
+                if entry.name[:1] == b"." and entry.is_dir(follow_symlinks=follows_links):
+                    folders.append(entry.path)
             except OSError as error:
-                if error.errno != errno.ELOOP:
+                if error.errno != errno.ELOOP:  # links in a circle lead to no folder
                     raise
     return folders
 
 
-def messages_in(folders: "list[bytes]") -> "Iterator[posix.DirEntry[bytes]]":
+def last_change(folders: list[bytes]) -> float:
+    """Return when a message last came, was read or went, in seconds since the epoch.
+
+    Each of these renames a file in `new` or `cur`. Other files change without it: a refused
+    delivery, too, may have `maildirsize` written again.
+    """
+    times = [modified(folder + part) for folder in folders for part in (b"/new", b"/cur")]
+    return max((time for time in times if time is not None), default=0.0)
+
+
+def list_messages(folders: list[bytes]) -> Iterator[os.DirEntry[bytes]]:
     """List the files in `new` and `cur` of folders. Raises OSError.
 
     A reader moves messages from `new` to `cur`: in this order one is seen twice rather than never.
@@ -271,37 +348,33 @@ def messages_in(folders: "list[bytes]") -> "Iterator[posix.DirEntry[bytes]]":
     for folder in folders:
         for part in b"/new", b"/cur":
             try:
-                entries = posix.scandir(folder + part)
+                entries = os.scandir(folder + part)
             except FileNotFoundError:
                 continue
             with entries:
                 yield from entries
 
 
-def count(
-    folders: "list[bytes]", keeper: bytes, skip_trash: bool, once: bool = False
-) -> "tuple[int, int]":
-    """Count the bytes and the messages in folders. Raises OSError.
+def count(folders: list[bytes], keeper: Courier, skip_trash: bool, once: bool = False) -> Amount:
+    """Count the messages in folders. Raises OSError.
 
-    What vanishes meanwhile is left out; what cannot be read is an error, not a smaller sum. With
-    `once`, as a message that is renamed meanwhile (moved to `cur`, or marked as read) may be seen
-    under both names, those of one unique name in a folder count once: this takes more memory.
+    A message that vanishes meanwhile is left out; one that cannot be read is an error. A message
+    that is renamed meanwhile (moved to `cur`, marked as read) may be seen under both names. With
+    `once`, files of one unique name in a folder count once, which takes more memory.
     """
-    hidden = b".." if keeper == DOVECOT else b"."
-    flagged = skip_trash and keeper == COURIER
+    skip_flagged = skip_trash and keeper.flags_trash
     size = messages = 0
-    sample = [0, 0]
     for folder in folders:
         if skip_trash and folder == folders[0] + b"/.Trash":
             continue
         seen: set[bytes] = set()
-        for entry in messages_in([folder]):
+        for entry in list_messages([folder]):
             name, _, info = entry.name.partition(b":")
-            in_trash = flagged and info[:2] == b"2," and b"T" in info
-            if name.startswith(hidden) or in_trash or name in seen:
+            is_flagged = skip_flagged and info[:2] == b"2," and b"T" in info
+            if name.startswith(keeper.hidden) or is_flagged or name in seen:
                 continue
             try:
-                size += size_of(entry, keeper, sample)
+                size += size_of(entry, keeper.size_field)
             except FileNotFoundError:
                 continue
             messages += 1
@@ -310,68 +383,171 @@ def count(
     return size, messages
 
 
-def size_of(entry: "posix.DirEntry[bytes]", keeper: bytes, sample: "list[int]") -> int:
-    """Return a message's size in bytes: from its name, else from the file. Raises OSError."""
-    _, given, rest = entry.name.partition(b",W=" if keeper == COUNT else b",S=")
-    digits = rest.partition(b":")[0].partition(b",")[0]
-    if given and digits.lstrip(DIGITS) == b"" and (rest or keeper != COUNT):
-        return int(digits or b"0")
-    status = entry.stat()
-    if keeper != COUNT or status.st_mode & S_IFMT != S_IFREG:
-        return status.st_size
-    return status.st_size + bare_newlines(entry.path, status.st_size, sample)
+def size_of(entry: os.DirEntry[bytes], field: bytes) -> int:
+    """Return a message's size in bytes: from that field of its name, else the file's.
 
-
-def bare_newlines(path: bytes, size: int, sample: "list[int]") -> int:
-    """Count the line ends of a message that are LF alone: in its virtual size they are CR LF.
-
-    `sample` has the bytes that were read for this answer, and such line ends in them. When these
-    are enough, and where a message cannot be read, the rest is taken to have as many.
+    Raises OSError.
     """
-    found = done = 0
-    before = b""
+    _, given, rest = entry.name.partition(field)
+    digits = rest.partition(b":")[0].partition(b",")[0]
+    if given and not digits.lstrip(DIGITS) and (rest or field == b",S="):
+        return int(digits or b"0")
+    return entry.stat().st_size
+
+
+# ---- Dovecot asked itself ----
+
+logged: set[str] = set()  # what is logged once
+
+
+def ask_dovecot(user: bytes, domain: Optional[bytes], env: Env) -> Measured:
+    """Ask Dovecot for a user's quota. Raises Problem."""
+    import json  # only here, as the others would make a CGI's start longer
+
     try:
-        with open_file(path) as file:
-            while sample[0] + done < MOST_READ and (block := file.read(1 << 16)):
-                found += block.count(b"\n") - (before + block).count(b"\r\n")
-                done, before = done + len(block), block[-1:]
-    except PermissionError:
-        pass
-    sample[0], sample[1] = sample[0] + done, sample[1] + found
-    return found + max(0, size - done) * sample[1] // max(1, sample[0])
+        name = (user if domain is None else user + b"@" + domain).decode()
+    except UnicodeDecodeError:
+        raise Problem(400, "Dovecot has no names that are not UTF-8") from None
+    text = post_to_doveadm(json.dumps([["quotaGet", {"user": name}, "q"]]), env)
+    status, figures = b"OK", []
+    try:
+        [[kind, rows, _]] = json.loads(text)
+        if kind == "error" and rows["exitCode"] == 67:  # EX_NOUSER
+            return Measured(b"UNKNOWN", 0, 0, 0)
+        if kind != "doveadmResponse":
+            raise ValueError
+        for row in rows:
+            value = parse_digits(row["value"])
+            limit = 0 if row["limit"] == "-" else parse_digits(row["limit"])
+            if 0 < limit <= value:
+                status = b"OVERQUOTA"
+            if row["type"] == "STORAGE":  # in kilobytes
+                room = limit - value if limit else float("inf")
+                figures.append((room, value << 10, limit << 10))
+        _, used, quota = min(figures)  # of several roots the one with the least room
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        raise Problem(500, "Dovecot does not tell this quota", text[:200]) from None
+    return Measured(status, used, quota, parse_grace(quota, b"10%", env))
+
+
+def post_to_doveadm(query: str, env: Env) -> bytes:
+    """Return what Dovecot's doveadm service answers to a query. Raises Problem."""
+    import base64
+    import http.client
+    import socket
+    import threading
+    from urllib.parse import urlsplit
+
+    try:
+        url = urlsplit(setting("QUOTA_DOVEADM", env).decode())
+        port = url.port or 80
+        if url.scheme != "http" or not url.hostname or url.path != "/doveadm/v1" or url.query:
+            raise ValueError
+    except ValueError:
+        why = "QUOTA_DOVEADM is not like http://127.0.0.1:8080/doveadm/v1 (no https, no other path)"
+        raise Problem(500, why) from None
+    key = base64.b64encode(read_key(env)).decode()
+    fields = {"Authorization": "X-Dovecot-API " + key, "Content-Type": "application/json"}
+    connection = http.client.HTTPConnection(url.hostname, port, timeout=1)
+    try:
+        connection.connect()
+        # A timeout of the connection's own is for each piece of an answer.
+        timer = threading.Timer(DOVEADM_SECONDS, connection.sock.shutdown, [socket.SHUT_RDWR])
+        connection.sock.settimeout(None)
+        timer.start()
+        try:
+            connection.request("POST", url.path, query, fields)
+            response = connection.getresponse()
+            status, text = response.status, response.read(DOVEADM_LENGTH)
+        finally:
+            timer.cancel()
+            connection.close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise Problem(500, "Dovecot cannot be asked", repr(error)) from None
+    if status == 401:
+        raise Problem(500, "Dovecot refuses the key in QUOTA_DOVEADM_KEY")
+    if status != 200:
+        raise Problem(500, f"Dovecot answered with status {status}", response.reason)
+    return text
+
+
+def read_key(env: Env) -> bytes:
+    """Read the key of Dovecot's doveadm service. Raises Problem."""
+    try:
+        text, status = read_file(setting("QUOTA_DOVEADM_KEY", env), DOVEADM_LENGTH)
+    except OSError as error:
+        raise Problem(500, "the file QUOTA_DOVEADM_KEY cannot be read", error) from None
+    key = text.partition(b"\n")[0].strip()
+    if not key:
+        raise Problem(500, "the file QUOTA_DOVEADM_KEY has no key in its first line")
+    warning = "every user of this system may read the file QUOTA_DOVEADM_KEY"
+    if status.st_mode & stat.S_IROTH and warning not in logged:
+        logged.add(warning)
+        log(warning)
+    return key
 
 
 # ---- From here to the end the text is the same in quota.cgi and maildir_quota.cgi. ----
 
-NAME_LENGTH = 255  # bytes in a user or a domain, as in a file's name
-BLOCK = 1 << 16  # bytes of QUOTA_USERS that are in memory at a time, and the most in a line of it
-S_IFMT, S_IFREG, ENAMETOOLONG = 0o170000, 0o100000, 36  # from stat.h and errno.h of Linux
-MAPPED = "0" * 80 + "1" * 16  # what an IPv6 address that stands for an IPv4 address begins with
 HEX = b"0123456789abcdefABCDEF"
-SHAPE = bytes.maketrans(b"123456789kmgtMGT", b"000000000KKKKKKK")  # makes 200M 000K
 PLACEHOLDERS = "%n user, %d domain, %u user@domain, %h home, %1n or %1.2n a part, %% percent"
 TWICE = "in systemd and uWSGI each % is written twice"
 END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
 REASONS = {200: "OK", 400: "Bad Request", 403: "Forbidden", 405: "Method Not Allowed"}
 REASONS[500] = "Internal Server Error"
+# Of QUOTA_USERS: capitals do not matter, and a line may come from DOS or have tabs.
+FOLDED = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\t\r", b"abcdefghijklmnopqrstuvwxyz  ")
 
 
 class Problem(Exception):
-    """Ends a request: HTTP status, a line for the client that names no path, details to log."""
+    """Ends a request: HTTP status, a line for the client that names no path, a detail to log."""
+
+    def __init__(self, status: int, why: str, detail: object = "") -> None:
+        super().__init__(why)
+        self.status, self.detail = status, detail
+
+
+class Measured:
+    """What is known of a mailbox: its status, bytes used, quota (0: none) and grace in bytes.
+
+    `changed` is when mail last came, was read or went, in seconds since the epoch (0: not known).
+    """
+
+    def __init__(self, status: bytes, used: int, quota: int, grace: int, changed: float = 0):
+        self.status, self.used, self.quota, self.grace = status, used, quota, grace
+        self.changed = changed
 
 
 def log(text: str) -> None:
     """Write a line to standard error, if that is possible."""
     try:
-        posix.write(2, f"quota: {text}\n".encode())
+        os.write(2, f"quota: {text}\n".encode())
     except OSError:
         pass  # it is closed, or a disk is full
+
+
+def parse_digits(text: str) -> int:
+    """Read a number as int() does, but no sign, space or underscore. Raises ValueError."""
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"not a number: {text!r}")
+    return int(text)
+
+
+def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
+    """Return at most so many bytes of a file (-1: all), and its status. Raises OSError.
+
+    What is no file counts as missing: to open a FIFO would wait for its writer.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise FileNotFoundError(errno.ENOENT, "not a file", path)
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        return file.read(most), os.fstat(file.fileno())
 
 
 # ---- settings ----
 
 
-def setting(name: str, env: "Env", *choices: bytes) -> bytes:
+def setting(name: str, env: Env, *choices: bytes) -> bytes:
     """Return a setting: from the environment, else the constant at the top of the file.
 
     Raises Problem where there are choices and it is none of them.
@@ -392,133 +568,100 @@ def parse_limit(name: str, text: bytes) -> int:
     return int(digits) << 10 * power
 
 
-def parse_grace(text: bytes, quota: int) -> int:
-    """Read a grace in bytes: written like a limit, or `10%` of the quota. Raises Problem."""
+def parse_grace(quota: int, auto: bytes, env: Env) -> int:
+    """Read QUOTA_GRACE in bytes: written like a limit, or `10%` of the quota. Raises Problem."""
+    text = setting("QUOTA_GRACE", env).strip()
+    text = auto if text == b"auto" else text
     if text[-1:] == b"%":
         return quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
-    return 0 if text == b"auto" else parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
+    return parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
 
 
-def network_bits(text: str) -> str:
-    """Return the leading bits of an address or network. Raises ValueError, OSError.
-
-    Before them stands 4 or 6; an IPv4 address inside IPv6 is an IPv4 address.
-    """
-    from _socket import AF_INET, AF_INET6, inet_pton  # `ipaddress` takes as long as all the rest
-
-    address, _, length = text.partition("/")
-    family, size = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
-    bits = f"{int.from_bytes(inet_pton(family, address), 'big'):0{size}b}"
-    bits = bits[: range(size + 1).index(int(length or size))]
-    is_mapped = bits.startswith(MAPPED)
-    return "4" + bits[len(MAPPED) * is_mapped :] if is_mapped or size == 32 else "6" + bits
-
-
-def check_peer(peer: str, env: "Env") -> None:
-    """Raise Problem where QUOTA_ALLOW is set and this address is not in it."""
-    allow = setting("QUOTA_ALLOW", env).replace(b",", b" ")
-    try:
-        networks = [network_bits(text.decode()) for text in allow.split()]
-    except (OSError, ValueError):
-        why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
-        raise Problem(500, why, allow) from None
-    try:
-        if not allow or network_bits(peer.partition("%")[0]).startswith(tuple(networks)):
-            return
-    except (OSError, ValueError):
-        peer = "an address that is not known"
-    raise Problem(403, peer + " is not in QUOTA_ALLOW")
-
-
-# ---- QUOTA_USERS ----
-
-
-def user_limit(
-    user: bytes, domain: "Optional[bytes]", env: "Env", read_limits: "ReadLimits"
-) -> "Optional[int]":
+def user_limit(user: bytes, domain: Optional[bytes], env: Env) -> Optional[int]:
     """Look up in QUOTA_USERS the limit in bytes of user@domain, user or @domain. Raises Problem."""
     path = setting("QUOTA_USERS", env)
     if not path:
         return None
-    names = [user] if domain is None else [user + b"@" + domain, user, b"@" + domain]
     try:
-        limits = read_limits(path, names)
+        text = read_users(path)
     except OSError as error:
         raise Problem(500, "the file QUOTA_USERS cannot be read", error) from None
-    found = [limits[name] for name in names if name in limits]
-    return parse_limit("QUOTA_USERS", found[0]) if found else None
+    for name in [user] if domain is None else [user + b"@" + domain, user, b"@" + domain]:
+        if b" " in name or name[:1] == b"#":
+            continue  # it would find another name, or a comment
+        begin = b"\n" + name.translate(FOLDED)
+        # With a colon, or alone, it is a mistake that must not go unnoticed.
+        places = [text.find(begin + end) for end in (b" ", b":", b"\n")]
+        place = min((place for place in places if place >= 0), default=-1)
+        if place >= 0:
+            rest = text[place + len(begin) : text.index(b"\n", place + 1)]
+            number = text.count(b"\n", 0, place) + 1
+            return parse_limit(f"QUOTA_USERS: line {number}", rest.partition(b"#")[0])
+    return None
 
 
-def read_limits(path: bytes, wanted: "Optional[list[bytes]]" = None) -> "dict[bytes, bytes]":
-    """Read the limits in QUOTA_USERS, of all users or at least of those that are wanted.
+users_read: dict[object, bytes] = {}  # the text of QUOTA_USERS, by what changes with the file
+users_lock = _thread.allocate_lock()  # the import of `threading` would make the start longer
 
-    Of a name that stands there twice the first counts. Raises OSError, Problem.
+
+def read_users(path: bytes) -> bytes:
+    """Return the text of QUOTA_USERS, folded, and after a newline. Raises OSError, Problem.
+
+    It is read once for each change.
     """
-    found: dict[bytes, bytes] = {}
-    for names, limits in read_users(path):
-        if wanted is None or not set(wanted).isdisjoint(names):
-            for name, limit in zip(names, limits):
-                found.setdefault(name, limit)
-    return found
+    with users_lock:
+        status = os.stat(path)
+        stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
+        if stamp not in users_read:
+            text = b"\n" + read_file(path, -1)[0]
+            if text[-1:] != b"\n":
+                raise Problem(500, "QUOTA_USERS does not end in a newline: is it half a file?")
+            users_read.clear()
+            users_read[stamp] = text.translate(FOLDED)
+        return users_read[stamp]
 
 
-def read_users(path: bytes) -> "Iterator[tuple[list[bytes], list[bytes]]]":
-    """Read QUOTA_USERS and yield names with their limits. Raises OSError, Problem."""
-    number, rest = 1, b""
-    with open_file(path) as file:
-        before = posix.fstat(file.fileno())
-        while len(rest) <= BLOCK and (block := file.read(BLOCK)):
-            lines, newline, rest = (rest + block).rpartition(b"\n")
-            yield from parse_users(lines + newline, number)
-            number += lines.count(b"\n") + len(newline)
-        after = posix.fstat(file.fileno())
-    if rest:
-        why = " is too long" if len(rest) > BLOCK else ", the last, does not end in a newline"
-        raise Problem(500, f"QUOTA_USERS: line {number}{why}")
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise Problem(500, "QUOTA_USERS changed while it was read: replace it with mv")
+# ---- who may ask ----
 
 
-def open_file(path: bytes) -> "FileIO":
-    """Open a file. What is none is not opened, but counts as missing. Raises OSError."""
-    if posix.stat(path).st_mode & S_IFMT != S_IFREG:
-        raise FileNotFoundError(f"not a file: {path!r}")
-    return open(posix.open(path, posix.O_RDONLY | posix.O_NONBLOCK), "rb", 0)
+def parse_network(text: str) -> tuple[int, int]:
+    """Return an address or network as a number, and how many of its last bits do not count.
 
-
-def parse_users(text: bytes, number: int) -> "Iterator[tuple[list[bytes], list[bytes]]]":
-    """Yield the names and limits in whole lines, the first of which has this number.
-
-    One by one, a million lines would take a second. So all are tried at once: where each has two
-    fields and none anything special, they are done; else each half is tried. Raises Problem.
+    An IPv4 address gets a bit that no IPv6 address has. Raises OSError, ValueError.
     """
-    text = text.replace(b"\t", b" ")
-    fields = text.replace(b"\n", b" \0 ").split()
-    if (
-        len(fields) == 3 * text.count(b"\n")
-        and set(fields[2::3]) == {b"\0"}
-        and are_limits(fields[1::3])
-        and not any(special in text for special in (b"#", b"\0", b": ", b"@ "))
-    ):
-        yield fields[::3], fields[1::3]
-    elif middle := text.rfind(b"\n", 0, len(text) // 2) + 1:
-        yield from parse_users(text[:middle], number)
-        yield from parse_users(text[middle:], number + text.count(b"\n", 0, middle))
-    else:
-        for this, line in enumerate(text.split(b"\n"), number):
-            line = line.partition(b" #")[0].strip()
-            if line and line[:1] != b"#":
-                name, *limit = line.rsplit(None, 1)
-                if name[-1:] in (b":", b"@") or not are_limits(limit):
-                    why = "`user limit`, `user@domain limit` or `@domain limit`, without a colon"
-                    raise Problem(500, f"QUOTA_USERS: line {this} is not {why}", line)
-                yield [name], limit
+    from _socket import AF_INET, AF_INET6, inet_pton  # `socket` or `ipaddress` would take longer
+
+    address, slash, length = text.partition("/")
+    family, bits = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
+    number = int.from_bytes(inet_pton(family, address), "big")
+    free = bits - parse_digits(length) if slash else 0
+    if free < 0:
+        raise ValueError(f"more than {bits} bits: {text}")
+    if number >> 32 == 0xFFFF and free <= 32:  # ::ffff:192.0.2.25 is an IPv4 address
+        family, number = AF_INET, number & 0xFFFFFFFF
+    return number | (family == AF_INET) << 128, free
 
 
-def are_limits(texts: "list[bytes]") -> bool:
-    """Say whether each is a limit like 200M, for many at once."""
-    shapes = (b" ".join(texts) + b" ").translate(SHAPE)
-    return shapes.replace(b"0K ", b"0 ").replace(b" ", b"").isdigit()
+def read_allow(env: Env) -> list[tuple[int, int]]:
+    """Return the networks of QUOTA_ALLOW. Raises Problem."""
+    allow = setting("QUOTA_ALLOW", env)
+    try:
+        return [parse_network(text) for text in allow.decode().replace(",", " ").split()]
+    except (OSError, ValueError):
+        why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
+        raise Problem(500, why, allow) from None
+
+
+def check_peer(peer: str, env: Env) -> None:
+    """Raise Problem where QUOTA_ALLOW is set and this address is not in it."""
+    if setting("QUOTA_ALLOW", env):
+        networks = read_allow(env)
+        try:
+            number, _ = parse_network(peer.partition("%")[0])
+        except (OSError, ValueError):
+            networks = []  # such as the peer of a unix socket
+        if not any(number >> free == network >> free for network, free in networks):
+            raise Problem(403, "this address is not in QUOTA_ALLOW")
 
 
 # ---- names and paths ----
@@ -526,13 +669,13 @@ def are_limits(texts: "list[bytes]") -> bool:
 
 def check_name(what: str, name: bytes) -> None:
     """Raise Problem where a user or domain cannot be a file's name or would break the answer."""
-    if not 0 < len(name) <= NAME_LENGTH or name[:1] == b"." or b"/" in name:
+    if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name:
         raise Problem(400, "no mailbox has such a " + what)
     if any(c < " " or "\x7f" <= c <= "\x9f" for c in name.decode("utf-8", "surrogateescape")):
         raise Problem(400, "control character in the " + what)
 
 
-def expand(name: str, user: bytes, domain: "Optional[bytes]", env: "Env") -> "Optional[bytes]":
+def expand(name: str, user: bytes, domain: Optional[bytes], env: Env) -> Optional[bytes]:
     """Put user and domain into the path that is a setting. None: the system has no such user (%h).
 
     Raises Problem where the path needs a domain and there is none, or is a bad setting.
@@ -540,8 +683,7 @@ def expand(name: str, user: bytes, domain: "Optional[bytes]", env: "Env") -> "Op
     template = setting(name, env)
     if not template.startswith((b"/", b"%h")):
         raise Problem(500, name + " does not begin with /", template)
-    address = None if domain is None else user + b"@" + domain
-    values = {b"n": user, b"d": domain, b"u": address}
+    values = {b"n": user, b"d": domain, b"u": domain and user + b"@" + domain}
     path, *parts = template.replace(b"%%", b"\0").split(b"%")
     for part in parts:
         text = part.lstrip(b"0123456789.")
@@ -564,332 +706,253 @@ def expand(name: str, user: bytes, domain: "Optional[bytes]", env: "Env") -> "Op
     return path.replace(b"\0", b"%")
 
 
-def home_of(user: bytes) -> "Optional[bytes]":
-    """Return the home directory of a system user, None where there is no such user."""
+def home_of(user: bytes) -> Optional[bytes]:
+    """Return the home directory of a system user, None where there is none. Raises Problem."""
     import pwd
 
-    encoding = sys.getfilesystemencoding()
     try:
-        home = pwd.getpwnam(user.decode(encoding, "surrogateescape")).pw_dir
+        return os.fsencode(pwd.getpwnam(os.fsdecode(user)).pw_dir)
     except KeyError:
         try:
             pwd.getpwuid(0)  # is there no such user, or nothing that could say so?
         except KeyError:
             raise Problem(500, "the users of the system cannot be looked up") from None
         return None
-    return home.encode(encoding, "surrogateescape")
 
 
-def explain(error: OSError, template: bytes) -> None:
-    """Raise what it means that a mailbox cannot be measured; nothing where there is none yet."""
-    why, detail = f"cannot read the mailbox: {error.strerror}", str(error)
-    if isinstance(error, PermissionError):
-        who = f"user {posix.geteuid()}, group {posix.getegid()}"
-        detail += f"; let {who} search (x) the folders above it, and read a Maildir's (rx)"
-    if isinstance(error, FileNotFoundError) or error.errno == ENAMETOOLONG:
-        fixed = template.replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
-        try:
-            posix.stat(fixed.rpartition(b"/")[0] or b"/")
-            return
-        except FileNotFoundError:
-            why = f"{PATHS[0]} begins with a folder that does not exist: {TWICE}"
-            detail = str(template)
-    raise Problem(500, why, detail)
+def check_missing(error: OSError, name: str, env: Env) -> None:
+    """Raise Problem unless the error means that there is no mailbox at the path of this setting."""
+    if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+        detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
+        raise Problem(500, f"cannot read the mailbox: {error.strerror}", detail)
+    check_folder(name, env)
+
+
+def check_folder(name: str, env: Env) -> None:
+    """Raise Problem where the folder before the first placeholder of a path does not exist."""
+    template = setting(name, env)
+    fixed = template.replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
+    if not os.path.exists(fixed.rpartition(b"/")[0] or b"/"):
+        raise Problem(500, f"{name} begins with a folder that does not exist: {TWICE}", template)
 
 
 # ---- a question and its answer ----
 
 
-def verdict(query: bytes, env: "Env", read_limits: "ReadLimits") -> "tuple[bytes, Header]":
-    """Answer a query with `STATUS user used quota`, and header fields. Raises Problem."""
-    fields = parse_query(query)
+def respond(env: Env) -> Response:
+    """Answer a request that is given as to a CGI (RFC 3875)."""
+    method, fields, status = env.get(b"REQUEST_METHOD", b"GET"), [], 200
+    try:
+        check_peer(env.get(b"REMOTE_ADDR", b"").decode("latin-1"), env)
+        if method not in (b"GET", b"HEAD"):
+            fields = [("Allow", "GET, HEAD")]
+            raise Problem(405, "only GET and HEAD are answered")
+        user, found = answer(env.get(b"QUERY_STRING", b""), env)
+        line = b"%s %s %d %d\n" % (found.status, user, found.used, found.quota)
+        if found.grace:
+            fields.append(("Quota-Grace", str(found.grace)))
+        if 0 < found.changed < END_OF_9999:
+            date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(found.changed))
+            fields.append(("Last-Modified", date))
+    except Problem as problem:
+        status, line = problem.status, f"ERROR {problem}\n".encode()
+        if status == 500:
+            log(f"{problem}: {str(problem.detail)!a}")
+    fields += [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))]
+    fields += [("Cache-Control", "no-store")]  # no proxy may keep it
+    return f"{status} {REASONS[status]}", fields, b"" if method == b"HEAD" else line
+
+
+def answer(query: bytes, env: Env) -> tuple[bytes, Measured]:
+    """Return the user whom a query asks about, and what is known. Raises Problem."""
+    fields: dict[bytes, bytes] = {}
+    for field in query.split(b"&"):
+        name, equals, value = field.partition(b"=")
+        if equals:
+            fields.setdefault(unquote(name), unquote(value))
     user, domain = fields.get(b"u"), fields.get(b"d")
     if user is None:
         raise Problem(400, "no user (u=) given")
     check_name("user", user)
     if domain is not None:
         check_name("domain", domain)
-    unknown = setting("QUOTA_UNKNOWN", env, b"off", b"1", b"0", b"") == b"1"
-    quota = parse_limit("QUOTA_LIMIT", setting("QUOTA_LIMIT", env))
-    own = user_limit(user, domain, env, read_limits)
-    quota = quota if own is None else own
-    used, changed, grace = 0, 0.0, parse_grace(setting("QUOTA_GRACE", env), quota)
-    wanted = [name for name in PATHS if name == PATHS[0] or setting(name, env)]
-    path, *others = [expand(name, user, domain, env) for name in wanted]
-    status = b"UNKNOWN" if unknown or path is None else b"OK"
-    try:
-        if path is not None:
-            over, used, quota, grace, changed = measure(path, others, quota, own is not None, env)
-            status = b"OVERQUOTA" if over else b"OK"
-    except OSError as error:
-        explain(error, setting(PATHS[0], env))
-    header = [("Quota-Grace", str(grace))] * (grace > 0)
-    if 0 < changed < END_OF_9999:
-        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(changed))
-        header.append(("Last-Modified", date))
-    return b"%s %s %d %d\n" % (status, user, used, quota), header
-
-
-def parse_query(query: bytes) -> "dict[bytes, bytes]":
-    """Read a query string; where a name stands twice the first counts."""
-    fields: dict[bytes, bytes] = {}
-    for field in query.split(b"&"):
-        name, equals, value = field.partition(b"=")
-        if equals:
-            fields.setdefault(unquote(name), unquote(value))
-    return fields
+    is_unknown = setting("QUOTA_UNKNOWN", env, b"off", b"1", b"0", b"") == b"1"
+    return user, measure(user, domain, b"UNKNOWN" if is_unknown else b"OK", env)
 
 
 def unquote(text: bytes) -> bytes:
     """Decode a form-encoded name or value, as urllib.parse.unquote_plus does."""
     first, *parts = text.replace(b"+", b" ").split(b"%")
-    decoded = [first]
     for part in parts:
-        coded = len(part) > 1 and part[0] in HEX and part[1] in HEX
-        decoded.append(bytes((int(part[:2], 16),)) + part[2:] if coded else b"%" + part)
-    return b"".join(decoded)
+        is_code = len(part) > 1 and part[0] in HEX and part[1] in HEX
+        first += bytes((int(part[:2], 16),)) + part[2:] if is_code else b"%" + part
+    return first
 
 
-def respond(env: "Env", read_limits: "ReadLimits" = read_limits) -> "tuple[str, Header, bytes]":
-    """Answer a request that is given as to a CGI (RFC 3875): HTTP status, header fields, body."""
-    method = env.get(b"REQUEST_METHOD", b"GET")
-    header = []
-    try:
-        check_peer(env.get(b"REMOTE_ADDR", b"").decode("latin-1"), env)
-        if method not in (b"GET", b"HEAD"):
-            header = [("Allow", "GET, HEAD")]
-            raise Problem(405, "only GET and HEAD are answered")
-        line, header = verdict(env.get(b"QUERY_STRING", b""), env, read_limits)
-        status = 200
-    except Problem as problem:
-        status, why, *details = problem.args
-        line = b"ERROR %s\n" % why.encode()
-        for detail in details:
-            log(f"{why}: {str(detail)!a}")
-    header += [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))]
-    header += [("Cache-Control", "no-store")]  # no proxy may keep it
-    return f"{status} {REASONS[status]}", header, b"" if method == b"HEAD" else line
+IS_CGI = b"GATEWAY_INTERFACE" in os.environb or b"REQUEST_METHOD" in os.environb
+if __name__ == "__main__" and IS_CGI:
+    status, fields, body = respond(os.environb)
+    head = "".join(f"{name}: {value}\n" for name, value in [("Status", status), *fields])
+    os.write(1, head.encode() + b"\n" + body)
+    os._exit(0)  # an orderly end would take as long as the answer
 
-
-def run_cgi() -> int:
-    """Answer the one request of a web server that started the script."""
-    status, header, body = respond(posix.environ)
-    head = "".join(f"{name}: {value}\n" for name, value in [("Status", status), *header])
-    posix.write(1, head.encode() + b"\n" + body)
-    return 0
-
-
-ASKED_BY_WEB_SERVER = b"GATEWAY_INTERFACE" in posix.environ or b"REQUEST_METHOD" in posix.environ
-if __name__ == "__main__" and ASKED_BY_WEB_SERVER:
-    posix._exit(run_cgi())  # an orderly end would take as long as the answer
-
-# ---- A CGI has ended here: what follows is for the other ways to run the script. ----
-
-# It is text until now, as to compile it would take a tenth of a CGI's time: all that the script
-# costs is its start. It imports what it likes, which at the top a CGI would wait for.
-exec(r'''
+# A CGI has ended here: what follows is for the other ways to run the script.
 import argparse
 import contextlib
 import io
-import ipaddress
-import os
 import resource
 import signal
 import socket
 import socketserver
 import string
 import threading
-import weakref
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import quote, urlencode
 
-if TYPE_CHECKING:
-    from typing import Any
 
-
-def application(environ: "dict[str, Any]", start_response: "Callable[..., Any]") -> "list[bytes]":
+def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
     """Answer one request of a WSGI server (PEP 3333: its strings are bytes in latin-1)."""
-    env = {**posix.environ, b"REMOTE_ADDR": b""}
+    env = {**os.environb, b"REMOTE_ADDR": b""}
     for name, value in environ.items():
         if isinstance(value, str):
             env[name.encode("latin-1")] = value.encode("latin-1")
-    status, header, body = respond(env)
-    start_response(status, header)
+    status, fields, body = respond(env)
+    start_response(status, fields)
     return [body]
 
 
 # ---- --serve: HTTP without a web server ----
 
-REQUEST_SECONDS = 10  # from a connection, or its last answer, to the end of the next request
-REQUEST_LENGTH = 16384  # bytes of a request's first line and header
-THREADS = 2500  # of which few do not wait, but for what a disk holds up
-PATIENCE = 5  # seconds to wait for a mailbox that is being measured, as long as the milter
+REQUEST_SECONDS = 10  # for a whole request
+REQUEST_LENGTH = 65537  # bytes of it: one more than http.server accepts in a line
+THREADS = 1000  # connections at a time, of two files each: the usual hard limit is 4096 or more
+PATIENCE = 5  # seconds after which a mailbox that is being measured hangs, as for the milter
+HANGS = "500 Internal Server Error", [("Content-Type", "text/plain")], b"ERROR the mailbox hangs\n"
+SLOW, KEPT = 1, 60  # seconds: an answer that took longer than the first is used for the second
 
-# Connections whose request is not whole, and since when; who waits longest is the first. Who waits
-# too long, or longest when another comes and all places are taken, is hung up on: no client holds
-# a thread, only a disk can. Who takes a connection out, with one atomic pop(), decides about it.
-waiting: "dict[socket.socket, float]" = {}
-# Of each query under way: a mailbox whose disk hangs holds one thread, however often it is asked.
-locks: "weakref.WeakValueDictionary[str, Any]" = weakref.WeakValueDictionary()
-users_lock = threading.Lock()
-users_read: "dict[object, dict[bytes, bytes] | Problem]" = {}  # by what changes with the file
+if TYPE_CHECKING:
+    Key = tuple[str, str]  # method and query
+under_way: dict[Key, float] = {}  # questions, and when they began
+kept: dict[Key, tuple[float, Response]] = {}  # slow answers, and until when they are used
 
 
-def read_once(path: bytes, wanted: "list[bytes]") -> "dict[bytes, bytes]":
-    """Do as read_limits(), but read all and once for each change. Raises OSError, Problem."""
-    with users_lock:
-        status = posix.stat(path)
-        stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
-        if stamp not in users_read:
-            users_read.clear()
-            try:
-                users_read[stamp] = read_limits(path)
-            except Problem as problem:
-                users_read[stamp] = problem
-        found = users_read[stamp]
-    if isinstance(found, Problem):
-        raise found.with_traceback(None)
-    return found
+def ask(key: Key) -> Response:
+    """Answer a question.
+
+    A mailbox whose disk hangs holds few threads: those of PATIENCE seconds. A mailbox that takes
+    longer to measure than the milter waits is known at its second question, by the kept answer.
+    """
+    began = time.monotonic()
+    expires, response = kept.get(key, (0, HANGS))
+    if began < expires:
+        return response
+    if under_way.setdefault(key, began) + PATIENCE < began:
+        log(f"the mailbox hangs: {key[1]}")
+        return HANGS
+    request = {b"REQUEST_METHOD": key[0].encode(), b"QUERY_STRING": key[1].encode()}
+    try:  # the Server has looked who asks
+        response = respond({**os.environb, **request, b"QUOTA_ALLOW": b""})
+    finally:
+        under_way.pop(key, None)
+    now = time.monotonic()
+    if now > began + SLOW and response[0] == "200 OK":
+        for old in [old for old, (expires, _) in list(kept.items()) if expires < now]:
+            kept.pop(old, None)
+        kept[key] = now + KEPT, response
+    return response
+
+
+def receive(connection: socket.socket, seconds: float, most: int, *ends: bytes) -> bytes:
+    """Receive `most` bytes, or until one of `ends` or the connection's end. Raises OSError.
+
+    The seconds are for all of it: the timeout of a socket is for each piece.
+    """
+    text, deadline = b"", time.monotonic() + seconds
+    while len(text) < most and not any(end in text for end in ends):
+        connection.settimeout(max(0, deadline - time.monotonic()))
+        piece = connection.recv(most - len(text))
+        if not piece:
+            break
+        text += piece
+    return text
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers the requests of a connection."""
+    """Answers the one request of a connection."""
 
-    protocol_version = "HTTP/1.1"
-    timeout = REQUEST_SECONDS
-    raw_requestline: bytes
     wbufsize = -1  # an answer leaves in one piece
     error_content_type, error_message_format = "text/plain", "ERROR %(message)s\n"
 
     def setup(self) -> None:
-        """Look who asks, before a byte is read: others get what an empty request would."""
+        """Receive the whole request: the base class has a time limit for each piece only."""
         super().setup()
-        try:
-            check_peer(self.client_address[0], posix.environ)
-        except Problem:
-            self.rfile = io.BytesIO(b"GET / HTTP/1.0\r\n\r\n")
+        ends = b"\n\r\n", b"\n\n"
+        request = receive(self.connection, REQUEST_SECONDS, REQUEST_LENGTH, *ends)
+        if len(request) < REQUEST_LENGTH and not any(end in request for end in ends):
+            request = b""  # half a request may name another mailbox
+        # The base class reads latin-1, in which some bytes of UTF-8 are spaces.
+        self.rfile = io.BytesIO(quote(request, safe=string.punctuation + " \r\n\t").encode())
 
-    def handle_one_request(self) -> None:
-        """Read a whole request before it is parsed: the base class would take megabytes of it."""
-        stream, head = self.rfile, b""
-        while len(head) < REQUEST_LENGTH and (line := stream.readline(REQUEST_LENGTH)):
-            head += line
-            if not line.strip():
-                break
-        if len(head) < REQUEST_LENGTH:
-            self.rfile = io.BytesIO(head)
-            super().handle_one_request()
-            self.rfile = stream
-        else:
-            self.requestline = self.request_version = self.command = ""
-            self.send_error(414)
-
-    def parse_request(self) -> bool:
-        """Parse a request's first line and header; say whether it is to be answered."""
-        # The base class takes bytes for latin-1, in which some of UTF-8's are spaces.
-        self.raw_requestline = quote(self.raw_requestline, safe=string.printable).encode()
-        return super().parse_request()
-
-    def answer(self) -> None:
-        """Answer a request, unless its time was over before it was whole."""
-        if waiting.pop(self.connection, None) is None:
-            self.close_connection = True
-            return
-        query = self.path.partition("?")[2]
-        env = {b"REQUEST_METHOD": self.command.encode(), b"QUERY_STRING": query.encode()}
-        env[b"REMOTE_ADDR"] = self.client_address[0].encode()
-        lock = locks.setdefault(query, threading.Lock())
-        if not lock.acquire(timeout=PATIENCE):
-            log(f"the mailbox hangs: {query}")
-            self.send_error(500, "the mailbox hangs, its disk does not answer")
-            return
-        try:
-            status, header, body = respond({**posix.environ, **env}, read_once)
-        finally:
-            lock.release()
-        header.append(("Keep-Alive", f"timeout={REQUEST_SECONDS}"))  # an offer, to any client
-        # A body is not read, and what follows it could not be told from it.
-        has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
-        if self.close_connection or has_body or self.request_version != "HTTP/1.1":
-            header.append(("Connection", "close"))
+    def do_GET(self) -> None:
+        """Answer a request."""
+        status, fields, body = ask((self.command, self.path.partition("?")[2]))
         self.send_response_only(int(status[:3]))
-        for name, value in header:
+        for name, value in fields:
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
-        waiting[self.connection] = time.monotonic()  # before the next request can be there
 
-    def __getattr__(self, name: str) -> "Any":
-        """Answer each method, if only by a 405: the base class looks for `do_GET` and so on."""
-        if name.startswith("do_"):
-            return self.answer
-        raise AttributeError(name)
+    do_HEAD = do_POST = do_GET
 
-    def log_message(self, format: str, *arguments: "Any") -> None:
+    def log_message(self, format: str, *arguments: Any) -> None:
         """Log no requests: the frontends do."""
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """Gives each connection a thread, and hangs up on those that wait too long."""
+    """Gives each connection that is allowed a thread."""
 
     allow_reuse_address = daemon_threads = True
     request_queue_size = 1024
-    places = 1500  # for connections without a whole request
 
-    def process_request(self, request: "Any", client_address: "Any") -> None:
-        """Start a thread for a connection, which waits from now on."""
-        if threading.active_count() > THREADS:
-            self.shutdown_request(request)
-            return
-        waiting[request] = time.monotonic()
-        super().process_request(request, client_address)
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Turn away strangers, and everybody while all threads are busy."""
+        try:
+            check_peer(client_address[0], os.environb)
+        except Problem as problem:
+            head = "HTTP/1.0 403 Forbidden\r\nContent-Type: text/plain\r\n\r\n"
+            with contextlib.suppress(OSError):  # the stranger has left, or has not spoken yet
+                request.sendall(f"{head}ERROR {problem}\n".encode())
+                request.recv(REQUEST_LENGTH, socket.MSG_DONTWAIT)  # what is unread makes a reset
+            return False
+        return threading.active_count() <= THREADS
 
-    def service_actions(self) -> None:
-        """Hang up, after each new connection and each second."""
-        for connection, since in list(waiting.items()):
-            if since > time.monotonic() - REQUEST_SECONDS and len(waiting) < self.places:
-                break
-            if waiting.pop(connection, None) is not None:
-                with contextlib.suppress(OSError):  # the client has gone
-                    connection.shutdown(socket.SHUT_RDWR)  # its thread notices, and closes it
-
-    def shutdown_request(self, request: "Any") -> None:
-        """Close a connection."""
-        waiting.pop(request, None)
-        with contextlib.suppress(OSError):  # what is left unread would make the end a reset
-            request.setblocking(False)
-            request.recv(BLOCK)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: "Any", client_address: "Any") -> None:
-        """Log an error, unless it is that the client has gone."""
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log an error, unless it is that the client has left."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             log(f"a request failed: {error!r}")
 
 
 def serve(where: str) -> None:
-    """Answer over HTTP at [HOST:]PORT until TERM or INT. Raises OSError, ValueError."""
+    """Answer over HTTP at [HOST:]PORT until TERM or INT. Raises OSError, ValueError, Problem."""
     host, _, port = where.rpartition(":")
-    host, number = host.strip("[]") or "127.0.0.1", range(1 << 16).index(int(port))
+    host, number = host.strip("[]") or "127.0.0.1", range(1 << 16).index(parse_digits(port))
     found = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)
     Server.address_family, (address, *_) = found[0][0], found[0][4]
-    is_loopback = ipaddress.ip_address(str(address).partition("%")[0]).is_loopback
-    if not is_loopback and not setting("QUOTA_ALLOW", posix.environ):
+    if not read_allow(os.environb) and address != "::1" and not str(address).startswith("127."):
         raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    Server.places = min(Server.places, most // 2)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Server((str(address), number), Handler) as server:
         log("serving on {} port {}".format(*server.server_address))
-        server.serve_forever(poll_interval=1)
+        server.serve_forever()
 
 
 # ---- the command line ----
 
 
-def main() -> int:
+def main(argv: Optional[list[str]] = None) -> int:
     """Do what the command line asks for and return the exit status."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s (USER[@DOMAIN] | --serve [[HOST:]PORT])",
@@ -899,25 +962,23 @@ def main() -> int:
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument("mailbox", nargs="?", help="whom to tell about")
     wanted.add_argument("--serve", nargs="?", const="127.0.0.1:8025", help="serve over HTTP")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if options.serve is None:
+        user, at, domain = os.fsencode(options.mailbox).rpartition(b"@")
+        query = urlencode({"u": user, "d": domain} if at else {"u": domain}).encode()
+        status, _, line = respond({**os.environb, b"QUERY_STRING": query, b"QUOTA_ALLOW": b""})
+        is_error = status != "200 OK"
+        os.write(2 if is_error else 1, line)
+        return int(is_error)
     try:
-        if options.serve is None:
-            user, at, domain = os.fsencode(options.mailbox).rpartition(b"@")
-            query = urlencode({"u": user, "d": domain} if at else {"u": domain}).encode()
-            env = {**posix.environ, b"QUERY_STRING": query, b"QUOTA_ALLOW": b""}
-            status, _, line = respond(env)
-            failed = status != "200 OK"
-            posix.write(2 if failed else 1, line)
-            return int(failed)
         serve(options.serve)
-    except (OSError, ValueError) as error:
-        log(f"{' '.join(sys.argv[1:])}: {error}")
-        return 1 if isinstance(error, OSError) else 2  # an address may come later
     except KeyboardInterrupt:
-        pass
+        return 0
+    except (OSError, ValueError, Problem) as error:
+        log(f"--serve {options.serve}: {error}")
+        return 1 if isinstance(error, OSError) else 2  # an address may come later
     return 0
 
 
 if __name__ == "__main__":
-    posix._exit(main())  # an orderly end would wait for threads that a disk holds
-''')
+    os._exit(main())  # an orderly end would wait for threads that a disk holds

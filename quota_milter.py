@@ -1,62 +1,65 @@
 #!/usr/bin/python3
-"""quota_milter.py - refuse mail for full mailboxes at the frontend, before it is taken.
+"""quota_milter.py - refuse mail for full mailboxes at the frontend, before it is accepted.
 
 USE
-    quota_milter.py [@FILE] [options]              answer Sendmail or Postfix
+    quota_milter.py [@FILE] [options]              serve Postfix or Sendmail
     quota_milter.py --check [ADDRESS...] [options] ask now, print the verdicts
 
-    At each RCPT the backend that has the mailbox is asked over HTTP (quota.cgi
-    or maildir_quota.cgi there: `GET URL?u=USER&d=DOMAIN`). A recipient who is
-    over quota gets `452 4.2.2 Quota exceeded for ...`, a temporary failure.
+    At each RCPT the milter asks the backend that has the mailbox over HTTP:
+    `GET URL?u=USER&d=DOMAIN`. quota.cgi or maildir_quota.cgi answers there. A
+    recipient who is over quota gets `452 4.2.2 Quota exceeded for ...`: a
+    temporary failure, so the mail comes again when there is room.
 
-    An answer is remembered for a while. What was taken since counts as in flight
-    to its mailbox, and at the end of the data, when the size of the message is
-    known, it is looked at once more: many messages at once overfill no mailbox,
-    but where one has several recipients and fits into some of their mailboxes.
+    An answer is used for --cache-ttl seconds. A message that was accepted counts
+    as in flight to its mailboxes until a new answer can include it. At the end of
+    the data its real size is known, and the decision is made once more. So many
+    messages at once do not overfill a mailbox.
 
     A file given as @FILE holds one option and its value a line, `#` comments.
-    TERM and INT end the program, HUP makes it forget its answers and read option
-    files and aliases again, USR1 logs its counters. --check ends with status 0
-    where all would be accepted, 1 where one would be refused, 2 where a backend
-    could not be asked or there is none.
+    TERM and INT end the program. HUP reads the option files and the aliases again.
+    USR1 logs the counters. --check ends with status 0 if all would be accepted, 1
+    if one would be refused, 2 if a backend could not be asked, none serves the
+    domain, or the mailbox is unknown. The program ends with status 2 for a bad
+    option, and with 1 if it cannot listen.
 
 WHEN SOMETHING FAILS
-    Where a backend cannot be asked within --timeout its last answer counts, for up
-    to an hour, after that --on-error, which lets mail through. A backend that
-    cannot be reached is not asked for --retry-after seconds. No recipient waits
-    for longer than --timeout. What went wrong is in the log, a line each.
+    If a backend does not answer within --timeout, its last answer is used for up
+    to an hour. After that --on-error decides, which lets mail through. A backend
+    that cannot be reached is left alone for --retry-after seconds. No recipient
+    waits longer than --timeout. Each failure is a line in the log.
 
 SECURITY
-    Believes what its backends answer. Never trusts an address: it is escaped
-    before it is asked about, answered or logged. Uses no proxies, follows no
-    redirects, needs no privilege: run it as a user of its own. Passwords in
-    --backend are seen in the list of processes: put them into a file.
+    The milter believes its backends. It trusts no address: each is escaped before
+    it is asked about, answered or logged. It uses no proxies, follows no redirects
+    and needs no privilege: run it as a user of its own. A password in --backend
+    shows in the list of processes: put it into an option file.
 
 HOW IT IS MADE
-    A callback of QuotaMilter asks the Policy, which finds a recipient's mailbox
-    through the Aliases and asks the Mailboxes of its domain: these look into the
-    Ledger, else ask one Backend after the other through its Client, as long as its
-    Breaker allows. libmilter calls from many threads: what they share is in the
-    Ledger, the Backends, the Tables and the Counters, each with locks of its own.
+    QuotaMilter's callbacks ask the Policy about each recipient. The Policy follows
+    the Aliases to a mailbox and asks the Mailboxes of its domain. These look into
+    the Ledger first, then ask their Backends in order. A Backend asks its questions
+    in threads, through its Client. libmilter calls from many threads: what they
+    share is in the Ledger, the Backends, the Tables and the Counters, and each of
+    these has a lock.
 """
 
 from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # before the imports, which take a while
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it serves: no traceback
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it serves: no end
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # in all threads but one
+if __name__ == "__main__":  # HUP and USR1 must not kill the program while it starts
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import base64
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import email.utils
 import errno
+import functools
 import http.client
 import itertools
 import logging
@@ -65,7 +68,6 @@ import os
 import queue
 import re
 import resource
-import select
 import shutil
 import socket
 import ssl
@@ -83,65 +85,48 @@ from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Optional, Union
 
 try:
     import Milter
-except ImportError:
-    sys.exit("quota_milter.py: pymilter is missing: apt-get install python3-milter")
+except ImportError:  # --help and --check work without it
+    Milter = None
 
-VERSION = "2.0"
+VERSION = "3.0"
 DEFAULT_BACKEND = "http://127.0.0.1:8025/cgi-bin/quota.cgi"
 
-ANSWER_LENGTH = 4096  # bytes read of an answer: a line with the longest of names is far below
-DIGITS = 20  # the longest number that is read: more does not fit 64 bits
-ANSWERS = 50_000  # mailboxes remembered, in some 25 MB with names of usual length
-FORGOTTEN = 10_000  # answers of before a HUP that messages which have begun may still need
-ROUTES = 10_000  # recipients of whom it is remembered which mailbox they are, in some 10 MB
-LONG_NAME = 320  # characters above which nothing is remembered of a name (RFC 3696: 64 + 1 + 255)
-LONG_MESSAGE = 600  # seconds from RCPT to the end of a message that a HUP comes between
-LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that gives faults
-IDLE = 4  # seconds for which a connection rests at most: quota.cgi --serve closes it after 10
-IDLE_CONNECTIONS = 16  # that rest at a time for each backend
-OVERDUE = 60  # seconds for which a question may go on after its deadline
-PATIENCE = 3  # questions in a row that run out of time before a backend is not asked any more
+ANSWER_LENGTH = 4096  # bytes read of an answer: the longest line is far below
+TOO_LARGE = 1 << 63  # bytes; a negative sum that a server prints unsigned is this or more
+ANSWERS = 50_000  # mailboxes whose answers are remembered, in some 25 MB
+PASSED_OVER = 8  # mailboxes with mail in flight, at most, in the search for one to forget
+NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 64 + 1 + 255)
+LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
+PATIENCE = 3  # questions in a row that run out of time before a backend is left alone
 HEADERS = 1024  # bytes that mail servers add to a message on its way: Received and others
-STEPS = 1000  # that aliases may take to a mailbox, as Postfix's virtual_alias_recursion_limit
-TABLE_QUERIES = 8  # postmap processes at a time for each table: each costs a few milliseconds
-TABLE_RESULTS = 10_000  # names of which a table's result is remembered
-ADDRESS_LENGTH = 256  # characters of an address in a reply: the longest path of RFC 5321, 4.5.3.1.3
+STEPS = 1000  # from name to name in aliases, as Postfix's virtual_alias_recursion_limit
+TABLE_QUERIES = 8  # postmap processes at a time, each for a few milliseconds
+TABLE_RESULTS = 10_000  # names whose result a table remembers
 REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RFC 5321, 4.5.3.1.5)
 LOG_LENGTH = 10_000  # lines that may wait to be written
-TICK = 1  # seconds between two looks at the alias files and at overdue questions
+TICK = 1  # seconds between two looks at signals, alias files and metrics
 METRICS_EVERY = 15  # seconds
 DAY = 86400  # seconds
-LAST_QUESTIONS = 1  # seconds that questions under way get when the program is to end
-STOPPING = 1.7  # seconds that all of the end may take
-IDLE_THREADS = 32  # that take signals which the main thread cannot take in that moment
-AGAIN = -1  # instead of an exit status: start anew
+STOPPING = 1.7  # seconds that the end may take, whatever hangs
 
 OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
 TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
-INACTIVE = "552 5.2.2 Mailbox of {address} is full and not in use"
-REFUSED = ("overquota", "toolarge", "inactive")  # there is no room for the message
-VERDICTS = ("ok", *REFUSED, "unknown", "fault", "empty", "exempt", "alias", "nobackend")
+# Not 552: after RCPT a client may read that as "too many recipients" (RFC 5321, 4.5.3.1.10).
+INACTIVE = "550 5.2.2 Mailbox of {address} is full and not in use"
+
+REFUSED = ("overquota", "toolarge", "inactive")  # verdicts: there is no room for the message
+UNASKED = ("empty", "exempt", "alias", "nobackend")  # verdicts without a question
+VERDICTS = ("ok", *REFUSED, "unknown", "fault", *UNASKED)
+
 DOWN = "the backend is down and is left alone for a while"
-NO_TURN = "there was no turn for the question in time"
+NO_TURN = "the question got no turn in time"
+OVERTAKEN = "no answer, while later questions were answered and others waited"
+HUNG = "this mailbox ran out of time and is left alone for a while"
 HINTS = {  # what an administrator has usually got wrong
     401: ": is the password in --backend right?",
     403: ": may this address ask (QUOTA_ALLOW, the web server's rule)?",
     404: ": is the path in --backend right?",
 }
-
-SOURCE_ROUTE = re.compile(r"^(?:@(?:\[[^\]]*\]|[^\[@,:])*,?)+:")
-ALIAS = re.compile(
-    r"""( "(?:\\.|[^"\\])*" (?:@[^\s:]+)? | [^\s:"][^\s:]* )  # a name, which may be quoted
-        (?: \s*:\s* | \s+ )                                 # aliases(5) `:`, virtual(5) a space
-        (\S.*)""",
-    re.VERBOSE,
-)
-TARGET = re.compile(
-    r"""(\\?)                                     # behind a backslash: whatever the aliases say
-        (?! "?[|/:] | \w+: )                      # no program, file, include or `error:`
-        ( (?: "(?:\\.|[^"\\])*" | [^\s,"] )+ )    # one mailbox, no list""",
-    re.VERBOSE,
-)
 
 log = logging.getLogger("quota_milter")
 
@@ -163,15 +148,25 @@ def lower(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").lower().decode("utf-8", "surrogateescape")
 
 
+def ascii_domain(text: str) -> str:
+    """Give a domain in lower case, beyond ASCII as A-labels (RFC 5890), without a last dot."""
+    domain = lower(text[:-1] if text[-1:] == "." else text)
+    if domain.isascii() or len(domain) > NAME_LENGTH:  # the codec is slow for very long names
+        return domain
+    try:
+        return domain.encode("idna").decode("ascii").lower().rstrip(".")
+    except UnicodeError:  # no such domain can exist
+        return domain
+
+
 class Mailbox(NamedTuple):
     """What a backend is asked about."""
 
     user: str
-    domain: str  # lower case, "" where there is none
+    domain: str  # lower case, "" if there is none
 
-    @property
-    def is_long(self) -> bool:
-        return len(self.user) + len(self.domain) > LONG_NAME
+
+SOURCE_ROUTE = re.compile(r"^(?:@(?:\[[^\]]*\]|[^\[@,:])*,?)+:")  # @a.example,@b.example:
 
 
 class Address(NamedTuple):
@@ -180,7 +175,7 @@ class Address(NamedTuple):
     given: str  # without angle brackets
     local: str  # unquoted local part
     user: str  # the local part without the tail behind a delimiter
-    domain: str  # lower case, "" where there is none
+    domain: str  # lower case, "" if there is none
 
     @classmethod
     def parse(cls, text: str, delimiters: str, case_sensitive: bool) -> Address:
@@ -193,12 +188,26 @@ class Address(NamedTuple):
             local = re.sub(r'\\(.)|"', r"\1", local, flags=re.DOTALL)
         if not case_sensitive:
             local = lower(local)
-        domain = lower(domain[:-1] if domain[-1:] == "." else domain)
-        return cls(given, local, without_detail(local, delimiters), domain)
+        return cls(given, local, without_detail(local, delimiters), ascii_domain(domain))
 
     @property
     def mailbox(self) -> Mailbox:
         return Mailbox(self.user, self.domain)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What is the same for all spellings of the address."""
+        return self.local, self.domain
+
+    @property
+    def name(self) -> str:
+        """The name by which a table lists this address, and it alone."""
+        return lower(f"{self.local}@{self.domain}" if self.domain else self.local)
+
+    @property
+    def can_exist(self) -> bool:
+        """Say whether a mailbox can have this name."""
+        return self.local != "" and len(self.local) + len(self.domain) <= NAME_LENGTH
 
     def names(self) -> list[str]:
         """Give the names by which tables list this address, the most specific first."""
@@ -211,9 +220,9 @@ def without_brackets(path: str) -> str:
 
 
 def without_detail(local: str, delimiters: str) -> str:
-    """Drop what follows the first delimiter, except from the names that Postfix leaves whole."""
-    # With the delimiter `-` owner-NAME and NAME-request stay whole, too: mailing lists have them.
+    """Drop what follows the first delimiter, except from names that Postfix leaves whole."""
     name = lower(local)
+    # With the delimiter `-` Postfix keeps owner-NAME and NAME-request: mailing lists have them.
     is_role = "-" in delimiters and (name.startswith("owner-") or name.endswith("-request"))
     if is_role or not delimiters or name in ("postmaster", "mailer-daemon", "double-bounce"):
         return local
@@ -243,9 +252,7 @@ class Reply(NamedTuple):
         return self.code[0] == "5"
 
     def to(self, address: str) -> Reply:
-        """Put the address in: printable ASCII without %, which libmilter takes for a format."""
-        if len(address) > ADDRESS_LENGTH:
-            address = address[:ADDRESS_LENGTH] + "..."
+        """Put the address in, as printable ASCII without %, which libmilter reads as a format."""
         text = self.text.replace("{address}", re.sub("[^ -~]|%", "?", address))
         return self._replace(text=text[:REPLY_LENGTH])
 
@@ -254,48 +261,51 @@ DEFERRED = Reply.from_template(OVERQUOTA)
 CANNOT_CHECK = Reply("451", "4.3.0", "The mailbox of {address} cannot be checked, try again later")
 
 
-@dataclasses.dataclass(eq=False)  # two that say the same are two
-class Answer:
-    """What a backend said of a mailbox; figures in bytes, None where not known."""
+class Answer(NamedTuple):
+    """What a backend said of a mailbox; figures in bytes, None if not known."""
 
     status: str
     used: Optional[int] = None
     quota: Optional[int] = None  # 0: no limit
-    name: bytes = b""  # of the mailbox, as the answer has it
     grace: int = 0  # what the message that fills the mailbox may take beyond the quota
-    changed: Optional[float] = None  # seconds since 1970: a delivery, or the user
+    changed: Optional[float] = None  # seconds since 1970: by a delivery or by the user
     source: str = ""  # the name of the backend that gave it
-    at: float = dataclasses.field(default_factory=time.monotonic)  # when it was asked for
-    taken: int = 0  # bytes of the mail that it does not know of: the Ledger counts them
+    at: float = 0.0  # when the question was sent, on the monotonic clock
 
     @classmethod
     def from_line(cls, line: bytes, is_whole: bool = True) -> Answer:
-        """Read `STATUS user used quota` (README, Protocol). Raises BadAnswer."""
-        # Of a line that may be cut short the numbers are not known: of 209715200 there is perhaps
-        # 20 left, which would be a permanent refusal.
+        """Read `STATUS user used quota` (README, Protocol). Raises BadAnswer.
+
+        The numbers of a line that may be cut short are not known: what is left of 209715200 could
+        be 20, and a message would be refused for good.
+        """
         status, *fields = line.rstrip(b"\r\n").split(b" ")
         if status not in (b"OK", b"OVERQUOTA", b"UNKNOWN"):
             raise BadAnswer(f"no status in the answer {line[:80]!r}: is the URL right?")
-        name, numbers = fields[:1], [b"", b""]
-        if len(fields) > 2:  # a lone number may be either
-            name, numbers = fields[:-2], fields[-2:]
-        used, quota = (read_number(number) if is_whole else None for number in numbers)
-        return cls(status.decode(), used, quota, b" ".join(name))
+        # A lone number behind the user may be either of the two.
+        numbers = fields[-2:] if is_whole and len(fields) > 2 else [b"", b""]
+        return cls(status.decode(), read_number(numbers[0]), read_number(numbers[1]))
 
     @property
-    def known_used(self) -> Optional[int]:
-        """A mailbox that does not exist yet has a quota and no size in some answers: 0 bytes."""
+    def figure(self) -> Optional[int]:
+        """The bytes used, if they are known.
+
+        Some servers answer for a mailbox that does not exist yet with a quota and no size: 0 bytes.
+        """
+        if self.status == "UNKNOWN":
+            return None
         return 0 if self.used is None and self.quota is not None else self.used
 
     @property
     def most(self) -> int:
-        """How many bytes the mailbox can ever hold, 0 where there is no limit."""
+        """How many bytes the mailbox can ever hold, 0 if there is no limit."""
         return self.quota + self.grace if self.quota else 0
 
 
 def read_number(text: bytes) -> Optional[int]:
-    """Read a plain non-negative integer; None where it is something else."""
-    return int(text) if text.isdigit() and len(text) <= DIGITS else None
+    """Read a plain non-negative integer below 2^63; None if it is something else."""
+    number = int(text) if text.isdigit() and len(text) <= 20 else TOO_LARGE
+    return number if number < TOO_LARGE else None
 
 
 def read_date(text: str) -> Optional[float]:
@@ -308,34 +318,35 @@ def read_date(text: str) -> Optional[float]:
 
 
 class Fault(Exception):
-    """A backend or a table did not answer; the text says why, for the log."""
+    """A backend or a table gave no answer; the text says why, for the log."""
 
 
 class BadAnswer(Fault):
-    """It answered, but with no verdict: it is not down."""
+    """The backend answered, but with no verdict: it is not down."""
 
 
 class Unreachable(Fault):
-    """There is no connection to it: that concerns all mailboxes."""
+    """There is no connection to the backend: that concerns all its mailboxes."""
 
 
 class Finding(NamedTuple):
-    """What is known of a mailbox now: a fault may come with the last known answer."""
+    """What is known of a mailbox now. With a fault, the answer is the last known one."""
 
     answer: Optional[Answer] = None
+    in_flight: int = 0  # bytes of accepted mail that the answer does not include
     cached: bool = False
     fault: str = ""
 
 
 class Decision(NamedTuple):
-    """What is to be done with a recipient, and why."""
+    """What is done with a recipient, and why."""
 
     address: Address
-    target: Optional[Address]  # whose mailbox was asked about, None where nothing was
-    verdict: str
-    reply: Optional[Reply]  # None: let it through
+    target: Optional[Address]  # whose mailbox was asked about, None if none was
+    verdict: str  # one of VERDICTS
+    reply: Optional[Reply]  # None: let the recipient through
     finding: Finding
-    seconds: float
+    seconds: float  # that the decision took
 
     def __str__(self) -> str:
         answer = self.finding.answer or Answer("")
@@ -353,539 +364,505 @@ class Decision(NamedTuple):
 
 
 class Question:
-    """A question that is under way: what other threads may know of it and do with it."""
+    """One question about one mailbox: its times, and the connection that may be shut down."""
 
-    def __init__(self, mailbox: Mailbox, generation: int, asked: float, seconds: float) -> None:
-        self.mailbox, self.generation = mailbox, generation
-        self.asked, self.seconds = asked, seconds
-        self.deadline = asked + seconds  # of the session that asked; then it is overdue
-        self.begun = 0.0  # when a thread took it; 0: it waits for its turn
-        self.is_given_up = False  # nobody waits for it any more
-        self.aborted = ""  # why
+    def __init__(self, mailbox: Mailbox, asked: float, deadline: float) -> None:
+        self.mailbox = mailbox
+        # On the monotonic clock: when a session wanted to know, and when all is over.
+        self.asked, self.deadline = asked, deadline
+        self.half = (deadline - asked) / 2  # seconds
+        self.begun = 0.0  # when a thread began to ask; 0: the question waits for its turn
+        self.next_review = asked + self.half  # when the sessions that wait look after it
+        # For all sessions that want to know.
+        self.future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
+        self.lock = threading.Lock()  # guards what follows
+        self.ended = ""  # why it was ended before there was an answer
         self.socket: Optional[socket.socket] = None
-        self.future: concurrent.futures.Future[Answer]  # for all sessions that want to know
 
-    def hangs(self, now: float, last_answered: float) -> bool:
-        """Say whether it is overdue, or has had half its time and a later one was answered."""
-        if not self.begun:
-            return False
-        had_half = now - self.begun > self.seconds / 2
-        return now >= self.deadline or had_half and self.begun < last_answered
+    def seconds_left(self) -> float:
+        return max(0.001, self.deadline - time.monotonic())  # 0 tells a socket not to wait
 
     def attach(self, sock: socket.socket) -> None:
-        """Note the connection. From here on `hang_up` bounds the time, not the socket."""
-        sock.settimeout(OVERDUE)
-        self.socket = sock
-        if self.aborted:  # between the connection and this line
-            self.hang_up(self.aborted)
+        """Note the connection, so that end() can shut it down. Raises OSError."""
+        # A duplicate: TLS detaches the socket object that it wraps.
+        with self.lock:
+            if self.ended:
+                raise OSError(self.ended)
+            self.socket = sock.dup()
 
-    def hang_up(self, why: str) -> None:
-        """Make it end now: whoever reads from its connection finds the end of file."""
-        self.aborted = why
-        if self.socket is not None:
-            with contextlib.suppress(OSError):  # it has ended by itself
-                # Not SSLSocket.shutdown, which would drop the TLS state under the reader.
-                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+    def detach(self) -> None:
+        """Forget the connection, which the Client closes."""
+        with self.lock:
+            if self.socket:
+                self.socket.close()
+            self.socket = None
+
+    def end(self, why: str) -> None:
+        """Shut the connection down: the thread that reads from it finds the end of file."""
+        with self.lock:
+            self.ended = why
+            if self.socket:
+                with contextlib.suppress(OSError):  # the server was faster
+                    self.socket.shutdown(socket.SHUT_RDWR)
 
 
-class RequestHandler(urllib.request.BaseHandler):
+class Connection(http.client.HTTPConnection):
+    """A TCP connection that is made within the time of one question."""
+
+    client: Client
+    question: Question
+
+    def connect(self) -> None:
+        """Connect to one of the host's addresses. Raises OSError, ValueError for a bad name.
+
+        The addresses and the answer share the time that is left. So an address that swallows
+        packets, such as IPv6 behind a filter, leaves enough for the next one. The address that
+        worked the last time comes first.
+        """
+        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        found.sort(key=lambda entry: entry[4] != self.client.last_address)
+        shares = len(found) + 1
+        for family, kind, protocol, _, address in found:
+            try:
+                self.sock = socket.socket(family, kind, protocol)
+                self.sock.settimeout(self.question.seconds_left() / shares)
+                self.sock.connect(address)
+                break
+            except OSError:
+                self.close()
+                shares -= 1
+                if shares == 1:  # the last address failed, too
+                    raise
+        self.client.last_address = address
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.question.attach(self.sock)
+
+
+class TLSConnection(http.client.HTTPSConnection, Connection):
+    """The same with TLS: HTTPSConnection.connect() calls the one above, then wraps the socket."""
+
+
+class OwnConnection(urllib.request.AbstractHTTPHandler):
     """Sends a urllib request over the connection that comes with it.
 
-    With no other handler beside this one urllib follows no redirect, uses no proxy of the
-    environment, opens nothing else and leaves every status to us.
+    Without any other handler, urllib follows no redirect, uses no proxy of the environment and
+    leaves every status to us.
     """
 
     def http_open(self, request: Any) -> http.client.HTTPResponse:
-        connection: http.client.HTTPConnection = request.connection
-        connection.request("GET", request.selector, headers=dict(request.header_items()))
-        return connection.getresponse()
+        return self.do_open(lambda host, **options: request.connection, request)
 
     https_open = http_open
 
 
 class Client:
-    """Asks one URL. Connections are kept where the server offers that by a header Keep-Alive.
+    """Asks one URL, over a connection of its own for each question.
 
-    A minimal server may send no length and serve one client at a time: it is told to close.
-
-    What a server sends too much or too late must not become the answer to the next question, which
-    is another user's. So a connection is kept after a complete answer about the mailbox that was
-    asked about, and for nothing else; it is used again for the same domain, as an answer names only
-    the user; and there an answer that names another user is thrown away.
+    So nothing that a server sends too much or too late can become the answer to another question.
     """
 
-    def __init__(self, url: str, context: ssl.SSLContext, timeout: float) -> None:
+    def __init__(self, url: str, context: ssl.SSLContext) -> None:
         parts = urllib.parse.urlsplit(url)
         self.host = parts.netloc.rpartition("@")[2]
         self.url = parts._replace(netloc=self.host, path=parts.path or "/", fragment="").geturl()
-        self.context, self.timeout = context, timeout
+        self.context = context
+        self.last_address: object = None  # the one that could be connected to last
         self.headers = {"User-Agent": "quota_milter/" + VERSION}
         if parts.username is not None:
             secret = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
             encoded = base64.b64encode(secret.encode()).decode()
             self.headers["Authorization"] = "Basic " + encoded
         self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(RequestHandler())
-        self.offers_to_keep = False
-        self.lock = threading.Lock()
-        # Kept connections: since when they rest, and the domain of their last question.
-        self.idle: dict[http.client.HTTPConnection, tuple[float, str]] = {}  # the latest at the end
+        self.opener.add_handler(OwnConnection())
 
     def fetch(self, question: Question) -> Answer:
-        """Send the question and read the answer. All that can go wrong raises Fault."""
-        # Trouble on a kept connection says nothing of the server, which may have closed it in that
-        # very moment: then the same question goes out once more, on a new one.
-        kept = self.take_idle(question.mailbox.domain)
-        if kept:
-            try:
-                return self.exchange(question, kept, is_kept=True)
-            except Fault as fault:
-                is_late = time.monotonic() >= question.deadline
-                if question.aborted or is_late or isinstance(fault, BadAnswer):
-                    raise
-            self.close_idle(0)  # all: they are as old as the one that made trouble
-        return self.exchange(question, self.connect(), is_kept=False)
-
-    def exchange(
-        self, question: Question, connection: http.client.HTTPConnection, is_kept: bool
-    ) -> Answer:
-        user, domain = question.mailbox
-        request: Any = self.request(user, domain)
-        request.connection = connection
-        question.attach(connection.sock)
+        """Send the question and read the answer. Whatever goes wrong raises Fault."""
+        connection = self.new_connection(question)
         try:
+            self.connect(connection)
+            request: Any = self.request(*question.mailbox)
+            request.connection = connection
             with self.opener.open(request) as response:
-                answer, may_keep = read_answer(response)
-            names_it = answer.name == user.encode("utf-8", "surrogateescape")
-            if is_kept and not names_it:  # on a new one a server may spell it in its own way
-                raise Fault("the answer is about another mailbox")
+                return read_answer(response)
+        except Fault:
+            raise
         except Exception as error:  # urllib's, http.client's and ssl's have no common base
+            raise Fault(str(getattr(error, "reason", "")) or repr(error)) from None
+        finally:
             connection.close()
-            if isinstance(error, Fault) and not question.aborted:
-                raise
-            raise Fault(question.aborted or repr(error)) from None  # what is cut is no answer
-        self.offers_to_keep = "Keep-Alive" in response.headers
-        if may_keep and names_it and not question.aborted:
-            with self.lock:
-                self.idle[connection] = time.monotonic(), domain
-        else:
-            connection.close()
-        return answer
+            question.detach()
+
+    def new_connection(self, question: Question) -> Connection:
+        connection = Connection(self.host)
+        if self.url.startswith("https:"):
+            connection = TLSConnection(self.host, context=self.context)
+        connection.client, connection.question = self, question
+        return connection
+
+    def connect(self, connection: Connection) -> None:
+        """Connect before the request, to tell a server out of reach from a bad answer.
+
+        A TLS handshake that says nothing ends with the share of time that connecting has.
+        Raises Unreachable.
+        """
+        try:
+            connection.connect()
+            # From here on the question ends with its deadline, not with a timeout of the socket.
+            connection.sock.settimeout(connection.question.seconds_left() + 1)
+        except (OSError, ValueError) as error:
+            hint = ": see --cafile" if isinstance(error, ssl.SSLCertVerificationError) else ""
+            raise Unreachable(f"no connection: {error}{hint}") from None
 
     def request(self, *mailbox: str) -> urllib.request.Request:
         """Make the request about a user and domain (README, Protocol)."""
         user, domain = (urllib.parse.quote(n, safe="", errors="surrogateescape") for n in mailbox)
         query = f"u={user}&d={domain}" if domain else f"u={user}"
         url = self.url + ("&" if "?" in self.url else "?") + query
-        keep = "keep-alive" if self.offers_to_keep else "close"
-        return urllib.request.Request(url, headers={**self.headers, "Connection": keep})
-
-    def connect(self) -> http.client.HTTPConnection:
-        """Open a connection. Raises Unreachable."""
-        # It gets the whole timeout: who got a turn late connects late, and that is no reason to
-        # call the server unreachable.
-        host, timeout = self.host, self.timeout
-        connection = http.client.HTTPConnection(host, timeout=timeout)
-        if self.url.startswith("https:"):
-            connection = http.client.HTTPSConnection(host, timeout=timeout, context=self.context)
-        try:
-            connection.connect()
-        except (OSError, ValueError) as error:  # ValueError: a name that cannot be looked up
-            connection.close()
-            hint = ": see --cafile" if isinstance(error, ssl.SSLCertVerificationError) else ""
-            raise Unreachable(f"no connection: {error}{hint}") from None
-        return connection
-
-    def take_idle(self, domain: str) -> Optional[http.client.HTTPConnection]:
-        """Take the latest kept connection of a domain, unless there is something to read on it."""
-        # That would be its end, or a stray answer.
-        self.close_idle(IDLE)
-        with self.lock:
-            for connection in reversed([c for c in self.idle if self.idle[c][1] == domain]):
-                poll = select.poll()
-                poll.register(connection.sock, select.POLLIN)
-                if not poll.poll(0):
-                    del self.idle[connection]
-                    return connection
-        return None
-
-    def close_idle(self, seconds: float) -> None:
-        """Close those that have rested for `seconds` or more, and the oldest of too many."""
-        latest = time.monotonic() - seconds
-        with self.lock:
-            surplus = list(self.idle)[:-IDLE_CONNECTIONS]
-            for connection, (since, _) in list(self.idle.items()):
-                if since <= latest or connection in surplus:
-                    del self.idle[connection]
-                    connection.close()
+        return urllib.request.Request(url, headers=self.headers)
 
 
-def read_answer(response: http.client.HTTPResponse) -> tuple[Answer, bool]:
-    """Read an answer, and whether its connection may be kept. Raises Fault, HTTPException."""
-    # Proof that the line is whole is its end, the length in the header, or the last chunk.
-    if response.status < 200:  # an interim response, which is no answer
-        raise http.client.HTTPException(f"status {response.status}")
+def read_answer(response: http.client.HTTPResponse) -> Answer:
+    """Read an answer of bounded length. Raises BadAnswer, OSError, HTTPException."""
     line = response.readline(ANSWER_LENGTH)
-    ended = response.length == 0 or response.chunked and response.chunk_left is None
-    is_whole = line.endswith(b"\n") or ended
     if response.status != 200:
         why = line[:200].decode("ascii", "replace").strip() if line[:6] == b"ERROR " else ""
         hint = HINTS.get(response.status, "")
         raise BadAnswer(f"status {response.status} {why or response.reason[:80]}{hint}")
+    # The line is whole if its end is there, or all that the header announced, or the last chunk.
+    ended = response.length == 0 or response.chunked and response.chunk_left is None
+    is_whole = line.endswith(b"\n") or ended
     if not is_whole and (response.length or len(line) >= ANSWER_LENGTH):
         raise BadAnswer("the answer is cut short or too long")
-    answer = Answer.from_line(line, is_whole)
     grace = response.headers.get("Quota-Grace", "").strip().encode("ascii", "replace")
     changed = response.headers.get("Last-Modified", "")
-    answer.grace, answer.changed = read_number(grace) or 0, read_date(changed)
-    may_keep = "Keep-Alive" in response.headers and not response.will_close
-    return answer, may_keep and response.length == 0
+    answer = Answer.from_line(line, is_whole)
+    return answer._replace(grace=read_number(grace) or 0, changed=read_date(changed))
 
 
-# ---- Breaker: may this backend be asked now? ----
-
-
-class Breaker:
-    """Counts what speaks against a backend; the Backend holds its lock around every call.
-
-    Closed: it is asked. Open: it is not, until `retry_at`. Then one question tries it, and its
-    outcome closes the breaker or opens it for as long again. No question counts against a
-    backend that has answered anybody since it was asked: it works, and what hangs is one mailbox.
-    """
-
-    def __init__(self, backend: Backend, retry_after: float) -> None:
-        self.backend = backend  # whose name is for the log
-        self.retry_after = retry_after  # seconds
-        self.is_open = False
-        self.retry_at = self.answered_at = 0.0  # on the monotonic clock
-        self.timeouts = 0  # in a row
-
-    def allows(self, now: float) -> bool:
-        return not self.is_open or now >= self.retry_at
-
-    def begin_trial(self, now: float) -> None:
-        """Note that a question goes out: while it is open no other one follows for a while."""
-        self.retry_at = now + self.retry_after
-
-    def record_answer(self) -> None:
-        if self.is_open:
-            log.warning("backend=%s state=up", self.backend.name)
-        self.is_open, self.timeouts, self.answered_at = False, 0, time.monotonic()
-
-    def record_unreachable(self, asked: float, why: str) -> None:
-        """Open it, unless somebody was answered since the question was asked."""
-        if self.answered_at < asked:
-            if not self.is_open:
-                reason = printable(why)
-                log.warning("backend=%s state=down reason=%s", self.backend.name, reason)
-            self.is_open, self.retry_at = True, time.monotonic() + self.retry_after
-
-    def record_timeout(self, asked: float) -> None:
-        """Count a question that ran out of time, and open it after a few in a row."""
-        self.timeouts += self.answered_at < asked
-        if self.is_open or self.timeouts >= PATIENCE:
-            self.record_unreachable(asked, f"{PATIENCE} questions in a row got no answer in time")
-
-
-# ---- Backend: a Client, its Breaker and its bounded pool of questions ----
+# ---- Backend: a Client, its circuit breaker, and at most so many questions at a time ----
 
 
 class Backend:
-    """Asks a backend `max_queries` questions at a time, and waits for none beyond its deadline.
+    """Asks a backend at most `max_queries` questions at a time, each for no longer than its time.
 
-    All sessions that want to know of one mailbox wait for the same future, none for longer than
-    its own deadline. A question goes on when they have given up, so that the answer about a
-    mailbox that takes long to count is remembered. Then it is overdue: it must hold up nobody who
-    could be answered, so when others wait for a turn, the one that is overdue for longest is
-    aborted. So is one that has had half its time and was overtaken by a later one: the backend
-    works, it is this mailbox that hangs. A mailbox that hung is not asked about while its question
-    goes on, nor for --retry-after seconds when it was aborted.
+    All sessions that want to know of one mailbox wait for one question. A question gets its turn
+    in the first half of its time, or none. So each that begins has half of its time at least, and
+    one that runs out of time tells something of the backend. The newest question gets the next
+    turn: if more is asked than the backend can answer, the oldest have too little time left.
+
+    When the time is over, whoever waits ends the question: its connection is shut down, and its
+    thread is free. A mailbox whose question ran out of time is left alone for `retry_after`
+    seconds.
+
+    If others wait for a turn, a question is also ended early: it has been asked for half of its
+    time, and a later one was answered. The backend works then, and this mailbox hangs.
+
+    The circuit breaker: a backend that cannot be reached, or that lets three questions in a row run
+    out of time, is down. It is left alone for `retry_after` seconds. Then one question tries it.
+
+    A question has ended exactly when it is no longer in `questions`.
     """
 
-    def __init__(
-        self, client: Client, options: Namespace, ledger: Ledger, counters: Counters
-    ) -> None:
-        self.client, self.ledger, self.counters = client, ledger, counters
-        self.url = client.url.partition("?")[0]
-        self.name = self.url  # for the log; of two that differ in their query alone, one gets #2
+    def __init__(self, client: Client, options: Namespace, counters: Counters) -> None:
+        self.client, self.counters = client, counters
+        self.name = client.url.partition("?")[0]  # for the log
+        self.retry_after: float = options.retry_after  # seconds
         self.max_queries: int = options.max_queries
         self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
         self.lock = threading.Lock()  # guards what follows
-        self.breaker = Breaker(self, options.retry_after)
-        self.questions: dict[tuple[Mailbox, int], Question] = {}  # by mailbox and generation
-        self.hung: dict[Mailbox, float] = {}  # mailboxes whose question was aborted; until when
-        self.last_answered = 0.0  # when the latest question that was answered had begun
+        self.questions: dict[Mailbox, Question] = {}
+        self.waiting: list[Question] = []  # for a turn, the newest last
+        self.left_alone: dict[Mailbox, float] = {}  # mailboxes that ran out of time, until when
+        self.latest_answered = 0.0  # when the latest question that has an answer had begun
+        self.answered_at = 0.0  # when the last answer came
+        self.timeouts = 0  # in a row
+        self.is_down = False
+        self.retry_at = 0.0  # when a backend that is down is asked again
 
-    def ask(self, mailbox: Mailbox, seconds: float, generation: int) -> Answer:
+    def ask(self, mailbox: Mailbox, deadline: float) -> Answer:
         """Ask about a mailbox, or join the question that is under way. Raises Fault."""
-        # The answer is remembered, also when it comes too late; but not UNKNOWN: the mailbox may be
-        # elsewhere.
+        question = self.join(mailbox, deadline)
+        while True:
+            moment = min(deadline, question.next_review)
+            try:
+                return question.future.result(max(0, moment - time.monotonic()))
+            except concurrent.futures.TimeoutError:
+                self.review(question, moment)
+                if moment >= deadline and not question.future.done():
+                    raise Fault("no answer in time") from None
+
+    def join(self, mailbox: Mailbox, deadline: float) -> Question:
+        """Give the question about a mailbox that is under way, or a new one. Raises Fault."""
         now = time.monotonic()
         with self.lock:
-            answer = self.ledger.fresh(mailbox)
-            if answer:  # it came before the lock
-                return answer
-            question = self.questions.get((mailbox, generation))
-            if question is None:
-                question = Question(mailbox, generation, now, seconds)
-                self.begin(question)
-            elif question.deadline <= now:
-                raise Fault("the last question about this mailbox still hangs")
-        try:
-            return question.future.result(max(0, now + seconds - time.monotonic()))
-        except concurrent.futures.CancelledError:
-            raise Fault(DOWN if self.breaker.is_open else NO_TURN) from None
-        except concurrent.futures.TimeoutError:
-            if now + seconds >= question.deadline:
-                self.give_up(question)
-            raise Fault(f"no answer within {round(seconds, 1):g} s") from None
+            question = self.questions.get(mailbox)
+            if question:
+                return question
+            if now < self.left_alone.get(mailbox, 0):
+                raise Fault(HUNG)
+            if self.is_down:
+                if now < self.retry_at:
+                    raise Fault(DOWN)
+                self.retry_at = now + self.retry_after  # one question tries it, others do not
+            question = Question(mailbox, now, deadline)
+            try:
+                self.pool.submit(self.take_turn)
+            except RuntimeError as error:  # the system's limit of threads
+                raise Fault(f"no thread for a question: {error}") from None
+            self.questions[mailbox] = question
+            self.waiting.append(question)
+            self.make_room(now)
+            return question
 
-    def begin(self, question: Question) -> None:
-        """Give a question to the pool. The lock is held. Raises Fault."""
-        if not self.breaker.allows(question.asked):
-            raise Fault(DOWN)
-        if self.hung.get(question.mailbox, 0) > question.asked:
-            raise Fault("this mailbox hung when it was last asked about")
-        try:
-            question.future = self.pool.submit(self.carry_out, question)
-        except RuntimeError as error:  # the system's limit of threads
-            question.aborted = f"no thread for a question: {error}"  # the pool has it all the same
-            raise Fault(question.aborted) from None
-        self.questions[question.mailbox, question.generation] = question
-        self.breaker.begin_trial(question.asked)
-        self.make_room(question.asked)
-
-    def carry_out(self, question: Question) -> Answer:
-        """Ask one question, in a thread of the pool, and learn from what comes. Raises Fault."""
-        question.begun = time.monotonic()
-        fault: Optional[Exception] = None
-        try:
-            if question.aborted or question.begun > question.deadline - question.seconds / 10:
-                raise Fault(question.aborted or NO_TURN)
-            answer = self.client.fetch(question)
-            answer.source, answer.at = self.name, question.begun
-            if answer.status != "UNKNOWN":
-                self.ledger.remember(question.mailbox, answer, question.generation)
-            return answer
-        except Exception as error:
-            fault = error
-            raise
-        finally:
-            with self.lock:
-                self.forget(question)  # last, so that who finds no question finds its answer
-                if isinstance(fault, Unreachable) and not question.aborted:
-                    self.breaker.record_unreachable(question.asked, str(fault))
-                    self.abandon_if_down()
-                elif fault is None or isinstance(fault, BadAnswer):
-                    self.last_answered = max(self.last_answered, question.begun)
-                    self.breaker.record_answer()
-            seconds = time.monotonic() - question.begun
-            self.counters.record_question(self.name, seconds, fault is not None)
-
-    def forget(self, question: Question) -> None:
-        """Let the next session ask anew. The lock is held."""
-        key = question.mailbox, question.generation
-        if self.questions.get(key) is question:
-            del self.questions[key]
-
-    def give_up(self, question: Question) -> None:
-        """Let a question go on for which nobody waits any more, or drop it if it has not begun."""
+    def take_turn(self) -> None:
+        """Ask the newest question that waits, in a thread of the pool."""
         with self.lock:
-            if question.is_given_up:  # by another session that waited for it
+            if not self.waiting:  # the question was ended before its turn
                 return
-            question.is_given_up = True
-            if question.future.cancel():
-                self.forget(question)
-            # Who got a turn only in the second half of the time does not speak against the backend.
-            elif question.begun and question.begun <= question.deadline - question.seconds / 2:
-                self.breaker.record_timeout(question.asked)
-                self.abandon_if_down()
-            self.make_room(time.monotonic())
+            question = self.waiting.pop()
+            question.begun = time.monotonic()
+        fault: Optional[Fault] = None
+        try:
+            answer = self.client.fetch(question)._replace(source=self.name, at=question.begun)
+        except Fault as error:
+            fault = error
+        now = time.monotonic()
+        self.counters.record_question(self.name, now - question.begun, fault is not None)
+        with self.lock:
+            if not self.is_under_way(question):
+                return
+            del self.questions[question.mailbox]
+            if isinstance(fault, Unreachable):
+                self.record_failure(question, str(fault))
+            elif fault is None or isinstance(fault, BadAnswer):
+                self.record_answer(question, now)
+            self.make_room(now)
+        if fault:
+            question.future.set_exception(fault)
+        else:
+            question.future.set_result(answer)
+
+    def is_under_way(self, question: Question) -> bool:
+        """Say whether a question has not ended. The lock is held."""
+        return self.questions.get(question.mailbox) is question
+
+    def end(self, question: Question, why: str) -> None:
+        """End a question without an answer. The lock is held."""
+        del self.questions[question.mailbox]
+        if not question.begun:
+            self.waiting.remove(question)
+        question.end(why)
+        question.future.set_exception(Fault(why))
+
+    def review(self, question: Question, moment: float) -> None:
+        """End a question that has no turn by half of its time, or no answer by its deadline."""
+        now = max(moment, time.monotonic())  # a timer may be a little early
+        with self.lock:
+            if not self.is_under_way(question) or now < question.next_review:
+                return
+            if not question.begun:
+                self.end(question, NO_TURN)
+            elif now >= question.deadline:
+                self.end(question, f"no answer within {round(2 * question.half, 1):g} s")
+                self.leave_alone(question.mailbox, now)
+                self.record_timeout(question)
+            else:
+                had_half = question.begun + question.half
+                question.next_review = had_half if now < had_half else question.deadline
+                self.make_room(now)
 
     def make_room(self, now: float) -> None:
-        """Abort as many hanging questions as others wait for a turn. The lock is held."""
-        live = [question for question in self.questions.values() if not question.aborted]
-        waiting = len(live) - self.max_queries
-        if waiting > 0:
-            hanging = [question for question in live if question.hangs(now, self.last_answered)]
-            for question in sorted(hanging, key=lambda question: question.deadline)[:waiting]:
-                question.hang_up("no answer, and others wait for a turn")
-                self.hung[question.mailbox] = now + self.breaker.retry_after
+        """End as many questions that hang as others wait for a turn. The lock is held."""
+        waiting = max(0, len(self.questions) - self.max_queries)
+        hanging = [
+            question
+            for question in self.questions.values()
+            if 0 < question.begun <= now - question.half and question.begun < self.latest_answered
+        ]
+        for question in hanging[:waiting]:
+            self.end(question, OVERTAKEN)
+            self.leave_alone(question.mailbox, now)
 
-    def abandon_if_down(self) -> None:
-        """Give up all that is under way to a backend that is down. The lock is held."""
-        if self.breaker.is_open:
-            for question in self.questions.values():
-                question.future.cancel()
-                question.hang_up(DOWN)
-            self.questions.clear()
+    def leave_alone(self, mailbox: Mailbox, now: float) -> None:
+        """Do not ask about a mailbox for a while. The lock is held."""
+        self.left_alone = {m: until for m, until in self.left_alone.items() if until > now}
+        self.left_alone[mailbox] = now + self.retry_after
 
-    def end_overdue(self) -> None:
-        """End the questions for which nobody has waited for too long, and make room."""
-        now = time.monotonic()
-        with self.lock:
-            for question in self.questions.values():
-                if now - question.deadline > OVERDUE:
-                    question.hang_up("no answer")
-            self.hung = {mailbox: until for mailbox, until in self.hung.items() if until > now}
-            self.make_room(now)
-        self.client.close_idle(IDLE)
+    def record_answer(self, question: Question, now: float) -> None:
+        """Close the breaker: the backend works. The lock is held."""
+        if self.is_down:
+            log.warning("backend=%s state=up", self.name)
+        self.is_down, self.timeouts, self.answered_at = False, 0, now
+        self.latest_answered = max(self.latest_answered, question.begun)
+
+    def record_timeout(self, question: Question) -> None:
+        """Count a question that ran out of time; a few in a row open the breaker. Lock is held."""
+        if self.answered_at < question.asked:
+            self.timeouts += 1
+            if self.is_down or self.timeouts >= PATIENCE:
+                self.record_failure(question, f"{PATIENCE} questions in a row ran out of time")
+
+    def record_failure(self, question: Question, why: str) -> None:
+        """Open the breaker, unless there was an answer since the question. The lock is held."""
+        if self.answered_at < question.asked:
+            if not self.is_down:
+                log.warning("backend=%s state=down reason=%s", self.name, printable(why))
+            self.is_down, self.retry_at = True, time.monotonic() + self.retry_after
 
 
 # ---- Ledger: what is remembered and what is in flight, for each mailbox ----
 
 
-class Flight:
-    """What was taken for a mailbox and is not yet in the figures that its backend gives."""
+class Account:
+    """What is known of one mailbox. The Ledger's lock guards it."""
 
-    def __init__(self) -> None:
-        self.used: Optional[int] = None  # the figure from which growth is counted
-        self.source = ""  # the name of the backend that gave it
-        self.parts: collections.deque[tuple[float, int]] = collections.deque()  # until when, bytes
-        self.size = 0  # bytes of all parts
+    __slots__ = ("answer", "before", "since", "recent")
 
-    def drop_old(self, now: float) -> None:
-        """Drop the parts whose time is over: growth by so much is theirs, not that of others."""
-        while self.parts and self.parts[0][0] <= now:
-            size = self.parts.popleft()[1]
-            self.size -= size
-            self.used = None if self.used is None else self.used + size
+    def __init__(self, answer: Optional[Answer] = None, before: int = 0) -> None:
+        self.answer = answer
+        self.before = before  # bytes in flight when the answer's question was sent
+        self.since = 0  # bytes accepted since then
+        self.recent: tuple[tuple[float, int], ...] = ()  # when single messages came, their bytes
 
-    def deduct(self, answer: Answer) -> None:
-        """Take away, the oldest first, what the growth of `used` shows to have arrived."""
-        used = answer.known_used
-        if used is None or answer.status == "UNKNOWN":  # perhaps its users cannot be looked up
-            return
-        grown = 0 if self.used is None else used - self.used
-        if grown < 0 and answer.source != self.source:  # a stand-by, whose figure may be an old one
-            return
-        self.used, self.source = used, answer.source
-        while grown > 0 and self.parts:
-            until, size = self.parts.popleft()
-            if size > grown:
-                self.parts.appendleft((until, size - grown))
-            self.size -= min(size, grown)
-            grown -= size
+    @property
+    def in_flight(self) -> int:
+        """Bytes of accepted mail that the answer does not include."""
+        return self.before + self.since
+
+    def sum_up(self, start: float, end: float = float("inf")) -> int:
+        """Add up the bytes of the messages that were accepted after `start` and until `end`."""
+        return sum(size for at, size in self.recent if start < at <= end)
+
+    def learn(self, answer: Answer, window: float) -> None:
+        """Replace the answer by a newer one; `window` is --in-flight in seconds.
+
+        A mailbox is expected to hold the answer's figure and what is in flight. A new answer
+        leaves that sum as it was, within two bounds: it is not below the new figure. And it is not
+        above the new figure and the mail of the `window` before the question, as older mail has
+        arrived or never will. This second bound holds only if the same backend gave both figures:
+        a stand-by's may be old. Mail accepted since the question comes on top, as the answer does
+        not include it. Without two figures all mail of the `window` is in flight.
+
+        Example: the figure was 500 and a message of 100 was accepted. If the new figure is 500,
+        100 are still in flight, if it is 560, 40, and if it is 600 or 900, none. If it is 200 (the
+        user made room), 100 are in flight.
+        """
+        since = self.sum_up(answer.at)
+        lately = self.sum_up(answer.at - window, answer.at)
+        old = self.answer
+        if old is None or old.figure is None or answer.figure is None:
+            self.before = lately
+        else:
+            expected = old.figure + self.in_flight - since
+            self.before = max(0, expected - answer.figure)
+            if old.source == answer.source:
+                self.before = min(self.before, lately)
+        self.answer, self.since = answer, since
 
 
 class Ledger:
-    """Remembers answers, and counts what is in flight: mail that was taken since.
+    """Remembers answers, and counts the mail that was accepted since.
 
-    Nothing is reserved at RCPT: whoever opens sessions and sends nothing must not fill anybody's
-    mailbox. At the end of the data the Policy decides and adds in one step, holding `lock`, so
-    that of many sessions no two take the same room.
-
-    What is in flight ends after --in-flight seconds, or when a newer answer shows it. But an answer
-    that is used for longer, as the last known one is, has all counted that was taken since.
+    RCPT reserves nothing: a client that opens sessions and sends no mail must not fill anybody's
+    mailbox. At the end of the data the Policy decides and counts in one step, holding `lock`, so
+    that of many sessions no two use the same room.
     """
 
-    def __init__(self) -> None:
-        self.lock = threading.RLock()  # guards every change of what follows
-        self.cache_ttl = self.in_flight = 0.0  # seconds
-        self.frontends = 1
-        self.generation = 0  # of the answers: one that was asked for before a HUP is not kept
-        self.answers: dict[Mailbox, Answer] = {}  # oldest first
-        self.forgotten: dict[Mailbox, Answer] = {}  # those before a HUP
-        self.flights: dict[Mailbox, Flight] = {}
+    def __init__(self, options: Namespace) -> None:
+        self.lock = threading.RLock()  # guards the accounts and what is in them
+        self.accounts: dict[Mailbox, Account] = {}  # the one used last is the last
+        self.configure(options)
 
     def configure(self, options: Namespace) -> None:
-        """Take the options and forget the answers, but not what is in flight."""
+        """Use other options; the answers and what is in flight stay."""
+        self.cache_ttl: float = options.cache_ttl  # seconds, as the others
+        self.window: float = options.in_flight
+        self.timeout: float = options.timeout
+        self.frontends: int = options.frontends
+
+    def look(self, mailbox: Mailbox) -> Finding:
+        """Give what is known of a mailbox now, which may be nothing."""
         with self.lock:
-            self.cache_ttl, self.in_flight = options.cache_ttl, options.in_flight
-            self.frontends = options.frontends
-            self.generation += 1
-            earliest = time.monotonic() - LONG_MESSAGE
-            known = [*self.forgotten.items(), *self.answers.items()][-FORGOTTEN:]
-            self.forgotten = {box: answer for box, answer in known if answer.at > earliest}
-            self.answers = {}
+            account = self.accounts.get(mailbox, Account())
+            return Finding(account.answer, account.in_flight, cached=account.answer is not None)
 
-    def last(self, mailbox: Mailbox) -> Optional[Answer]:
-        """Give the last answer about a mailbox that is under an hour old."""
-        answer = self.answers.get(mailbox)
-        if answer and time.monotonic() - answer.at < max(LAST_KNOWN, self.cache_ttl):
-            return answer
-        return None
+    def is_fresh(self, finding: Finding, sources: Iterable[str]) -> bool:
+        """Say whether an answer may be used again without a new question.
 
-    def newest(self, mailbox: Mailbox) -> Optional[Answer]:
-        """Give the last answer, also of before a HUP, which a message may have begun with."""
-        return self.last(mailbox) or self.forgotten.get(mailbox)
+        An answer of a backend that is not in `sources` may not: a reload took the backend away.
+        While mail is in flight an answer is used no longer than --in-flight: only a new one shows
+        what has arrived.
+        """
+        answer = finding.answer
+        if answer is None or answer.source not in sources:
+            return False
+        ttl = min(self.cache_ttl, self.window) if finding.in_flight else self.cache_ttl
+        return time.monotonic() - answer.at < ttl
 
-    def fresh(self, mailbox: Mailbox) -> Optional[Answer]:
-        """Give the answer that may be used again without a question."""
-        # It is asked again when mail that it does not know of is no longer in flight: whether that
-        # has arrived only a new answer can tell.
-        answer = self.answers.get(mailbox)
-        if answer is None or time.monotonic() - answer.at >= self.cache_ttl:
-            return None
-        if answer.taken and answer.taken > self.flight_size(mailbox):
-            return None
-        return answer
+    def last_known(self, mailbox: Mailbox) -> Finding:
+        """Give the last answer about a mailbox, if it is not too old to stand in for a new one."""
+        finding = self.look(mailbox)
+        earliest = time.monotonic() - max(LAST_KNOWN, self.cache_ttl)
+        if finding.answer and finding.answer.at > earliest:
+            return finding
+        return Finding(in_flight=finding.in_flight)
 
-    def remember(self, mailbox: Mailbox, answer: Answer, generation: int) -> None:
-        """Keep an answer as the newest, and not too many."""
-        if mailbox.is_long:
-            return
+    def remember(self, mailbox: Mailbox, answer: Answer) -> Finding:
+        """Keep an answer, unless a newer one is there, and give what is known now."""
         with self.lock:
-            # Of mail that was taken after the question began it knows nothing; where that may be
-            # in flight no longer, it would be counted nowhere.
-            is_late = 0 < self.in_flight < time.monotonic() - answer.at
-            held = self.answers.get(mailbox)
-            if generation != self.generation or is_late or held and held.at > answer.at:
-                return
-            self.answers.pop(mailbox, None)
-            self.answers[mailbox] = answer
-            if len(self.answers) > ANSWERS:
-                del self.answers[next(iter(self.answers))]
-            flight = self.flights.get(mailbox)
-            if flight:
-                flight.drop_old(time.monotonic())
-                flight.deduct(answer)
-                answer.taken = flight.size
+            account = self.touch(mailbox, Account())
+            if account.answer is None or account.answer.at < answer.at:
+                account.learn(answer, self.window)
+            return Finding(account.answer, account.in_flight)
 
-    def flight_size(self, mailbox: Mailbox) -> int:
-        """Give the bytes that are on their way to a mailbox."""
-        flight = self.flights.get(mailbox)
-        if flight is None:
-            return 0
-        with self.lock:
-            flight.drop_old(time.monotonic())
-            return flight.size
-
-    def in_flight_since(self, mailbox: Mailbox, answer: Optional[Answer]) -> int:
-        """Give the bytes that an answer about a mailbox does not know of."""
-        return max(self.flight_size(mailbox), answer.taken if answer else 0)
-
-    def add(self, mailbox: Mailbox, size: int, at_rcpt: Optional[Answer]) -> None:
-        """Count a message of `size` bytes that was taken by the answer at its RCPT."""
-        if self.in_flight <= 0 or mailbox.is_long:
+    def accept(self, mailbox: Mailbox, size: int, at_rcpt: Finding) -> None:
+        """Count a message of `size` bytes as in flight."""
+        if self.window <= 0:
             return
         size *= self.frontends
         with self.lock:
-            known = [answer for answer in (self.newest(mailbox), at_rcpt) if answer]
-            flight = self.flights.setdefault(mailbox, Flight())
-            if not flight.parts and known:
-                # Growth is counted from the newest figure and what has arrived since.
-                newest = max(known, key=lambda answer: answer.at)
-                used = newest.known_used
-                flight.used = None if used is None else used + newest.taken
-                flight.source = newest.source
-            for answer in set(known):
-                answer.taken += size
-            flight.parts.append((time.monotonic() + self.in_flight, size))
-            flight.size += size
+            now = time.monotonic()
+            # What was forgotten since RCPT, as many other mailboxes came, is put back.
+            account = self.touch(mailbox, Account(at_rcpt.answer, at_rcpt.in_flight))
+            account.since += size
+            # learn() looks back from the time of a question, which is --timeout ago at most.
+            earliest = now - self.window - self.timeout
+            recent = [part for part in account.recent if part[0] > earliest]
+            account.recent = (*recent, (now, size))
 
-    def drop_and_count(self) -> dict[str, int]:
-        """Drop what is no longer in flight; give the figures for the metrics."""
+    def touch(self, mailbox: Mailbox, new: Account) -> Account:
+        """Give the account of a mailbox, which is `new` if there is none. The lock is held.
+
+        If there are too many, the one that was not used for longest is forgotten. Accounts with
+        mail in flight are passed over: that mail would be counted nowhere.
+        """
+        account = self.accounts.pop(mailbox, new)
+        self.accounts[mailbox] = account
+        for _ in range(PASSED_OVER):
+            if len(self.accounts) <= ANSWERS:
+                break
+            oldest = next(iter(self.accounts))
+            unused = self.accounts.pop(oldest)
+            if unused.sum_up(time.monotonic() - self.window):
+                self.accounts[oldest] = unused  # it is the last now
+        return account
+
+    def gauges(self) -> dict[str, int]:
+        """Give the figures for the metrics."""
         with self.lock:
-            for mailbox in list(self.flights):
-                if not self.flight_size(mailbox):
-                    del self.flights[mailbox]
-            flights = self.flights.values()
-            return {
-                "in_flight_messages": sum(len(flight.parts) for flight in flights),
-                "in_flight_bytes": sum(flight.size for flight in flights),
-                "remembered_answers": len(self.answers),
-            }
+            earliest = time.monotonic() - self.window
+            recent = [
+                size
+                for account in self.accounts.values()
+                for at, size in account.recent
+                if at > earliest
+            ]
+            answers = sum(account.answer is not None for account in self.accounts.values())
+        return {
+            "in_flight_messages": len(recent),
+            "in_flight_bytes": sum(recent),
+            "remembered_answers": answers,
+        }
 
 
 # ---- Mailboxes: the backends of a domain, asked in order ----
@@ -897,29 +874,31 @@ class Mailboxes(NamedTuple):
     backends: Sequence[Backend]
     ledger: Ledger
 
-    def ask_about(self, mailbox: Mailbox, deadline: float, generation: int) -> Finding:
+    def find(self, mailbox: Mailbox, deadline: float) -> Finding:
         """Say what is known of a mailbox, from memory or by a question."""
-        answer = self.ledger.fresh(mailbox)
-        if answer:
-            return Finding(answer, cached=True)
+        known = self.ledger.look(mailbox)
+        if self.ledger.is_fresh(known, [backend.name for backend in self.backends]):
+            return known
         try:
-            return Finding(self.ask_in_order(mailbox, deadline, generation))
+            return self.ledger.remember(mailbox, self.ask_in_order(mailbox, deadline))
         except Fault as fault:
-            last = self.ledger.last(mailbox)
-            return Finding(last, cached=last is not None, fault=str(fault))
+            return self.ledger.last_known(mailbox)._replace(fault=str(fault))
 
-    def ask_in_order(self, mailbox: Mailbox, deadline: float, generation: int) -> Answer:
-        """Ask the backends in order, whoever knew the mailbox the last time first. Raises Fault."""
-        # Each may take what is left of the time, divided by those that are still to be asked. All
-        # that matters is a definite answer: UNKNOWN counts only where every backend says it.
-        last = self.ledger.last(mailbox)
-        known_by = last.source if last else ""
+    def ask_in_order(self, mailbox: Mailbox, deadline: float) -> Answer:
+        """Ask the backends in order until one knows the mailbox. Raises Fault.
+
+        The one that knew it the last time comes first. Each may take what is left of the time,
+        divided by those still to be asked. UNKNOWN counts only if every backend says it.
+        """
+        last = self.ledger.last_known(mailbox).answer
+        known_by = last.source if last and last.status != "UNKNOWN" else ""
         order = sorted(self.backends, key=lambda backend: backend.name != known_by)
         faults = []
         for number, backend in enumerate(order):
-            seconds = max(0, (deadline - time.monotonic()) / (len(order) - number))
+            now = time.monotonic()
+            share = max(0, deadline - now) / (len(order) - number)
             try:
-                answer = backend.ask(mailbox, seconds, generation)
+                answer = backend.ask(mailbox, now + share)
             except Fault as fault:
                 faults.append(str(fault) if len(order) == 1 else f"{backend.name}: {fault}")
                 continue
@@ -927,11 +906,33 @@ class Mailboxes(NamedTuple):
                 return answer
         if faults:
             raise Fault("; ".join(faults))
-        self.ledger.remember(mailbox, answer, generation)
         return answer
 
 
 # ---- Aliases and Tables: one name to one mailbox ----
+
+ALIAS = re.compile(
+    r"""( "(?:\\.|[^"\\])*" (?:@[^\s:]+)? | [^\s:"][^\s:]* )  # a name, which may be quoted
+        (?: \s*:\s* | \s+ )                                 # aliases(5) `:`, virtual(5) a space
+        (\S.*)""",
+    re.VERBOSE,
+)
+TARGET = re.compile(
+    r"""(\\?)                                     # behind a backslash: no further aliases
+        (?! "?[|/:] | \w+: )                      # no program, file, include or `error:`
+        ( (?: "(?:\\.|[^"\\])*" | [^\s,"] )+ )    # one mailbox, no list""",
+    re.VERBOSE,
+)
+
+
+NO_MAILBOX = ","  # a value that TARGET does not fit
+
+
+class Domains(frozenset[Optional[str]]):
+    """The domains that have a backend; None stands for all."""
+
+    def serve(self, domain: str) -> bool:
+        return domain in self or None in self
 
 
 class AliasFile:
@@ -940,65 +941,65 @@ class AliasFile:
     def __init__(self, path: str) -> None:
         """Read the file. Raises OSError, ValueError."""
         self.name = path
-        self.stamp = self.look()
-        self.ticks_still = 2  # since when nothing has changed the file; at the second it is read
+        self.seen = self.known = self.version()
         self.table, self.bad_lines = self.read()
 
-    def look(self) -> object:
-        """Tell one version of the file from the next, and from none."""
+    def version(self) -> object:
+        """Give what changes with the file."""
         try:
             status = os.stat(self.name)
         except OSError as error:
             return error.errno
         return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
-    def refresh(self) -> bool:
-        """Read the file again if it has changed, and say so; unreadable, the old is kept."""
-        # Called every second. Whoever rewrites the file in place may take a while, and half a file
-        # would let mail for full mailboxes through: so it is read when it has held still.
-        before, self.stamp = self.stamp, self.look()
-        self.ticks_still = self.ticks_still + 1 if self.stamp == before else 0
-        if self.ticks_still != 2:
-            return False
+    def refresh(self) -> None:
+        """Read the file again if it has changed; if it cannot be read the old names stay.
+
+        It is called every second. A file that still changes between two calls is only half written.
+        """
+        before = self.seen
+        self.seen = self.version()
+        if self.seen == self.known or self.seen != before:
+            return
+        self.known = self.seen
         try:
-            table, bad_lines = self.read()
+            self.table, self.bad_lines = self.read()
         except (OSError, ValueError) as error:
             log.warning("aliases=%s state=kept reason=%s", self.name, printable(error))
-            return False
-        if self.look() != self.stamp:  # it changed while it was read
-            return False
-        self.table, self.bad_lines = table, bad_lines
-        self.log_state()
-        return True
+        else:
+            self.log_state()
 
     def read(self) -> tuple[dict[str, str], list[int]]:
-        """Read names, what they stand for, and numbers of bad lines. Raises OSError, ValueError."""
+        """Read what names stand for, and the numbers of bad lines. Raises OSError, ValueError."""
         table: dict[str, str] = {}
         bad: list[int] = []
         with open_regular(self.name) as lines:
             for number, line in logical_lines(lines):
                 match = ALIAS.fullmatch(line)
                 if match:
-                    name = Address.parse(match[1], "", False)
-                    key = f"{name.local}@{name.domain}" if name.domain else name.local
-                    table.setdefault(key, match[2])  # of two lines for a name the first counts
+                    name = Address.parse(match[1], "", False).name
+                    table.setdefault(name, match[2])  # of two lines for a name the first counts
                 else:
                     bad.append(number)
         return table, bad
 
     def log_state(self) -> None:
+        text = "aliases=%s state=read names=%d"
         if self.bad_lines:
-            text = "aliases=%s state=incomplete skipped=%d line=%d"
-            log.warning(text, self.name, len(self.bad_lines), self.bad_lines[0])
-        log.info("aliases=%s state=read names=%d", self.name, len(self.table))
+            text += f" skipped={len(self.bad_lines)} line={self.bad_lines[0]}"
+        log.info(text, self.name, len(self.table))
 
     def find(self, address: Address, deadline: float) -> dict[str, str]:
+        """Give what the file has for the names of an address."""
         names, table = [*address.names(), "@" + address.domain], self.table
         return {name: table[name] for name in names if name in table}
 
 
 def open_regular(path: str) -> IO[str]:
-    """Open a text, but nothing that could keep the reader waiting. Raises OSError, ValueError."""
+    """Open a text file, but nothing that could keep the reader waiting, such as a FIFO.
+
+    Raises OSError, ValueError.
+    """
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
@@ -1007,7 +1008,7 @@ def open_regular(path: str) -> IO[str]:
 
 
 def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """Join continuation lines and drop comments. Raises ValueError where it is no text."""
+    """Join continuation lines and drop comments. Raises ValueError if it is no text."""
     start = 0
     parts: list[str] = []
     for number, line in enumerate(lines, 1):
@@ -1017,134 +1018,126 @@ def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
         if not text or text[0] == "#":
             continue
         if not line[0].isspace():
-            yield from [(start, " ".join(parts))] if start else []
+            if start:
+                yield start, " ".join(parts)
             start, parts = number, []
         parts.append(text)
-    yield from [(start, " ".join(parts))] if start else []
+    if start:
+        yield start, " ".join(parts)
 
 
 class Table:
-    """Any Postfix table, asked by `postmap -q` as Postfix asks it.
+    """A Postfix table, which the session's own thread asks through `postmap -q`."""
 
-    A bounded pool of futures gives the cap, the deadline and the sharing of one question by all
-    sessions that want the same name. A table stays over a reload, and so does its cap.
-    """
-
-    postmaps: ClassVar[set[subprocess.Popen[bytes]]] = set()  # that run, of all tables
-    has_ended: ClassVar[bool] = False  # no other is started
+    turns: ClassVar[threading.Semaphore] = threading.Semaphore(TABLE_QUERIES)  # of all tables
+    running: ClassVar[set[subprocess.Popen[bytes]]] = set()
+    is_closed: ClassVar[bool] = False  # the program ends
 
     def __init__(self, name: str) -> None:
         self.name = name
         kind = re.sub("^proxy:", "", name).partition(":")[0]
         self.takes_whole_address = kind in ("regexp", "pcre", "tcp", "socketmap")
-        self.pool = concurrent.futures.ThreadPoolExecutor(TABLE_QUERIES)
+        self.domains = Domains()
+        self.cache_ttl = 0.0  # seconds
         self.lock = threading.Lock()  # guards the results
-        self.forget_results((), 0)
+        self.results: dict[tuple[str, ...], tuple[float, dict[str, str]]] = {}  # until when, what
 
-    def forget_results(self, domains: Iterable[Optional[str]], cache_ttl: float) -> None:
-        """Take the options and forget the results."""
-        # A question that was asked before leaves its result in the dictionary that is dropped here.
-        self.domains = frozenset(domains)  # ours; None: all
-        self.cache_ttl = cache_ttl  # seconds
-        # Results and until when they hold, those under way included, the longest unused first.
-        self.results: dict[tuple[str, ...], concurrent.futures.Future[Any]] = {}
-
-    def keys(self, address: Address) -> dict[str, str]:
-        """Give what Postfix would look up, in its order, and the name that each key stands for."""
-        # Postfix quotes a local part that needs it, and tries it without the quotes after that.
-        local, user, domain = lower(address.local), lower(address.user), address.domain
-        names = [(local, f"@{domain}" if domain else "")]
-        if not self.takes_whole_address and domain:
-            names.append((user, f"@{domain}"))
-            names += [(user, "")] if {domain, None} & self.domains else []
-            names.append(("", f"@{domain}"))
-        keys: dict[str, str] = {}
-        for name, rest in names:
-            quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"'
-            forms = [name] if re.fullmatch(r'[^\s"(),:;<>@[\\\]]*', name) else [quoted, name]
-            for form in forms[:1] if self.takes_whole_address else forms:
-                # postmap reads a name a line, as UTF-8: what is neither stands in no table.
-                if form + rest and (form + rest).isprintable():
-                    keys.setdefault(form + rest, name + rest)
-        return keys
+    def configure(self, domains: Domains, cache_ttl: float) -> None:
+        self.domains, self.cache_ttl = domains, cache_ttl
 
     def find(self, address: Address, deadline: float) -> dict[str, str]:
         """Give what the table has for the names of an address. Raises Fault."""
         names = self.keys(address)
-        keys = tuple(names)
-        found = self.look_up(keys, deadline) if keys else {}
-        return {names[key]: found[key] for key in reversed(keys) if key in found}
+        found = self.look_up(tuple(names), deadline) if names else {}
+        return {names[key]: found[key] for key in reversed(list(names)) if key in found}
+
+    def keys(self, address: Address) -> dict[str, str]:
+        """Give what Postfix would look up, in its order, and the name that each key stands for.
+
+        Postfix quotes a local part that needs it, and then tries it without the quotes.
+        """
+        local, user, domain = lower(address.local), lower(address.user), address.domain
+        parts = [(local, f"@{domain}" if domain else "")]
+        if not self.takes_whole_address and domain:
+            parts.append((user, f"@{domain}"))
+            parts += [(user, "")] if self.domains.serve(domain) else []
+            parts.append(("", f"@{domain}"))
+        keys: dict[str, str] = {}
+        for name, rest in parts:
+            forms = [name]
+            if re.search(r'[\s"(),:;<>@[\\\]]', name):
+                quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"'
+                forms = [quoted] if self.takes_whole_address else [quoted, name]
+            for form in forms:
+                # postmap reads a key a line, as UTF-8: what is neither stands in no table.
+                if (form + rest).isprintable():
+                    keys.setdefault(form + rest, name + rest)
+        return keys
 
     def look_up(self, keys: tuple[str, ...], deadline: float) -> dict[str, str]:
-        """Give what the table has for some keys, from memory or by a question. Raises Fault."""
-        results = self.results  # not what a HUP may put into its place
-        with self.lock:
-            future = results.pop(keys, None)
-            if (
-                future is None
-                or future.done()
-                and (future.exception() or time.monotonic() >= future.result()[0])
-            ):
-                try:
-                    future = self.pool.submit(self.query, keys, deadline)
-                except RuntimeError as error:
-                    raise Fault(f"no thread for table {self.name}: {error}") from None
-            if sum(map(len, keys)) <= 4 * LONG_NAME:
-                results[keys] = future
-            if len(results) > TABLE_RESULTS:
-                del results[next(iter(results))]
-        try:
-            found: dict[str, str] = future.result(max(0, deadline - time.monotonic()))[1]
-            return found
-        except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
-            with self.lock:
-                if future.cancel():
-                    results.pop(keys, None)
-            raise Fault(f"table {self.name} gave no answer in time") from None
+        """Give what the table has for some keys, from memory or from postmap. Raises Fault.
 
-    def query(self, keys: tuple[str, ...], deadline: float) -> tuple[float, dict[str, str]]:
-        """Ask the table, in a thread of the pool; say until when that holds. Raises Fault."""
+        As with a backend, a turn comes in the first half of the time or not at all: a postmap that
+        starts late would only be ended.
+        """
+        now = time.monotonic()
+        until, found = self.results.get(keys, (0.0, {}))
+        if now < until:
+            return found
+        if not Table.turns.acquire(timeout=max(0, deadline - now) / 2):
+            raise Fault(f"table {self.name}: too many others are asked")
         try:
-            found = self.run_postmap(keys, deadline - time.monotonic())
+            found = self.ask_postmap(keys, deadline)
         except OSError as error:
             raise Fault(f"postmap cannot be run: {error}") from None
-        return time.monotonic() + self.cache_ttl, found
+        finally:
+            Table.turns.release()
+        with self.lock:
+            self.results[keys] = time.monotonic() + self.cache_ttl, found
+            if len(self.results) > TABLE_RESULTS:
+                del self.results[next(iter(self.results))]
+        return found
 
-    def run_postmap(self, keys: Sequence[str], seconds: float) -> dict[str, str]:
-        """Ask postmap, which gets `seconds`. Raises OSError, Fault."""
-        # The keys go in on standard input: as an argument the user `-` would mean just that. "Not
-        # found" and a fault both end with status 1, but only a fault says why. Signals but KILL are
-        # blocked in a child of a libmilter thread.
-        if seconds <= 0:
-            raise Fault(f"table {self.name} was not asked in time")
-        path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
-        command = [shutil.which("postmap", path=path) or "postmap", "-q", "-", self.name]
+    def ask_postmap(self, keys: Sequence[str], deadline: float) -> dict[str, str]:
+        """Ask postmap until the deadline. Raises OSError, Fault."""
+        # The keys go in on standard input: as an argument the user `-` would mean just that.
         asked = "".join(key + "\n" for key in keys).encode()
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
-            Table.postmaps.add(process)
-            try:
-                output, errors = process.communicate(asked, 0 if Table.has_ended else seconds)
-            except subprocess.TimeoutExpired:
-                raise Fault(f"table {self.name} gave no answer in time") from None
-            finally:
-                process.kill()
-                Table.postmaps.discard(process)
+        status, output, errors = self.run_postmap(asked, deadline)
+        # "Not found" and a fault both end with status 1, but only a fault says why.
         complaint = re.search(rb"postmap: fatal: (.*)", errors)
-        if process.returncode and (complaint or process.returncode != 1):
+        if status and (complaint or status != 1):
             text = complaint[1] if complaint else b"postmap failed"
             raise Fault(f"table {self.name}: {text.decode('utf-8', 'replace')}")
-        lines = output.decode("utf-8", "replace").split("\n")[:-1]
-        found = [line.partition("\t")[::2] for line in lines]
-        if [key for key in keys if key in dict(found)] != [key for key, _ in found]:
-            return {keys[0]: ","}  # a value of several lines, which is no mailbox
-        return dict(found)
+        lines = output.decode("utf-8", "replace").splitlines()
+        if any("\t" not in line for line in lines):  # a value of several lines is no mailbox
+            return {keys[0]: NO_MAILBOX}
+        return dict(line.split("\t", 1) for line in lines)
+
+    def run_postmap(self, asked: bytes, deadline: float) -> tuple[int, bytes, bytes]:
+        """Run `postmap -q -`; give its status, its output and its errors. Raises OSError, Fault."""
+        path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
+        command = [shutil.which("postmap", path=path) or "postmap", "-q", "-", self.name]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+        Table.running.add(process)
+        try:
+            seconds = 0 if Table.is_closed else max(0, deadline - time.monotonic())
+            output, errors = process.communicate(asked, seconds)
+            return process.returncode, output, errors
+        except subprocess.TimeoutExpired:
+            raise Fault(f"table {self.name} gave no answer in time") from None
+        finally:
+            # Only KILL ends it: a child of a libmilter thread has the other signals blocked.
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.5)
+            Table.running.discard(process)
 
     @classmethod
-    def end_postmaps(cls) -> None:
-        """End the postmaps of all tables: one that hangs would outlive the program."""
-        cls.has_ended = True
-        for process in list(cls.postmaps):
+    def close(cls) -> None:
+        """End all postmaps, which would outlive the program, and start no others."""
+        cls.is_closed = True
+        for process in list(cls.running):
             process.kill()
 
 
@@ -1152,48 +1145,58 @@ AliasSource = Union[AliasFile, Table]
 
 
 class Aliases:
-    """Leads an address to its mailbox, as the mail server will when it has taken the mail."""
+    """Leads an address to its mailbox, as the mail server will when it has accepted the mail."""
 
     def __init__(
         self,
         sources: list[AliasSource],
         parse_address: Callable[[str], Address],
-        domains: frozenset[Optional[str]],
+        domains: Domains,
     ) -> None:
-        self.sources, self.parse_address = sources, parse_address
-        self.domains = domains  # ours; None: all
+        self.sources, self.parse_address, self.domains = sources, parse_address, domains
 
     def resolve(self, address: Address, deadline: float) -> Optional[Address]:
-        """Follow an address to its mailbox; None where it leads to none or many. Raises Fault."""
-        visited: set[tuple[str, ...]] = set()
-        while address[1:] not in visited and len(visited) < STEPS:
-            visited.add(address[1:])
-            for value in self.rules(address, deadline):
-                target = TARGET.fullmatch(value) if len(value) <= ANSWER_LENGTH else None
-                if not target:
-                    return None
-                text = address.local + target[2] if target[2][0] == "@" else target[2]
-                following = self.parse_address(text)
-                if not following.domain:
-                    following = following._replace(domain=address.domain)
-                if target[1]:
-                    return following
-                # A name that stands for itself ends virtual(5), but aliases(5), which is read
-                # after it, may lead on from there: so the next, less specific rule is tried.
-                if following[1:] != address[1:]:
-                    break
-            else:
-                return address
+        """Follow an address to its mailbox; None if it leads to none or to many. Raises Fault."""
+        visited: set[tuple[str, str]] = set()
+        while address.key not in visited and len(visited) < STEPS:
+            visited.add(address.key)
+            following, is_last = self.follow(address, deadline)
+            if following is None or is_last:
+                return following
             address = following
         return None  # names that stand for each other
+
+    def follow(self, address: Address, deadline: float) -> tuple[Optional[Address], bool]:
+        """Give what an address stands for, None for no single mailbox, and whether that is the end.
+
+        Raises Fault.
+        """
+        for value in self.rules(address, deadline):
+            target = TARGET.fullmatch(value) if len(value) <= ANSWER_LENGTH else None
+            if not target:
+                return None, True
+            text = address.local + target[2] if target[2][0] == "@" else target[2]
+            following = self.parse_address(text)
+            if not following.domain:
+                following = following._replace(domain=address.domain)
+            is_last = bool(target[1])
+            # A name that stands for itself ends virtual(5). But aliases(5), which is read after
+            # it, may lead on: so the next, less specific rule is tried.
+            if is_last or following.key != address.key:
+                return following, is_last
+        return address, True
 
     def rules(self, address: Address, deadline: float) -> list[str]:
         """Give what an address stands for, the most specific rule first. Raises Fault."""
         found = [source.find(address, deadline) for source in self.sources]
-        values = []
-        is_ours = not address.domain or {address.domain, None} & self.domains
-        for name in dict.fromkeys(address.names() if is_ours else address.names()[:2]):
-            values += [table[name] for table in found if name in table][:1]
+        is_ours = not address.domain or self.domains.serve(address.domain)
+        # A name without a domain holds in our domains alone.
+        names = address.names() if is_ours else address.names()[:2]
+        values = [
+            next(table[name] for table in found if name in table)
+            for name in dict.fromkeys(names)
+            if any(name in table for table in found)
+        ]
         catch_all = "@" + address.domain
         return values or [table[catch_all] for table in found if catch_all in table][:1]
 
@@ -1204,211 +1207,192 @@ class Aliases:
 class Message:
     """The message that a session is giving: its size as far as it is known, and its recipients."""
 
-    def __init__(self, declared: int = 0) -> None:
-        self.declared = declared  # bytes (RFC 1870), 0 where they are not
+    def __init__(self, declared: int = 0, sender: str = "", is_authenticated: bool = False) -> None:
+        self.declared = declared  # bytes (RFC 1870), 0 if it was not
+        self.sender, self.is_authenticated = sender, is_authenticated
         self.counted = 0  # bytes of the body until now
         self.passed: dict[Mailbox, Decision] = {}  # of the first recipient who was let through
-        # Of all of them, as hashes: an address may be long, and there may be many.
-        self.targets: dict[Mailbox, set[int]] = collections.defaultdict(set)
-        self.others_passed = False  # somebody who was not asked about, or could not be
+        self.copies: dict[Mailbox, set[str]] = collections.defaultdict(set)  # local parts of all
+        self.others_passed = False  # a recipient who was not asked about, or could not be
 
     @property
     def size(self) -> int:
         """The size in bytes, as far as it is known; never less than the declared one."""
         return max(self.declared, self.counted)
 
-    def copies(self, mailbox: Mailbox, target: Address) -> int:
-        """Say how many copies a mailbox gets with this recipient: john, john+a and john+b three."""
-        targets = self.targets.get(mailbox)
-        return len(targets | {hash(target[1:])}) if targets else 1
-
     def let_through(self, decision: Decision) -> None:
-        mailbox = decision.target and decision.target.mailbox
-        is_long = bool(mailbox and mailbox.is_long)
-        if not decision.finding.answer or is_long:
+        if not decision.finding.answer:
             self.others_passed = True
-        if decision.target and mailbox and not is_long:
+        if decision.target:
+            mailbox = decision.target.mailbox
             self.passed.setdefault(mailbox, decision)
-            self.targets[mailbox].add(hash(decision.target[1:]))
+            self.copies[mailbox].add(decision.target.local)  # john and john+a are two copies
 
     def wants_body(self) -> bool:
-        """Say whether more of the body can matter."""
-        # It does not where the size was declared, unless the body shows that to be a lie, and not
-        # where it is already more than the largest of the mailboxes could hold.
+        """Say whether more of the body can matter.
+
+        It cannot if the size was declared, unless the first part of the body is already more than
+        that. It cannot either if the body is more than the largest of the mailboxes could hold.
+        """
         if self.counted <= self.declared:
             return False
-        answers = (decision.finding.answer for decision in self.passed.values())
+        answers = [decision.finding.answer for decision in self.passed.values()]
         return any(answer and self.counted <= answer.most for answer in answers)
 
 
 class Route(NamedTuple):
     """Where a recipient leads."""
 
-    address: Address
-    target: Optional[Address]
-    mailboxes: Optional[Mailboxes]  # to be asked, None where nobody is
-    verdict: str  # where nobody is asked
+    verdict: str = ""  # if nobody is asked
+    target: Optional[Address] = None
+    mailboxes: Optional[Mailboxes] = None  # to be asked
 
 
 class Policy:
     """Decides about recipients and messages, by one set of options."""
 
-    def __init__(
-        self, options: Namespace, ledger: Ledger, counters: Counters, before: Optional[Policy]
-    ) -> None:
-        """Take the backends and tables that the policy in force before had, too."""
+    def __init__(self, options: Namespace, ledger: Ledger, counters: Counters) -> None:
         self.options, self.ledger, self.counters = options, ledger, counters
         self.replies: dict[str, Optional[Reply]] = {
             verdict: getattr(options, f"{verdict}_reply", None) for verdict in VERDICTS
         }
         if options.on_error == "tempfail":
             self.replies["fault"] = CANNOT_CHECK
-        # No method: the aliases, which may be large, would hold the policy and so themselves, and
-        # stay in memory after a reload.
-        self.parse_address: Callable[[str], Address] = lambda text: Address.parse(
-            text, options.recipient_delimiter, options.case_sensitive
+        self.parse_address = functools.partial(
+            Address.parse,
+            delimiters=options.recipient_delimiter,
+            case_sensitive=options.case_sensitive,
         )
-        exempt = ["postmaster", *options.exempt]
-        self.exempt = {self.parse_address(e).names()[0 if "@" in e else 2] for e in exempt}
-        self.backends: dict[tuple[Any, ...], Backend] = {}  # by URL and what bounds the questions
-        self.mailboxes = self.map_domains(before.backends if before else {})
-        kept = {table.name: table for table in before.tables} if before else {}
-        sources: list[AliasSource] = [kept.get(source.name, source) for source in options.aliases]
-        domains = frozenset(self.mailboxes)
-        self.aliases = Aliases(sources, self.parse_address, domains)
-        self.tables: list[Table] = [source for source in sources if isinstance(source, Table)]
-        self.alias_files = [source for source in sources if isinstance(source, AliasFile)]
-        for table in self.tables:
-            table.forget_results(domains, options.cache_ttl)
-        for file in self.alias_files:
-            file.log_state()
-        self.routes: dict[str, Route] = {}  # of the recipients who came last
+        self.exempt = {self.parse_address(e).name for e in ["postmaster", *options.exempt]}
+        self.backends: dict[str, Backend] = {}  # by URL
+        self.mailboxes = self.map_domains()
+        domains = Domains(self.mailboxes)
+        self.aliases = Aliases(options.aliases, self.parse_address, domains)
+        for source in options.aliases:
+            if isinstance(source, Table):
+                source.configure(domains, options.cache_ttl)
+            else:
+                source.log_state()
 
-    def map_domains(self, before: dict[tuple[Any, ...], Backend]) -> dict[Optional[str], Mailboxes]:
+    def map_domains(self) -> dict[Optional[str], Mailboxes]:
         """Map domains to their backends; None is for all that no option names."""
-        options, context = self.options, self.options.cafile or ssl.create_default_context()
+        context = self.options.cafile or ssl.create_default_context()
         by_domain: dict[Optional[str], list[Backend]] = collections.defaultdict(list)
-        for domains, url in options.backend or [parse_backend(DEFAULT_BACKEND)]:
-            key = url, options.timeout, options.max_queries, options.retry_after
-            if key not in self.backends:
-                client = Client(url, context, options.timeout)
-                backend = before.get(key) or Backend(client, options, self.ledger, self.counters)
-                backend.client.context = context
-                alike = [known for known in self.backends.values() if known.url == backend.url]
-                backend.name = f"{backend.url}#{len(alike) + 1}" if alike else backend.url
-                self.backends[key] = backend
+        for domains, url in self.options.backend or [parse_backend(DEFAULT_BACKEND)]:
+            if url not in self.backends:
+                backend = Backend(Client(url, context), self.options, self.counters)
+                # The name shows neither query nor password: of two that are alike one gets #2.
+                names = [known.name.partition("#")[0] for known in self.backends.values()]
+                alike = names.count(backend.name)
+                backend.name += f"#{alike + 1}" if alike else ""
+                self.backends[url] = backend
             for domain in domains:
-                by_domain[domain].append(self.backends[key])
+                by_domain[domain].append(self.backends[url])
         return {domain: Mailboxes(found, self.ledger) for domain, found in by_domain.items()}
 
-    def route(self, recipient: str, deadline: float) -> Route:
-        """Say where a recipient leads. Raises Fault."""
-        # That is remembered, but not what tables say: they remember it, and know for how long.
-        routes = self.routes  # a change of the aliases replaces it meanwhile, and then ours is lost
-        route = routes.get(recipient)
-        if route is None:
-            route = self.find_route(recipient, deadline)
-            if len(recipient) <= LONG_NAME and not self.tables:
-                if len(routes) >= ROUTES:
-                    routes.clear()
-                routes[recipient] = route
-        return route
-
-    def find_route(self, recipient: str, deadline: float) -> Route:
-        """Find the mailbox of a recipient and the backends that have it. Raises Fault."""
-        address = self.parse_address(recipient)
-        if not address.local:
-            return Route(address, None, None, "empty")
-        if not self.exempt.isdisjoint(address.names()):
-            return Route(address, None, None, "exempt")
-        target = self.aliases.resolve(address, deadline)
-        if target is None:
-            return Route(address, None, None, "alias")
-        if not self.exempt.isdisjoint(target.names()):
-            return Route(address, target, None, "exempt")
-        mailboxes = self.mailboxes.get(target.domain, self.mailboxes.get(None))
-        return Route(address, target, mailboxes, "" if mailboxes else "nobackend")
-
     def decide(self, recipient: str, message: Message, resolved: str = "") -> Decision:
-        """Decide about a recipient of a message, within the timeout."""
-        # The MTA may have found another address in it; the reply has the one that was given.
-        start, generation = time.monotonic(), self.ledger.generation
+        """Decide about a recipient of a message, within --timeout.
+
+        `resolved` is the address that the MTA takes the recipient for, if that is another one. The
+        reply names the one that was given.
+        """
+        start = time.monotonic()
         deadline = start + self.options.timeout
-        finding = Finding()
+        address = self.parse_address(resolved or recipient)
+        address = address._replace(given=without_brackets(recipient))
+        target, finding = None, Finding()
         try:
-            address, target, mailboxes, verdict = self.route(resolved or recipient, deadline)
+            # Aliases have the first half of the time: what is left is enough for a backend.
+            route = self.route(address, message, (start + deadline) / 2)
+            verdict = route.verdict
+            if route.target and route.mailboxes:
+                target = route.target
+                finding = route.mailboxes.find(target.mailbox, deadline)
+                copies = message.copies[target.mailbox] | {target.local}
+                verdict = self.judge(finding, message.size, len(copies))
         except Fault as fault:  # a table
-            address, target, mailboxes = self.parse_address(recipient), None, None
             verdict, finding = "fault", Finding(fault=str(fault))
-        if resolved not in ("", recipient):
-            address = address._replace(given=without_brackets(recipient))
-        if target and mailboxes:
-            mailbox = target.mailbox
-            finding = mailboxes.ask_about(mailbox, deadline, generation)
-            copies = message.copies(mailbox, target)
-            verdict = self.judge(mailbox, finding, message.size, copies)
-        else:
-            target = None
         reply = self.reply(verdict, finding, address)
         return Decision(address, target, verdict, reply, finding, time.monotonic() - start)
 
-    def judge(self, mailbox: Mailbox, finding: Finding, size: int, copies: int) -> str:
-        """Judge a message of `size` bytes, 0 where not known, by what is known of a mailbox."""
+    def route(self, address: Address, message: Message, deadline: float) -> Route:
+        """Find the mailbox of a recipient and who is asked about it. Raises Fault."""
+        is_trusted = message.is_authenticated and not self.options.check_authenticated
+        if not address.can_exist:
+            return Route("empty")
+        if is_trusted or not self.exempt.isdisjoint(address.names()):
+            return Route("exempt")
+        target = self.aliases.resolve(address, deadline)
+        if target is None or not target.can_exist:
+            return Route("alias")
+        if not self.exempt.isdisjoint(target.names()):
+            return Route("exempt")
+        mailboxes = self.mailboxes.get(target.domain, self.mailboxes.get(None))
+        return Route("", target, mailboxes) if mailboxes else Route("nobackend")
+
+    def judge(self, finding: Finding, size: int, copies: int) -> str:
+        """Judge a message of `size` bytes (0: not known) by what is known of a mailbox.
+
+        The mailbox gets so many copies of it.
+        """
         answer = finding.answer
         if answer is None:
             return "fault"
         if answer.status == "UNKNOWN":
             return "unknown"
         is_full = answer.status == "OVERQUOTA"
-        in_flight = 0
-        if not self.options.ignore_size:
-            in_flight = self.ledger.in_flight_since(mailbox, answer)
-            expected = (answer.known_used or 0) + in_flight
-            if answer.quota:
-                if size > answer.most:
-                    return "overquota" if finding.fault else "toolarge"
-                is_full = is_full or expected + size * copies > answer.most
-                # The grace is for one message; with mail in flight it counts as used up.
-                is_full = is_full or in_flight > 0 and expected >= answer.quota
+        if answer.quota and not self.options.ignore_size:
+            if size > answer.most:
+                return "overquota" if finding.fault else "toolarge"
+            expected = (answer.figure or 0) + finding.in_flight
+            is_full = is_full or expected + size * copies > answer.most
+            # The grace is for one message: with mail in flight it counts as used up.
+            is_full = is_full or finding.in_flight > 0 and expected >= answer.quota
         if not is_full:
             return "ok"
-        unchanged = time.time() - answer.changed if answer.changed else 0  # seconds
-        days = self.options.inactive_after
-        is_dead = days and unchanged > days * DAY and not in_flight and not finding.fault
-        return "inactive" if is_dead else "overquota"
+        return "inactive" if self.is_inactive(finding, answer) else "overquota"
+
+    def is_inactive(self, finding: Finding, answer: Answer) -> bool:
+        """Say whether nothing has changed a full mailbox for --inactive-after days."""
+        days: float = self.options.inactive_after
+        if not days or not answer.changed or finding.in_flight or finding.fault:
+            return False
+        return time.time() - answer.changed > days * DAY
 
     def reply(self, verdict: str, finding: Finding, address: Address) -> Optional[Reply]:
-        """Give the reply to a verdict, None to let it through."""
-        # Only a fresh answer refuses for good: a last known one, while the backend gives faults,
-        # defers, whatever the options say.
+        """Give the reply to a verdict, None to let the recipient through.
+
+        Only a fresh answer refuses for good. While the backend fails, the last known one defers,
+        whatever the options say.
+        """
         template = self.replies.get(verdict)
         if template and template.is_permanent and finding.fault:
             template = CANNOT_CHECK if verdict == "unknown" else DEFERRED
         return template and template.to(address.given)
 
     def end_of_data(self, message: Message) -> Optional[Decision]:
-        """Decide about a whole message; None: it is taken, and counts as in flight."""
-        # There is one reply for all recipients: what one of them can take, or perhaps can, as he
-        # was not asked about, is taken for all.
+        """Decide about a whole message; None: it is accepted, and counts as in flight.
+
+        There is one reply for all recipients. So a message is accepted for all if one of them can
+        take it, or perhaps can, as he was not asked about.
+        """
         if self.options.ignore_size:
             return None
         start = time.monotonic()
         refusals = []
         with self.ledger.lock:  # to decide and to count is one step
             for mailbox, decision in message.passed.items():
-                finding, copies = decision.finding, len(message.targets[mailbox])
-                latest = self.ledger.newest(mailbox)  # somebody else may have asked since RCPT
-                if latest and (not finding.answer or latest.at > finding.answer.at):
-                    finding = Finding(latest, cached=True)
-                verdict = self.judge(mailbox, finding, message.size, copies)
-                if verdict in REFUSED and not message.others_passed:
+                finding = self.since_rcpt(mailbox, decision.finding)
+                copies = len(message.copies[mailbox])
+                verdict = self.judge(finding, message.size, copies)
+                if verdict in REFUSED:
                     refusals.append((verdict, finding))
-            is_refused = 0 < len(refusals) == len(message.passed)
-            if not is_refused or self.options.dry_run:
+            is_accepted = message.others_passed or len(refusals) < len(message.passed)
+            if is_accepted or self.options.dry_run:
                 for mailbox, decision in message.passed.items():
-                    size = (message.size + HEADERS) * len(message.targets[mailbox])
-                    self.ledger.add(mailbox, size, decision.finding.answer)
-        if not is_refused:
+                    size = (message.size + HEADERS) * len(message.copies[mailbox])
+                    self.ledger.accept(mailbox, size, decision.finding)
+        if is_accepted or not refusals:
             return None
         verdict, finding = refusals[0]
         first = next(iter(message.passed.values()))
@@ -1416,22 +1400,15 @@ class Policy:
         seconds = time.monotonic() - start
         return first._replace(verdict=verdict, reply=reply, finding=finding, seconds=seconds)
 
-    def report(self, decision: Decision, step: str, message: Message) -> None:
-        """Count a decision of a step, `rcpt` or `data`, and log a refusal or a fault."""
-        dry_run, is_refusal = self.options.dry_run, decision.reply is not None
-        self.counters.record_decision(decision, step, message.size, is_refusal and not dry_run)
-        if decision.finding.fault or is_refusal or self.options.verbose:
-            in_flight = 0
-            if decision.target:
-                mailbox, answer = decision.target.mailbox, decision.finding.answer
-                in_flight = self.ledger.in_flight_since(mailbox, answer)
-            suffix = " dry_run=yes" if dry_run and is_refusal else ""
-            text = "%s step=%s size=%d inflight=%d%s"
-            level = logging.WARNING if decision.finding.fault else logging.INFO
-            log.log(level, text, decision, step, message.size, in_flight, suffix)
+    def since_rcpt(self, mailbox: Mailbox, at_rcpt: Finding) -> Finding:
+        """Give what is known of a mailbox now; another session may have asked since RCPT."""
+        now = self.ledger.look(mailbox)
+        if now.answer and now.answer != at_rcpt.answer:
+            return now
+        return at_rcpt._replace(in_flight=max(now.in_flight, at_rcpt.in_flight))
 
 
-# ---- Counters and metrics: what has happened, apart from why ----
+# ---- Counters: what has happened ----
 
 FAMILIES = {  # of metrics: type and help
     "recipients_total": ("counter", "Recipients by verdict."),
@@ -1449,54 +1426,59 @@ FAMILIES = {  # of metrics: type and help
 }
 BUCKETS = ("0.005", "0.025", "0.1", "0.5", "1", "2.5", "5", "+Inf")  # seconds
 
+Labels = tuple[tuple[str, str], ...]
+
 
 class Counters:
-    """Counts what happens, by the names of Prometheus' text format."""
+    """Counts what happens, by the names of Prometheus' metrics and their labels."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.values: dict[str, float] = collections.defaultdict(int)
+        self.lock = threading.Lock()  # guards the values
+        self.values: dict[tuple[str, Labels], float] = collections.defaultdict(int)
         for verdict in VERDICTS:
-            self.values[f'recipients_total{{verdict="{verdict}"}}'] = 0
+            self.add("recipients_total", 0, verdict=verdict)
         for step in "rcpt", "data":
-            self.values[f'refused_bytes_total{{step="{step}"}}'] = 0
+            self.add("refused_bytes_total", 0, step=step)
             for verdict in (*REFUSED, "unknown", "fault"):
-                self.values[f'refused_total{{step="{step}",verdict="{verdict}"}}'] = 0
-        self.values.update({"cached_total": 0, "lastknown_total": 0})
+                self.add("refused_total", 0, step=step, verdict=verdict)
+        self.add("cached_total", 0)
+        self.add("lastknown_total", 0)
 
-    def record_decision(self, decision: Decision, step: str, size: int, refused: bool) -> None:
+    def add(self, name: str, number: float = 1, **labels: str) -> None:
+        with self.lock:
+            self.values[name, tuple(labels.items())] += number
+
+    def record_decision(self, decision: Decision, step: str, size: int, is_refused: bool) -> None:
         """Count a decision about a recipient, or about a message of `size` bytes."""
         verdict, finding = decision.verdict, decision.finding
-        with self.lock:
-            if step == "rcpt":
-                self.values[f'recipients_total{{verdict="{verdict}"}}'] += 1
-                if finding.cached:
-                    self.values["lastknown_total" if finding.fault else "cached_total"] += 1
-            if refused:
-                self.values[f'refused_total{{step="{step}",verdict="{verdict}"}}'] += 1
-                self.values[f'refused_bytes_total{{step="{step}"}}'] += size
+        if step == "rcpt":
+            self.add("recipients_total", verdict=verdict)
+            if finding.cached:
+                self.add("lastknown_total" if finding.fault else "cached_total")
+        if is_refused:
+            self.add("refused_total", step=step, verdict=verdict)
+            self.add("refused_bytes_total", size, step=step)
 
     def record_question(self, backend: str, seconds: float, is_fault: bool) -> None:
-        label = label_of(backend)
-        with self.lock:
-            self.values[f"backend_questions_total{{{label}}}"] += 1
-            self.values[f"backend_faults_total{{{label}}}"] += is_fault
-            for bound in BUCKETS:
-                counted = seconds <= float(bound)
-                self.values[f'backend_seconds_bucket{{{label},le="{bound}"}}'] += counted
-            self.values[f"backend_seconds_count{{{label}}}"] += 1
-            self.values[f"backend_seconds_sum{{{label}}}"] += seconds
+        self.add("backend_questions_total", backend=backend)
+        self.add("backend_faults_total", int(is_fault), backend=backend)
+        for bound in BUCKETS:
+            inside = int(seconds <= float(bound))
+            self.add("backend_seconds_bucket", inside, backend=backend, le=bound)
+        self.add("backend_seconds_count", backend=backend)
+        self.add("backend_seconds_sum", seconds, backend=backend)
 
     def log_line(self) -> None:
         with self.lock:
             values = dict(self.values)
-        verdicts = {v: values[f'recipients_total{{verdict="{v}"}}'] for v in VERDICTS}
-        refused = sum(value for name, value in values.items() if name[:14] == "refused_total{")
+        verdicts = {v: values["recipients_total", (("verdict", v),)] for v in VERDICTS}
+        refused = sum(number for (name, _), number in values.items() if name == "refused_total")
         sums = {"recipients": sum(verdicts.values()), "refused": refused}
-        sums.update(cached=values["cached_total"], lastknown=values["lastknown_total"], **verdicts)
-        log.info("counters %s", " ".join(f"{name}={value}" for name, value in sums.items()))
+        sums.update(cached=values["cached_total", ()], lastknown=values["lastknown_total", ()])
+        sums.update(verdicts)
+        log.info("counters %s", " ".join(f"{name}={number}" for name, number in sums.items()))
 
-    def render(self, gauges: dict[str, int]) -> str:
+    def render(self, gauges: dict[tuple[str, Labels], float]) -> str:
         """Give all counters, and gauges, in Prometheus' text format."""
         with self.lock:
             values = {**self.values, **gauges}
@@ -1505,18 +1487,21 @@ class Counters:
             lines.append(f"# HELP quota_milter_{family} {text}")
             lines.append(f"# TYPE quota_milter_{family} {kind}")
             names = [family + suffix for suffix in ("", "_bucket", "_count", "_sum")]
-            for sample, value in values.items():
-                if sample.partition("{")[0] in names:
-                    lines.append(f"quota_milter_{sample} {+value}")
+            for (name, labels), number in values.items():
+                if name in names:
+                    lines.append(f"quota_milter_{name}{render_labels(labels)} {number}")
         return "\n".join(lines) + "\n"
 
 
-def label_of(backend: str) -> str:
-    return 'backend="' + backend.replace("\\", "\\\\").replace('"', '\\"') + '"'
+def render_labels(labels: Labels) -> str:
+    """Write labels as Prometheus reads them."""
+    escaped = [(name, value.replace("\\", r"\\").replace('"', r"\"")) for name, value in labels]
+    text = ",".join(f'{name}="{value}"' for name, value in escaped)
+    return "{" + text + "}" if labels else ""
 
 
 def write_whole(path: str, text: str) -> None:
-    """Replace a file, or a link, by one that nobody ever sees half. Raises OSError."""
+    """Replace a file by one that nobody ever sees half. Raises OSError."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError("it is no file")
     folder, name = os.path.split(os.path.abspath(path))
@@ -1534,13 +1519,13 @@ def write_whole(path: str, text: str) -> None:
 # ---- QuotaMilter: the callbacks of libmilter ----
 
 
-class QuotaMilter(Milter.Base):  # type: ignore[misc]
-    """A connection of the MTA.
+class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
+    """One connection of the MTA, which may bring many messages.
 
     pymilter negotiates away the steps that have no method here: HELO, headers and others cost
-    nothing. DATA has one although it only goes on: an MTA sends the macros of DATA in any case,
-    and over an inet socket two packets without a reply between them wait for 40 ms (Nagle's
-    algorithm there, delayed acknowledgement here). For the same reason no step goes without reply.
+    nothing. DATA has a method although that only continues. An MTA sends the macros of DATA in any
+    case, and over an inet socket two packets without a reply between them wait for 40 ms (Nagle's
+    algorithm there, delayed acknowledgement here). For the same reason every step has a reply.
     """
 
     def __init__(self, service: Service) -> None:
@@ -1553,30 +1538,42 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
         for parameter in parameters:
             match = re.fullmatch("(?ai)SIZE=([0-9]{1,20})", parameter)
             declared = int(match[1]) if match else declared
-        self.message = Message(declared)
+        authenticated = bool(self.macro("{auth_authen}"))
+        self.message = Message(declared, without_brackets(sender), authenticated)
         return int(Milter.CONTINUE)
 
     def envrcpt(self, recipient: str, *parameters: str) -> int:
+        """Ask about a recipient, and let him through or answer why not."""
         policy = self.service.policy
         try:
             decision = policy.decide(recipient, self.message, self.resolved(recipient))
-        except Exception:  # a fault of ours lets him through, and the whole message with him
+        except Exception:  # a fault of ours lets him through, and so the whole message
             self.message.others_passed = True
             raise
-        policy.report(decision, "rcpt", self.message)
         if decision.reply is None:
             self.message.let_through(decision)
-        return self.answer(decision.reply, policy)
+        return self.finish(decision, "rcpt", self.message, policy)
 
     def resolved(self, recipient: str) -> str:
-        """Give a recipient as the MTA will deliver to it."""
-        # Postfix takes john%example.com, example.com!john and "john @example.com" for
-        # john@example.com, and a bare john for one at its own domain: {rcpt_addr} tells.
+        """Give the address that the MTA will deliver to, "" if it does not tell.
+
+        Postfix takes john%example.com and example.com!john for john@example.com. Sendmail's
+        virtusertable makes a local user of an address: a bare name, and the mailer `local`.
+        """
+        address = self.macro("{rcpt_addr}")
+        if address and "@" not in address:
+            if self.macro("{rcpt_mailer}") != "local":
+                return ""
+            _, at, domain = without_brackets(recipient).rpartition("@")
+            address += at + domain
+        return address
+
+    def macro(self, name: str) -> str:
+        """Give a macro of the MTA, "" if it has none or one that is not UTF-8."""
         try:
-            resolved = self.getsymval("{rcpt_addr}") or ""
+            return self.getsymval(name) or ""
         except (UnicodeError, Milter.error):
-            resolved = ""
-        return f"<{resolved}>" if "@" in resolved else recipient
+            return ""
 
     def data(self) -> int:
         return int(Milter.CONTINUE)
@@ -1584,30 +1581,44 @@ class QuotaMilter(Milter.Base):  # type: ignore[misc]
     def body(self, chunk: bytes) -> int:
         """Count the bytes of a message, as long as that can matter."""
         self.message.counted += len(chunk)
-        more = self.message.wants_body() and not self.service.policy.options.ignore_size
-        return int(Milter.CONTINUE if more or not self._protocol & Milter.P_SKIP else Milter.SKIP)
+        if self.message.wants_body() and not self.service.policy.options.ignore_size:
+            return int(Milter.CONTINUE)
+        knows_skip = self._protocol & Milter.P_SKIP  # an old MTA does not
+        return int(Milter.SKIP if knows_skip else Milter.CONTINUE)
 
     def eom(self) -> int:
-        """Take a message or refuse it, now that its size is known."""
+        """Accept a message or refuse it, now that its size is known."""
         message, self.message = self.message, Message()
         policy = self.service.policy
         decision = policy.end_of_data(message)
         if decision is None:
             return int(Milter.CONTINUE)
-        policy.report(decision, "data", message)
-        return self.answer(decision.reply, policy)
+        return self.finish(decision, "data", message, policy)
 
     def abort(self) -> int:
         """Forget the message: what RSET or a lost connection ends is not in flight."""
         self.message = Message()
         return int(Milter.CONTINUE)
 
-    def answer(self, reply: Optional[Reply], policy: Policy) -> int:
-        """Set the reply and give the return code that fits it, without which it is dropped."""
-        if reply is None or policy.options.dry_run:
+    def finish(self, decision: Decision, step: str, message: Message, policy: Policy) -> int:
+        """Count and log a decision, set the reply, and give the return code that fits it."""
+        reply = None if policy.options.dry_run else decision.reply
+        self.service.counters.record_decision(decision, step, message.size, reply is not None)
+        if decision.finding.fault or decision.reply or policy.options.verbose:
+            self.log_decision(decision, step, message, is_dry=reply is not decision.reply)
+        if reply is None:
             return int(Milter.CONTINUE)
         self.setreply(*reply)
         return int(Milter.REJECT if reply.is_permanent else Milter.TEMPFAIL)
+
+    def log_decision(self, decision: Decision, step: str, message: Message, is_dry: bool) -> None:
+        line = f"{decision} step={step} size={message.size} inflight={decision.finding.in_flight}"
+        line += f" sender={printable(message.sender)}"
+        for name, macro in ("client", "_"), ("queue", "i"):
+            value = self.macro(macro)
+            line += f" {name}={printable(value)}" if value else ""
+        line += " dry_run=yes" if is_dry else ""
+        log.log(logging.WARNING if decision.finding.fault else logging.INFO, "%s", line)
 
 
 # ---- Options: one table of them, in README's order ----
@@ -1637,7 +1648,7 @@ def parse_backend(text: str) -> tuple[list[Optional[str]], str]:
     match = re.fullmatch(r"(?:([^/:?#=\s]+)=)?(https?://[!-~]+)", text, re.IGNORECASE)
     if not match:
         raise ArgumentTypeError("is not [DOMAIN[,DOMAIN...]=]http[s]://HOST[:PORT]/PATH")
-    domains = [lower(name).rstrip(".") for name in match[1].split(",")] if match[1] else [None]
+    domains = [ascii_domain(name) for name in match[1].split(",")] if match[1] else [None]
     try:
         parts = urllib.parse.urlsplit(match[2])
         is_good = parts.hostname and parts.port != 0 and not parts.fragment and "" not in domains
@@ -1652,7 +1663,7 @@ def parse_backend(text: str) -> tuple[list[Optional[str]], str]:
 
 
 def alias_source(text: str) -> AliasSource:
-    """Read an alias file, or take the name of a table. Raises ArgumentTypeError."""
+    """Read an alias file, or note the name of a table. Raises ArgumentTypeError."""
     if re.match("[a-z][a-z0-9_-]*:.", text):
         return Table(text)
     try:
@@ -1684,11 +1695,11 @@ OPTIONS: list[tuple[str, str, Callable[[str], Any], Any, str]] = [
     # option may be repeated), help
     ("listen", "SOCKET", listen_socket, "inet:8894@127.0.0.1", "inet:PORT@HOST or unix:/PATH"),
     ("backend", "[DOMAIN[,DOMAIN...]=]URL", parse_backend, [], f"to ask ({DEFAULT_BACKEND})"),
-    ("timeout", "SECONDS", TIMEOUT, 5, "whole budget of a recipient"),
+    ("timeout", "SECONDS", TIMEOUT, 5, "whole budget of a question"),
     ("retry-after", "SECONDS", SECONDS, 10, "how long a backend that failed is not asked"),
     ("max-queries", "N", COUNT, 16, "questions to one backend at a time"),
     ("cache-ttl", "SECONDS", SECONDS, 60, "how long an answer is used again; 0: never"),
-    ("on-error", "accept|tempfail", ERROR_WORDS, "accept", "where a backend gives a fault"),
+    ("on-error", "accept|tempfail", ERROR_WORDS, "accept", "if a backend gives a fault"),
     ("overquota-reply", "REPLY", REPLY, OVERQUOTA, "for a full mailbox"),
     ("toolarge-reply", "REPLY", REPLY, TOOLARGE, "for what the quota cannot hold"),
     ("unknown-reply", "REPLY", REPLY, None, "for UNKNOWN (let through)"),
@@ -1700,6 +1711,7 @@ OPTIONS: list[tuple[str, str, Callable[[str], Any], Any, str]] = [
     ("recipient-delimiter", "CHARS", DELIMITERS, "+", "john+lists is john; empty: off"),
     ("case-sensitive", "", bool, False, "do not fold the user to lower case"),
     ("exempt", "ADDRESS", EXEMPT, [], "user or user@domain that is never asked about"),
+    ("check-authenticated", "", bool, False, "check what authenticated clients send, too"),
     ("aliases", "FILE|TYPE:NAME", alias_source, [], "an alias file, or a Postfix table"),
     ("cafile", "FILE", trust, None, "certificates to trust for https (the system's)"),
     ("dry-run", "", bool, False, "log what would be answered, let everything through"),
@@ -1744,8 +1756,10 @@ def option_parser() -> OptionParser:
 
 
 def read_options(arguments: Sequence[str]) -> Namespace:
-    """Read the command line and the files that it names. Raises BadOptions."""
-    # argparse reads a line at a time, so that an error can say in which file and line it stands.
+    """Read the command line and the files that it names. Raises BadOptions.
+
+    argparse gets one line of a file at a time, so that an error can name file and line.
+    """
     parser = option_parser()
     options = parser.parse_args([])
     for where, words in option_lines(arguments):
@@ -1759,25 +1773,20 @@ def read_options(arguments: Sequence[str]) -> Namespace:
     return options
 
 
-def option_lines(
-    words: Sequence[str], where: str = "", depth: int = 0
-) -> Iterator[tuple[str, list[str]]]:
+def option_lines(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Give arguments and where they stand, for @FILE those of its lines. Raises BadOptions."""
     for is_file, group in itertools.groupby(words, lambda word: word[:1] == "@"):
         if not is_file:
-            yield where, list(group)
+            yield "", list(group)
             continue
         for word in group:
             try:
-                if depth > 9:
-                    raise ValueError("the file reads itself")
                 with open_regular(word[1:]) as file:
                     lines = file.read().splitlines()
             except (OSError, ValueError) as error:
-                raise BadOptions(f"{where}argument {word}: cannot be read: {error}") from None
+                raise BadOptions(f"argument {word}: cannot be read: {error}") from None
             for number, line in enumerate(lines, 1):
-                place = f"{word[1:]} line {number}: "
-                yield from option_lines(split_line(line), place, depth + 1)
+                yield f"{word[1:]} line {number}: ", split_line(line)
 
 
 def split_line(line: str) -> list[str]:
@@ -1787,23 +1796,30 @@ def split_line(line: str) -> list[str]:
     if not match or match[1] == "--check":
         return line.split()
     value = match[2]
-    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
-    return [f"{match[1]}={value[1:-1] if quoted else value}"]
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+    return [f"{match[1]}={value[1:-1] if is_quoted else value}"]
 
 
 def check(policy: Policy, addresses: list[str]) -> int:
     """Print a verdict for each address and return the exit status of --check."""
+    hints = {
+        "nobackend": ' reason="no --backend serves this domain"',
+        "unknown": ' reason="the backend does not know this mailbox"',
+    }
     status = 0
     if not addresses:
         print(f"the options are good: {len(policy.backends)} backends")
     for address in addresses:
         decision = policy.decide(address, Message())
+        verdict, finding = decision.verdict, decision.finding
+        hint = "" if finding.fault or decision.reply else hints.get(verdict, "")
         reply = " ".join(decision.reply) if decision.reply else "none"
-        with contextlib.suppress(BrokenPipeError):  # who reads no line may want the status
-            hint = ' reason="no --backend serves this domain"'
-            print(f"{decision}{hint * (decision.verdict == 'nobackend')} reply={reply}")
-        cannot_ask = decision.finding.fault or decision.verdict == "nobackend"
-        status = max(status, 2 if cannot_ask else 1 if decision.reply else 0)
+        with contextlib.suppress(BrokenPipeError):  # a script may want the status alone
+            print(f"{decision}{hint} reply={reply}")
+        if finding.fault or hint:
+            status = 2
+        elif decision.reply:
+            status = max(status, 1)
     return status
 
 
@@ -1811,91 +1827,64 @@ def check(policy: Policy, addresses: list[str]) -> int:
 
 
 class Service:
-    """Holds the policy in force, and looks after all that is due every second."""
+    """Holds the policy in force, and does all that is due every second, in a thread of its own.
+
+    A file on a disk that hangs keeps that thread busy, but neither mail nor signals.
+    """
 
     def __init__(self, arguments: Sequence[str], options: Namespace) -> None:
         self.arguments = arguments
-        self.counters, self.ledger = Counters(), Ledger()
-        self.ledger.configure(options)
-        self.policy = Policy(options, self.ledger, self.counters, None)
-        self.retired: list[Backend] = []  # out of use, with questions under way
-        self.wants_reload = threading.Event()
+        self.counters, self.ledger = Counters(), Ledger(options)
+        self.policy = Policy(options, self.ledger, self.counters)
+        self.reload_wanted = threading.Event()
         self.metrics_due = 0.0  # on the monotonic clock
-        self.metrics_fail = False
 
     def keep_house(self) -> None:
         """Do what is due every second, for ever, and what a HUP asks for."""
         while True:
-            wants_reload = self.wants_reload.wait(TICK)
             try:
-                if wants_reload:
-                    self.wants_reload.clear()  # a HUP from here on means another reload
+                if self.reload_wanted.wait(TICK):
+                    self.reload_wanted.clear()  # a HUP from here on means another reload
                     self.reload()
-                self.tidy()
+                for source in self.policy.options.aliases:
+                    if isinstance(source, AliasFile):
+                        source.refresh()
+                if time.monotonic() >= self.metrics_due:
+                    self.metrics_due = time.monotonic() + METRICS_EVERY
+                    self.write_metrics()
             except Exception as error:  # mail goes on, whatever it was
                 log.error("state=failed reason=%s", printable(repr(error)))
 
     def reload(self) -> None:
-        """Forget the answers and take the options and aliases anew; bad ones change nothing."""
-        before = self.policy
+        """Read options and aliases again into a new Policy; bad ones change nothing.
+
+        Open sessions stay, and so do the answers, what is in flight and the counters. Questions
+        under way end with the backends of before.
+        """
         try:
             options = read_options(self.arguments)
-            policy = Policy(options, self.ledger, self.counters, before)
+            policy = Policy(options, self.ledger, self.counters)
         except (BadOptions, OSError, ValueError, SystemExit) as error:
             log.error("state=kept reason=%s", printable(error))
-            self.ledger.configure(before.options)
             return
         self.ledger.configure(options)
         self.policy = policy
-        in_use = policy.backends.values()
-        # They have questions under way, which end as all do.
-        self.retired += [backend for backend in before.backends.values() if backend not in in_use]
         log.info("state=reloaded")
 
-    def tidy(self) -> None:
-        """Look after questions and alias files, and write the metrics."""
-        policy = self.policy
-        for backend in [*policy.backends.values(), *self.retired]:
-            backend.end_overdue()
-        self.retired = [backend for backend in self.retired if backend.questions]
-        if [file for file in policy.alias_files if file.refresh()]:
-            policy.routes = {}
-        if time.monotonic() >= self.metrics_due:
-            self.metrics_due = time.monotonic() + METRICS_EVERY
-            self.write_metrics()
-        self.ledger.drop_and_count()
-
     def write_metrics(self) -> None:
-        """Write the metrics; log once where that fails, and once where it works again."""
+        """Write the metrics, if that is wanted; a failure is logged each time."""
         file = self.policy.options.metrics
         if not file:
             return
-        gauges = self.ledger.drop_and_count()
+        gauges: dict[tuple[str, Labels], float] = {
+            (name, ()): number for name, number in self.ledger.gauges().items()
+        }
         for backend in self.policy.backends.values():
-            gauges[f"backend_up{{{label_of(backend.name)}}}"] = not backend.breaker.is_open
+            gauges["backend_up", (("backend", backend.name),)] = int(not backend.is_down)
         try:
             write_whole(file, self.counters.render(gauges))
-            if self.metrics_fail:
-                log.info("metrics=%s state=written", file)
-            self.metrics_fail = False
         except OSError as error:
-            if not self.metrics_fail:
-                log.error("metrics=%s state=failed reason=%s", file, printable(error))
-            self.metrics_fail = True
-
-    def finish(self) -> None:
-        """Let the questions under way have their answers, for a moment, and tell the figures."""
-        latest = time.monotonic() + LAST_QUESTIONS
-        backends = self.policy.backends.values()
-        while time.monotonic() < latest and any(
-            not question.is_given_up
-            for backend in backends
-            for question in list(backend.questions.values())
-        ):
-            time.sleep(0.02)
-        Table.end_postmaps()
-        self.write_metrics()
-        self.counters.log_line()
+            log.error("metrics=%s state=failed reason=%s", file, printable(error))
 
 
 # ---- Process: log, socket, signals, start and stop ----
@@ -1906,8 +1895,10 @@ def log_to(syslog: bool) -> Iterator[None]:
     """Log in a thread of its own: no full pipe or slow syslogd holds mail up. Raises OSError."""
     handler: logging.Handler
     if syslog:
+        # FreeBSD has its socket in /var/run.
+        device = next(filter(os.path.exists, ("/dev/log", "/var/run/log")), "/dev/log")
         facility = logging.handlers.SysLogHandler.LOG_MAIL
-        handler = logging.handlers.SysLogHandler("/dev/log", facility)
+        handler = logging.handlers.SysLogHandler(device, facility)
         handler.ident = f"quota_milter[{os.getpid()}]: "
     else:
         handler = logging.StreamHandler()
@@ -1925,8 +1916,8 @@ def log_to(syslog: bool) -> Iterator[None]:
             listener.stop()
 
 
-def claim(where: str) -> str:
-    """See that a socket can be listened on, remove a stale one, give its path. Raises OSError."""
+def prepare_socket(where: str) -> str:
+    """Check that a socket can be listened on, remove a stale one, give its path. Raises OSError."""
     kind, _, path = where.partition(":")
     port, _, host = path.partition("@")
     family = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get(kind, socket.AF_UNIX)
@@ -1936,8 +1927,9 @@ def claim(where: str) -> str:
             if not stat.S_ISSOCK(os.stat(path).st_mode):
                 raise OSError("it is no socket")
             probe.settimeout(1)
-            if probe.connect_ex(path) != errno.ECONNREFUSED:
-                raise OSError("somebody answers there")
+            result = probe.connect_ex(path)
+            if result != errno.ECONNREFUSED:
+                raise OSError(os.strerror(result) if result else "somebody answers there")
             os.unlink(path)
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1947,94 +1939,79 @@ def claim(where: str) -> str:
     return path
 
 
-def catch_signals(service: Service) -> tuple[int, set[int]]:
-    """Catch HUP, TERM and INT in a set and make a pipe readable; let USR1 log the counters."""
-    # libmilter ends at HUP, TERM and INT, for which a thread of its own waits. The kernel prefers
-    # the main thread, but while a signal is on its way there it takes any other thread that lets it
-    # in, the oldest first. So idle threads older than libmilter's let it in, and many of them: with
-    # eight a storm of signals reached libmilter's now and then.
-    caught: set[int] = set()
-    reader, writer = os.pipe()
-    for end in reader, writer:
-        os.set_blocking(end, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
-        signal.signal(number, lambda number, frame: caught.add(number))
-
-    def log_counters() -> None:
-        while signal.sigwait({signal.SIGUSR1}):
-            service.counters.log_line()
-
-    threading.Thread(target=log_counters, daemon=True).start()
-    for _ in range(IDLE_THREADS):
-        threading.Thread(target=threading.Event().wait, daemon=True).start()
-    return reader, caught
-
-
 def serve(service: Service, where: str) -> int:
     """Serve the MTA at a socket until TERM or INT; return the exit status. Raises OSError."""
-    # AGAIN means that a HUP has reached libmilter after all.
-    path = claim(where)
+    path = prepare_socket(where)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # libmilter spins when it has none
-    reader, caught = catch_signals(service)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # without a free one libmilter spins
+    # libmilter waits for HUP, TERM and INT in a thread of its own, and would end at each. The
+    # kernel gives a signal to the main thread first, where Python's handlers run. In a handler that
+    # interrupts another one, only SimpleQueue.put() is safe.
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1:
+        signal.signal(number, lambda number, frame: signals.put(number))
     Milter.factory = lambda: QuotaMilter(service)
     Milter.set_exception_policy(Milter.CONTINUE)  # a fault of ours refuses nothing
-    has_stopped = threading.Event()  # because a signal told it to, and not as it cannot listen
-
-    def run_libmilter() -> None:
-        Milter.runmilter("quota_milter", where, 0, False)
-        has_stopped.set()
-
-    libmilter = threading.Thread(target=run_libmilter, daemon=True)
+    libmilter = threading.Thread(
+        target=Milter.runmilter, args=("quota_milter", where, 0, False), daemon=True
+    )
     libmilter.start()
     threading.Thread(target=service.keep_house, daemon=True).start()
     log.info("listen=%s state=started version=%s", where, VERSION)
-    while libmilter.is_alive() and not caught & {signal.SIGTERM, signal.SIGINT}:
-        if select.select([reader], [], [], TICK)[0]:
-            os.read(reader, 1 << 16)
-        if signal.SIGHUP in caught:
-            caught.discard(signal.SIGHUP)
-            service.wants_reload.set()
-    # Whatever hangs now, a log that nobody reads or a disk: the end comes in time.
-    status = 0 if caught & {signal.SIGTERM, signal.SIGINT} else 1
+    caught = 0
+    while libmilter.is_alive() and caught not in (signal.SIGTERM, signal.SIGINT):
+        try:
+            caught = signals.get(timeout=TICK)
+        except queue.Empty:
+            continue
+        if caught == signal.SIGHUP:
+            service.reload_wanted.set()
+        elif caught == signal.SIGUSR1:
+            service.counters.log_line()
+    # Without such a signal libmilter ended by itself: one of many HUPs may reach its thread.
+    status = 0 if caught in (signal.SIGTERM, signal.SIGINT) else 1
+    stop(service, path, status)
+    log.info("listen=%s state=stopped", where)
+    return status
+
+
+def stop(service: Service, path: str, status: int) -> None:
+    """End the postmaps, remove the socket, write metrics and counters a last time."""
+    # A log that nobody reads or a disk that hangs must not hold up the end.
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(status))
     signal.setitimer(signal.ITIMER_REAL, STOPPING)
-    service.finish()
+    Table.close()
     with contextlib.suppress(OSError):  # "" is no path
         os.unlink(path)
-    log.info("listen=%s state=stopped", where)
-    return AGAIN if status and has_stopped.is_set() else status
+    service.write_metrics()
+    service.counters.log_line()
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    option = ""
+    doing = ""  # for the error line
     try:
         options = read_options(arguments)
-        option = "argument --syslog: "
+        doing = "argument --syslog: "
         with log_to(options.syslog):
-            option = ""
+            doing = ""
             service = Service(arguments, options)
             if options.check is not None:
                 return check(service.policy, options.check)
-            option = f"argument --listen: {options.listen}: "
+            if Milter is None:
+                raise OSError("pymilter is missing: apt-get install python3-milter")
+            doing = f"argument --listen: {options.listen}: "
             return serve(service, options.listen)
     except SystemExit as end:  # --help and --version
         return int(end.code or 0)
     except (BadOptions, OSError) as error:
         hint = ": may this user write there?" if isinstance(error, PermissionError) else ""
-        print(f"quota_milter.py: error: {option}{error}{hint}", file=sys.stderr)
-        return 2
+        print(f"quota_milter.py: error: {doing}{error}{hint}", file=sys.stderr)
+        return 2 if isinstance(error, BadOptions) else 1
 
 
 if __name__ == "__main__":
     status = main()
-    if status == AGAIN:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the new start inherits
-        os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-        os.execv(sys.executable, [sys.executable, *sys.argv])
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
     os._exit(status)  # a name look-up that hangs must not hold up the end
