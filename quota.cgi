@@ -62,23 +62,20 @@ QUOTA_GRACE = "auto"  # what the message that fills the mailbox may take beyond 
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
 
-def measure(user: bytes, domain: Optional[bytes], missing: bytes, env: Env) -> Measured:
-    """Measure the mbox file of a user; `missing` is the status where there is none.
-
-    Raises Problem.
-    """
-    quota = user_limit(user, domain, env)
+def measure(request: Request) -> Measured:
+    """Measure the mbox file of a user. Raises Problem."""
+    quota = request.own_limit()
     if quota is None:
-        quota = parse_limit("QUOTA_LIMIT", setting("QUOTA_LIMIT", env))
-    grace = parse_grace(quota, b"0", env)
-    path = expand("QUOTA_MAILBOX", user, domain, env)
+        quota = parse_limit("QUOTA_LIMIT", request.setting("QUOTA_LIMIT"))
+    grace = request.grace(quota, b"0")
+    path = request.path("QUOTA_MAILBOX")
     if path is None:
         return Measured(b"UNKNOWN", 0, quota, grace)
     try:
         found = os.stat(path)
     except OSError as error:
-        check_missing(error, "QUOTA_MAILBOX", env)
-        return Measured(missing, 0, quota, grace)
+        request.check_missing(error, "QUOTA_MAILBOX")
+        return Measured(request.missing, 0, quota, grace)
     if not stat.S_ISREG(found.st_mode):
         raise Problem(500, "the mailbox is not a file", path)
     status = b"OVERQUOTA" if 0 < quota < found.st_size else b"OK"
@@ -124,36 +121,158 @@ def log(text: str) -> None:
         pass  # it is closed, or a disk is full
 
 
+# ---- a request and its settings ----
+
+
+class Request:
+    """A request as a CGI gets it (RFC 3875): its environment has the settings, too."""
+
+    def __init__(self, env: Env):
+        self.env = env
+        self.user = b""
+        self.domain: Optional[bytes] = None
+        self.missing = b"OK"  # the status of a mailbox that does not exist
+
+    def setting(self, name: str, *choices: bytes) -> bytes:
+        """Return a setting: from the environment, else the constant at the top of the file.
+
+        Raises Problem where there are choices and it is none of them.
+        """
+        value = self.env.get(name.encode(), str(globals()[name]).encode())
+        if choices and value not in choices:
+            raise Problem(500, f"{name} is not one of {b', '.join(choices).decode()}", value)
+        return value
+
+    def read_query(self) -> None:
+        """Read whom the query asks about. Raises Problem."""
+        fields: dict[bytes, bytes] = {}
+        for field in self.env.get(b"QUERY_STRING", b"").split(b"&"):
+            name, equals, value = field.partition(b"=")
+            if equals:
+                fields.setdefault(unquote(name), unquote(value))
+        if b"u" not in fields:
+            raise Problem(400, "no user (u=) given")
+        self.user, self.domain = fields[b"u"], fields.get(b"d")
+        check_name("user", self.user)
+        if self.domain is not None:
+            check_name("domain", self.domain)
+        if self.setting("QUOTA_UNKNOWN", b"off", b"1", b"0", b"") == b"1":
+            self.missing = b"UNKNOWN"
+
+    def check_peer(self, peer: str) -> None:
+        """Raise Problem where QUOTA_ALLOW is set and this address is not in it."""
+        if self.setting("QUOTA_ALLOW"):
+            networks = self.networks()
+            try:
+                number, _ = parse_network(peer.partition("%")[0])
+            except (OSError, ValueError):
+                networks = []  # it is the peer of a unix socket, or nothing
+            if not any(number >> free == network >> free for network, free in networks):
+                raise Problem(403, "this address is not in QUOTA_ALLOW")
+
+    def networks(self) -> list[tuple[int, int]]:
+        """Return the networks of QUOTA_ALLOW. Raises Problem."""
+        allow = self.setting("QUOTA_ALLOW")
+        try:
+            return [parse_network(text) for text in allow.decode().replace(",", " ").split()]
+        except (OSError, ValueError):
+            why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
+            raise Problem(500, why, allow) from None
+
+    def grace(self, quota: int, auto: bytes) -> int:
+        """Return QUOTA_GRACE in bytes: like a limit, or `10%` of the quota. Raises Problem."""
+        text = self.setting("QUOTA_GRACE").strip()
+        text = auto if text == b"auto" else text
+        if text[-1:] == b"%":
+            return quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
+        return parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
+
+    def own_limit(self) -> Optional[int]:
+        """Look up user@domain, user or @domain in QUOTA_USERS: a limit in bytes. Raises Problem."""
+        path, user, domain = self.setting("QUOTA_USERS"), self.user, self.domain
+        if not path:
+            return None
+        text = read_users(path)
+        for name in [user] if domain is None else [user + b"@" + domain, user, b"@" + domain]:
+            if b" " in name or name[:1] == b"#":
+                continue  # it would find another name, or a comment
+            begin = b"\n" + name.translate(FOLDED)
+            # With a colon, or alone, it is a mistake that must not go unnoticed.
+            places = [text.find(begin + end) for end in (b" ", b":", b"\n")]
+            place = min((place for place in places if place >= 0), default=-1)
+            if place >= 0:
+                rest = text[place + len(begin) : text.index(b"\n", place + 1)]
+                number = text.count(b"\n", 0, place) + 1
+                return parse_limit(f"QUOTA_USERS: line {number}", rest.partition(b"#")[0])
+        return None
+
+    def path(self, name: str) -> Optional[bytes]:
+        """Put user and domain into the path that is a setting. None: there is no such user (%h).
+
+        Raises Problem where the path needs a domain and there is none, or is a bad setting.
+        """
+        template = self.setting(name)
+        if not template.startswith((b"/", b"%h")):
+            raise Problem(500, name + " does not begin with /", template)
+        address = self.domain and self.user + b"@" + self.domain
+        values = {b"n": self.user, b"d": self.domain, b"u": address}
+        path, *parts = template.replace(b"%%", b"\0").split(b"%")
+        for part in parts:
+            text = part.lstrip(b"0123456789.")
+            letter, (skip, _, width) = text[:1], part[: len(part) - len(text)].rpartition(b".")
+            if letter == b"h":
+                values[letter] = home_of(self.user)
+                if values[letter] is None:
+                    return None
+            if letter not in values or b"." in skip or not skip and width[:1] == b"0":
+                why = f"{name} has a placeholder that does not exist; known are {PLACEHOLDERS}"
+                raise Problem(500, why, template)
+            value, begin, length = values[letter], int(skip or b"0"), int(width or b"0")
+            if value is None:
+                raise Problem(400, "no domain (d=) given")
+            path += value[begin : begin + length if length else None] + text[1:]
+        if not {b"n", b"u", b"h"}.intersection(part[:1] for part in parts):
+            raise Problem(500, f"{name} names no user (%n, %u or %h): {TWICE}", template)
+        if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):  # %1.2n of a..b
+            raise Problem(400, "no mailbox has such a user")
+        return path.replace(b"\0", b"%")
+
+    def check_missing(self, error: OSError, name: str) -> None:
+        """Raise Problem unless the error means that there is no mailbox at this path."""
+        if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+            detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
+            raise Problem(500, f"cannot read the mailbox: {error.strerror}", detail)
+        self.check_folder(name)
+
+    def check_folder(self, name: str) -> None:
+        """Raise Problem where the folder before the first placeholder of a path does not exist."""
+        fixed = self.setting(name).replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
+        if not os.path.exists(fixed.rpartition(b"/")[0] or b"/"):
+            raise Problem(500, f"{name} begins with a folder that does not exist: {TWICE}", fixed)
+
+
+def check_name(what: str, name: bytes) -> None:
+    """Raise Problem where a user or domain cannot be a file's name or would break the answer."""
+    if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name:
+        raise Problem(400, "no mailbox has such a " + what)
+    if any(c < " " or "\x7f" <= c <= "\x9f" for c in name.decode("utf-8", "surrogateescape")):
+        raise Problem(400, "control character in the " + what)
+
+
+def unquote(text: bytes) -> bytes:
+    """Decode a form-encoded name or value, as urllib.parse.unquote_plus does."""
+    first, *parts = text.replace(b"+", b" ").split(b"%")
+    for part in parts:
+        is_code = len(part) > 1 and part[0] in HEX and part[1] in HEX
+        first += bytes((int(part[:2], 16),)) + part[2:] if is_code else b"%" + part
+    return first
+
+
 def parse_digits(text: str) -> int:
     """Read a number as int() does, but no sign, space or underscore. Raises ValueError."""
     if not (text.isascii() and text.isdigit()):
         raise ValueError(f"not a number: {text!r}")
     return int(text)
-
-
-def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
-    """Return at most so many bytes of a file (-1: all), and its status. Raises OSError.
-
-    What is no file counts as missing: to open a FIFO would wait for its writer.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise FileNotFoundError(errno.ENOENT, "not a file", path)
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        return file.read(most), os.fstat(file.fileno())
-
-
-# ---- settings ----
-
-
-def setting(name: str, env: Env, *choices: bytes) -> bytes:
-    """Return a setting: from the environment, else the constant at the top of the file.
-
-    Raises Problem where there are choices and it is none of them.
-    """
-    value = env.get(name.encode(), str(globals()[name]).encode())
-    if choices and value not in choices:
-        raise Problem(500, f"{name} is not one of {b', '.join(choices).decode()}", value)
-    return value
 
 
 def parse_limit(name: str, text: bytes) -> int:
@@ -164,62 +283,6 @@ def parse_limit(name: str, text: bytes) -> int:
     if not digits.isdigit() or len(digits) > 20:
         raise Problem(500, name + " has a limit that is not like 200M", text)
     return int(digits) << 10 * power
-
-
-def parse_grace(quota: int, auto: bytes, env: Env) -> int:
-    """Read QUOTA_GRACE in bytes: written like a limit, or `10%` of the quota. Raises Problem."""
-    text = setting("QUOTA_GRACE", env).strip()
-    text = auto if text == b"auto" else text
-    if text[-1:] == b"%":
-        return quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
-    return parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
-
-
-def user_limit(user: bytes, domain: Optional[bytes], env: Env) -> Optional[int]:
-    """Look up in QUOTA_USERS the limit in bytes of user@domain, user or @domain. Raises Problem."""
-    path = setting("QUOTA_USERS", env)
-    if not path:
-        return None
-    try:
-        text = read_users(path)
-    except OSError as error:
-        raise Problem(500, "the file QUOTA_USERS cannot be read", error) from None
-    for name in [user] if domain is None else [user + b"@" + domain, user, b"@" + domain]:
-        if b" " in name or name[:1] == b"#":
-            continue  # it would find another name, or a comment
-        begin = b"\n" + name.translate(FOLDED)
-        # With a colon, or alone, it is a mistake that must not go unnoticed.
-        places = [text.find(begin + end) for end in (b" ", b":", b"\n")]
-        place = min((place for place in places if place >= 0), default=-1)
-        if place >= 0:
-            rest = text[place + len(begin) : text.index(b"\n", place + 1)]
-            number = text.count(b"\n", 0, place) + 1
-            return parse_limit(f"QUOTA_USERS: line {number}", rest.partition(b"#")[0])
-    return None
-
-
-users_read: dict[object, bytes] = {}  # the text of QUOTA_USERS, by what changes with the file
-users_lock = _thread.allocate_lock()  # the import of `threading` would make the start longer
-
-
-def read_users(path: bytes) -> bytes:
-    """Return the text of QUOTA_USERS, folded, and after a newline. Raises OSError, Problem.
-
-    It is read once for each change.
-    """
-    with users_lock:
-        status = os.stat(path)
-        stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
-        if stamp not in users_read:
-            text = b"\n" + read_file(path, -1)[0]
-            if text[-1:] != b"\n":
-                raise Problem(500, "QUOTA_USERS does not end in a newline: is it half a file?")
-            users_read.clear()
-            users_read[stamp] = text.translate(FOLDED)
-        return users_read[stamp]
-
-
-# ---- who may ask ----
 
 
 def parse_network(text: str) -> tuple[int, int]:
@@ -240,68 +303,42 @@ def parse_network(text: str) -> tuple[int, int]:
     return number | (family == AF_INET) << 128, free
 
 
-def read_allow(env: Env) -> list[tuple[int, int]]:
-    """Return the networks of QUOTA_ALLOW. Raises Problem."""
-    allow = setting("QUOTA_ALLOW", env)
-    try:
-        return [parse_network(text) for text in allow.decode().replace(",", " ").split()]
-    except (OSError, ValueError):
-        why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
-        raise Problem(500, why, allow) from None
+# ---- files ----
 
 
-def check_peer(peer: str, env: Env) -> None:
-    """Raise Problem where QUOTA_ALLOW is set and this address is not in it."""
-    if setting("QUOTA_ALLOW", env):
-        networks = read_allow(env)
-        try:
-            number, _ = parse_network(peer.partition("%")[0])
-        except (OSError, ValueError):
-            networks = []  # such as the peer of a unix socket
-        if not any(number >> free == network >> free for network, free in networks):
-            raise Problem(403, "this address is not in QUOTA_ALLOW")
+def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
+    """Return at most so many bytes of a file (-1: all), and its status. Raises OSError.
 
-
-# ---- names and paths ----
-
-
-def check_name(what: str, name: bytes) -> None:
-    """Raise Problem where a user or domain cannot be a file's name or would break the answer."""
-    if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name:
-        raise Problem(400, "no mailbox has such a " + what)
-    if any(c < " " or "\x7f" <= c <= "\x9f" for c in name.decode("utf-8", "surrogateescape")):
-        raise Problem(400, "control character in the " + what)
-
-
-def expand(name: str, user: bytes, domain: Optional[bytes], env: Env) -> Optional[bytes]:
-    """Put user and domain into the path that is a setting. None: the system has no such user (%h).
-
-    Raises Problem where the path needs a domain and there is none, or is a bad setting.
+    What is no file counts as missing: to open a FIFO would wait for its writer.
     """
-    template = setting(name, env)
-    if not template.startswith((b"/", b"%h")):
-        raise Problem(500, name + " does not begin with /", template)
-    values = {b"n": user, b"d": domain, b"u": domain and user + b"@" + domain}
-    path, *parts = template.replace(b"%%", b"\0").split(b"%")
-    for part in parts:
-        text = part.lstrip(b"0123456789.")
-        letter, (skip, _, width) = text[:1], part[: len(part) - len(text)].rpartition(b".")
-        if letter == b"h":
-            values[letter] = home_of(user)
-            if values[letter] is None:
-                return None
-        if letter not in values or b"." in skip or not skip and width[:1] == b"0":
-            why = f"{name} has a placeholder that does not exist; known are {PLACEHOLDERS}"
-            raise Problem(500, why, template)
-        value, begin, length = values[letter], int(skip or b"0"), int(width or b"0")
-        if value is None:
-            raise Problem(400, "no domain (d=) given")
-        path += value[begin : begin + length if length else None] + text[1:]
-    if not {b"n", b"u", b"h"}.intersection(part[:1] for part in parts):
-        raise Problem(500, f"{name} names no user (%n, %u or %h): {TWICE}", template)
-    if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):  # %1.2n of a..b
-        raise Problem(400, "no mailbox has such a user")
-    return path.replace(b"\0", b"%")
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise FileNotFoundError(errno.ENOENT, "not a file", path)
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        return file.read(most), os.fstat(file.fileno())
+
+
+users_read: dict[object, bytes] = {}  # the text of QUOTA_USERS, by what changes with the file
+users_lock = _thread.allocate_lock()  # the import of `threading` would make the start longer
+
+
+def read_users(path: bytes) -> bytes:
+    """Return the text of QUOTA_USERS, folded, and after a newline. Raises Problem.
+
+    It is read once for each change.
+    """
+    try:
+        with users_lock:
+            status = os.stat(path)
+            stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
+            if stamp not in users_read:
+                users_read.clear()
+                users_read[stamp] = b"\n" + read_file(path, -1)[0].translate(FOLDED)
+            text = users_read[stamp]
+    except OSError as error:
+        raise Problem(500, "the file QUOTA_USERS cannot be read", error) from None
+    if text[-1:] != b"\n":
+        raise Problem(500, "QUOTA_USERS does not end in a newline: is it half a file?")
+    return text
 
 
 def home_of(user: bytes) -> Optional[bytes]:
@@ -318,35 +355,21 @@ def home_of(user: bytes) -> Optional[bytes]:
         return None
 
 
-def check_missing(error: OSError, name: str, env: Env) -> None:
-    """Raise Problem unless the error means that there is no mailbox at the path of this setting."""
-    if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
-        detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
-        raise Problem(500, f"cannot read the mailbox: {error.strerror}", detail)
-    check_folder(name, env)
-
-
-def check_folder(name: str, env: Env) -> None:
-    """Raise Problem where the folder before the first placeholder of a path does not exist."""
-    template = setting(name, env)
-    fixed = template.replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
-    if not os.path.exists(fixed.rpartition(b"/")[0] or b"/"):
-        raise Problem(500, f"{name} begins with a folder that does not exist: {TWICE}", template)
-
-
-# ---- a question and its answer ----
+# ---- the answer ----
 
 
 def respond(env: Env) -> Response:
-    """Answer a request that is given as to a CGI (RFC 3875)."""
-    method, fields, status = env.get(b"REQUEST_METHOD", b"GET"), [], 200
+    """Answer a request."""
+    request, fields, status = Request(env), [], 200
+    method = env.get(b"REQUEST_METHOD", b"GET")
     try:
-        check_peer(env.get(b"REMOTE_ADDR", b"").decode("latin-1"), env)
+        request.check_peer(env.get(b"REMOTE_ADDR", b"").decode("latin-1"))
         if method not in (b"GET", b"HEAD"):
             fields = [("Allow", "GET, HEAD")]
             raise Problem(405, "only GET and HEAD are answered")
-        user, found = answer(env.get(b"QUERY_STRING", b""), env)
-        line = b"%s %s %d %d\n" % (found.status, user, found.used, found.quota)
+        request.read_query()
+        found = measure(request)
+        line = b"%s %s %d %d\n" % (found.status, request.user, found.used, found.quota)
         if found.grace:
             fields.append(("Quota-Grace", str(found.grace)))
         if 0 < found.changed < END_OF_9999:
@@ -359,32 +382,6 @@ def respond(env: Env) -> Response:
     fields += [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))]
     fields += [("Cache-Control", "no-store")]  # no proxy may keep it
     return f"{status} {REASONS[status]}", fields, b"" if method == b"HEAD" else line
-
-
-def answer(query: bytes, env: Env) -> tuple[bytes, Measured]:
-    """Return the user whom a query asks about, and what is known. Raises Problem."""
-    fields: dict[bytes, bytes] = {}
-    for field in query.split(b"&"):
-        name, equals, value = field.partition(b"=")
-        if equals:
-            fields.setdefault(unquote(name), unquote(value))
-    user, domain = fields.get(b"u"), fields.get(b"d")
-    if user is None:
-        raise Problem(400, "no user (u=) given")
-    check_name("user", user)
-    if domain is not None:
-        check_name("domain", domain)
-    is_unknown = setting("QUOTA_UNKNOWN", env, b"off", b"1", b"0", b"") == b"1"
-    return user, measure(user, domain, b"UNKNOWN" if is_unknown else b"OK", env)
-
-
-def unquote(text: bytes) -> bytes:
-    """Decode a form-encoded name or value, as urllib.parse.unquote_plus does."""
-    first, *parts = text.replace(b"+", b" ").split(b"%")
-    for part in parts:
-        is_code = len(part) > 1 and part[0] in HEX and part[1] in HEX
-        first += bytes((int(part[:2], 16),)) + part[2:] if is_code else b"%" + part
-    return first
 
 
 IS_CGI = b"GATEWAY_INTERFACE" in os.environb or b"REQUEST_METHOD" in os.environb
@@ -427,52 +424,37 @@ THREADS = 1000  # connections at a time, of two files each: the usual hard limit
 PATIENCE = 5  # seconds after which a mailbox that is being measured hangs, as for the milter
 HANGS = "500 Internal Server Error", [("Content-Type", "text/plain")], b"ERROR the mailbox hangs\n"
 SLOW, KEPT = 1, 60  # seconds: an answer that took longer than the first is used for the second
+MOST_KEPT = 1000  # answers
 
-if TYPE_CHECKING:
-    Key = tuple[str, str]  # method and query
-under_way: dict[Key, float] = {}  # questions, and when they began
-kept: dict[Key, tuple[float, Response]] = {}  # slow answers, and until when they are used
+under_way: dict[str, float] = {}  # questions (method and query), and when they began
+kept: dict[str, tuple[float, Response]] = {}  # slow answers, and until when they are used
 
 
-def ask(key: Key) -> Response:
+def ask(question: str) -> Response:
     """Answer a question.
 
     A mailbox whose disk hangs holds few threads: those of PATIENCE seconds. A mailbox that takes
     longer to measure than the milter waits is known at its second question, by the kept answer.
     """
     began = time.monotonic()
-    expires, response = kept.get(key, (0, HANGS))
-    if began < expires:
+    until, response = kept.get(question, (0, HANGS))
+    if began < until:
         return response
-    if under_way.setdefault(key, began) + PATIENCE < began:
-        log(f"the mailbox hangs: {key[1]}")
+    if under_way.setdefault(question, began) + PATIENCE < began:
+        log(f"the mailbox hangs: {question}")
         return HANGS
-    request = {b"REQUEST_METHOD": key[0].encode(), b"QUERY_STRING": key[1].encode()}
+    method, _, query = question.encode().partition(b" ")
+    request = {b"REQUEST_METHOD": method, b"QUERY_STRING": query}
     try:  # the Server has looked who asks
         response = respond({**os.environb, **request, b"QUOTA_ALLOW": b""})
     finally:
-        under_way.pop(key, None)
-    now = time.monotonic()
-    if now > began + SLOW and response[0] == "200 OK":
-        for old in [old for old, (expires, _) in list(kept.items()) if expires < now]:
-            kept.pop(old, None)
-        kept[key] = now + KEPT, response
+        under_way.pop(question, None)
+    ended = time.monotonic()
+    if ended > began + SLOW and response[0] == "200 OK":
+        if len(kept) > MOST_KEPT:
+            kept.clear()
+        kept[question] = ended + KEPT, response
     return response
-
-
-def receive(connection: socket.socket, seconds: float, most: int, *ends: bytes) -> bytes:
-    """Receive `most` bytes, or until one of `ends` or the connection's end. Raises OSError.
-
-    The seconds are for all of it: the timeout of a socket is for each piece.
-    """
-    text, deadline = b"", time.monotonic() + seconds
-    while len(text) < most and not any(end in text for end in ends):
-        connection.settimeout(max(0, deadline - time.monotonic()))
-        piece = connection.recv(most - len(text))
-        if not piece:
-            break
-        text += piece
-    return text
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -484,16 +466,19 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Receive the whole request: the base class has a time limit for each piece only."""
         super().setup()
-        ends = b"\n\r\n", b"\n\n"
-        request = receive(self.connection, REQUEST_SECONDS, REQUEST_LENGTH, *ends)
-        if len(request) < REQUEST_LENGTH and not any(end in request for end in ends):
-            request = b""  # half a request may name another mailbox
+        request, deadline = b"", time.monotonic() + REQUEST_SECONDS
+        while len(request) < REQUEST_LENGTH and b"\n\r\n" not in request and b"\n\n" not in request:
+            self.connection.settimeout(max(0, deadline - time.monotonic()))
+            piece = self.connection.recv(REQUEST_LENGTH)
+            if not piece:
+                raise ConnectionError("half a request, which may name another mailbox")
+            request += piece
         # The base class reads latin-1, in which some bytes of UTF-8 are spaces.
         self.rfile = io.BytesIO(quote(request, safe=string.punctuation + " \r\n\t").encode())
 
     def do_GET(self) -> None:
         """Answer a request."""
-        status, fields, body = ask((self.command, self.path.partition("?")[2]))
+        status, fields, body = ask(self.command + " " + self.path.partition("?")[2])
         self.send_response_only(int(status[:3]))
         for name, value in fields:
             self.send_header(name, value)
@@ -515,7 +500,7 @@ class Server(socketserver.ThreadingTCPServer):
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Turn away strangers, and everybody while all threads are busy."""
         try:
-            check_peer(client_address[0], os.environb)
+            Request(os.environb).check_peer(client_address[0])
         except Problem as problem:
             head = "HTTP/1.0 403 Forbidden\r\nContent-Type: text/plain\r\n\r\n"
             with contextlib.suppress(OSError):  # the stranger has left, or has not spoken yet
@@ -537,7 +522,8 @@ def serve(where: str) -> None:
     host, number = host.strip("[]") or "127.0.0.1", range(1 << 16).index(parse_digits(port))
     found = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)
     Server.address_family, (address, *_) = found[0][0], found[0][4]
-    if not read_allow(os.environb) and address != "::1" and not str(address).startswith("127."):
+    is_loopback = address == "::1" or str(address).startswith("127.")
+    if not Request(os.environb).networks() and not is_loopback:
         raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -558,16 +544,11 @@ def main(argv: Optional[list[str]] = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("mailbox", nargs="?", help="whom to tell about")
-    wanted.add_argument("--serve", nargs="?", const="127.0.0.1:8025", help="serve over HTTP")
+    wanted.add_argument("mailbox", nargs="?")
+    wanted.add_argument("--serve", nargs="?", const="127.0.0.1:8025")
     options = parser.parse_args(argv)
-    if options.serve is None:
-        user, at, domain = os.fsencode(options.mailbox).rpartition(b"@")
-        query = urlencode({"u": user, "d": domain} if at else {"u": domain}).encode()
-        status, _, line = respond({**os.environb, b"QUERY_STRING": query, b"QUOTA_ALLOW": b""})
-        is_error = status != "200 OK"
-        os.write(2 if is_error else 1, line)
-        return int(is_error)
+    if options.mailbox:
+        return show(os.fsencode(options.mailbox))
     try:
         serve(options.serve)
     except KeyboardInterrupt:
@@ -576,6 +557,16 @@ def main(argv: Optional[list[str]] = None) -> int:
         log(f"--serve {options.serve}: {error}")
         return 1 if isinstance(error, OSError) else 2  # an address may come later
     return 0
+
+
+def show(mailbox: bytes) -> int:
+    """Print the answer about USER[@DOMAIN] and return the exit status."""
+    user, at, domain = mailbox.rpartition(b"@")
+    query = urlencode({"u": user, "d": domain} if at else {"u": domain}).encode()
+    status, _, line = respond({**os.environb, b"QUERY_STRING": query, b"QUOTA_ALLOW": b""})
+    is_error = status != "200 OK"
+    os.write(2 if is_error else 1, line)
+    return int(is_error)
 
 
 if __name__ == "__main__":

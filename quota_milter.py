@@ -98,16 +98,16 @@ PASSED_OVER = 8  # mailboxes with mail in flight, at most, in the search for one
 NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
 PATIENCE = 3  # questions in a row that run out of time before a backend is left alone
-HEADERS = 1024  # bytes that mail servers add to a message on its way: Received and others
+HEADERS = 1024  # bytes that mail servers add to a message on its way: 500 to 1,500
 STEPS = 1000  # from name to name in aliases, as Postfix's virtual_alias_recursion_limit
-TABLE_QUERIES = 8  # postmap processes at a time, each for a few milliseconds
-TABLE_RESULTS = 10_000  # names whose result a table remembers
+TABLE_QUERIES = 8  # postmap processes at a time; each runs for some five milliseconds
+TABLE_RESULTS = 10_000  # names whose result a table remembers, in some 10 MB
 REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RFC 5321, 4.5.3.1.5)
-LOG_LENGTH = 10_000  # lines that may wait to be written
+LOG_LENGTH = 10_000  # lines that may wait to be written; what comes then is lost
 TICK = 1  # seconds between two looks at signals, alias files and metrics
-METRICS_EVERY = 15  # seconds
+METRICS_EVERY = 15  # seconds, as Prometheus usually asks
 DAY = 86400  # seconds
-STOPPING = 1.7  # seconds that the end may take, whatever hangs
+STOPPING = 1.7  # seconds that the end may take, whatever hangs: 2 with the rest
 
 OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
 TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
@@ -529,7 +529,7 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
         hint = HINTS.get(response.status, "")
         raise BadAnswer(f"status {response.status} {why or response.reason[:80]}{hint}")
     # The line is whole if its end is there, or all that the header announced, or the last chunk.
-    ended = response.length == 0 or response.chunked and response.chunk_left is None
+    ended = response.length == 0 or (response.chunked and response.chunk_left is None)
     is_whole = line.endswith(b"\n") or ended
     if not is_whole and (response.length or len(line) >= ANSWER_LENGTH):
         raise BadAnswer("the answer is cut short or too long")
@@ -843,7 +843,7 @@ class Ledger:
                 break
             oldest = next(iter(self.accounts))
             unused = self.accounts.pop(oldest)
-            if unused.sum_up(time.monotonic() - self.window):
+            if unused.sum_up(time.monotonic() - self.window - self.timeout):
                 self.accounts[oldest] = unused  # it is the last now
         return account
 
@@ -1030,6 +1030,7 @@ class Table:
     """A Postfix table, which the session's own thread asks through `postmap -q`."""
 
     turns: ClassVar[threading.Semaphore] = threading.Semaphore(TABLE_QUERIES)  # of all tables
+    starting: ClassVar[threading.Lock] = threading.Lock()  # guards what follows
     running: ClassVar[set[subprocess.Popen[bytes]]] = set()
     is_closed: ClassVar[bool] = False  # the program ends
 
@@ -1118,11 +1119,13 @@ class Table:
         path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
         command = [shutil.which("postmap", path=path) or "postmap", "-q", "-", self.name]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
-        Table.running.add(process)
+        with Table.starting:
+            if Table.is_closed:
+                raise Fault("the program ends")
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+            Table.running.add(process)
         try:
-            seconds = 0 if Table.is_closed else max(0, deadline - time.monotonic())
-            output, errors = process.communicate(asked, seconds)
+            output, errors = process.communicate(asked, max(0, deadline - time.monotonic()))
             return process.returncode, output, errors
         except subprocess.TimeoutExpired:
             raise Fault(f"table {self.name} gave no answer in time") from None
@@ -1131,14 +1134,16 @@ class Table:
             process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
-            Table.running.discard(process)
+            with Table.starting:
+                Table.running.discard(process)
 
     @classmethod
     def close(cls) -> None:
         """End all postmaps, which would outlive the program, and start no others."""
-        cls.is_closed = True
-        for process in list(cls.running):
-            process.kill()
+        with cls.starting:
+            cls.is_closed = True
+            for process in cls.running:
+                process.kill()
 
 
 AliasSource = Union[AliasFile, Table]
@@ -1347,7 +1352,7 @@ class Policy:
             expected = (answer.figure or 0) + finding.in_flight
             is_full = is_full or expected + size * copies > answer.most
             # The grace is for one message: with mail in flight it counts as used up.
-            is_full = is_full or finding.in_flight > 0 and expected >= answer.quota
+            is_full = is_full or (finding.in_flight > 0 and expected >= answer.quota)
         if not is_full:
             return "ok"
         return "inactive" if self.is_inactive(finding, answer) else "overquota"
@@ -1638,7 +1643,7 @@ def matching(pattern: str, what: str, kind: Callable[[str], Any] = str) -> Calla
 def listen_socket(text: str) -> str:
     """Check libmilter's syntax of a socket. Raises ArgumentTypeError."""
     match = re.fullmatch(r"inet6?:([0-9]{1,5})(?:@[^@\s]+)?|(?:unix|local):/.+", text)
-    if not match or match[1] and not 0 < int(match[1]) < 65536:
+    if not match or (match[1] and not 0 < int(match[1]) < 65536):
         raise ArgumentTypeError("is not inet:PORT@HOST, inet6:PORT@HOST or unix:/PATH")
     return text
 
