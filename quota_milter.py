@@ -145,6 +145,8 @@ def printable(text: object) -> str:
 
 def lower(text: str) -> str:
     """Fold ASCII letters only, as mail servers do: others depend on a language."""
+    if text.isascii():
+        return text.lower()
     return text.encode("utf-8", "surrogateescape").lower().decode("utf-8", "surrogateescape")
 
 
@@ -1167,6 +1169,8 @@ class Aliases:
 
     def resolve(self, address: Address, deadline: float) -> Optional[Address]:
         """Follow an address to its mailbox; None if it leads to none or to many. Raises Fault."""
+        if not self.sources:
+            return address
         visited: set[tuple[str, str]] = set()
         while address.key not in visited and len(visited) < STEPS:
             visited.add(address.key)
@@ -1336,7 +1340,7 @@ class Policy:
         target = self.aliases.resolve(address, deadline)
         if target is None or not target.can_exist:
             return Route("alias")
-        if not self.exempt.isdisjoint(target.names()):
+        if target is not address and not self.exempt.isdisjoint(target.names()):
             return Route("exempt")
         mailboxes = self.mailboxes.get(target.domain, self.mailboxes.get(None))
         return Route("", target, mailboxes) if mailboxes else Route("nobackend")
