@@ -191,7 +191,8 @@ class Question:
                 continue  # it would find another name, or a comment
             begin = b"\n" + name.translate(FOLDED)
             # With a colon, or alone, it is a mistake that must not go unnoticed.
-            places = [text.find(begin + end) for end in (b" ", b":", b"\n")]
+            ends = [end for end in (b" ", b"\n", b":") if end in text]
+            places = [text.find(begin + end) for end in ends]
             place = min((place for place in places if place >= 0), default=-1)
             if place >= 0:
                 rest = text[place + len(begin) : text.index(b"\n", place + 1)]
