@@ -92,9 +92,8 @@ def measure(question: Question) -> None:
     if question.setting("QUOTA_DOVEADM"):
         ask_dovecot(question)
         return
-    own, default = question.own_limit(), None
-    if question.setting("QUOTA_LIMIT"):
-        default = question.limit("QUOTA_LIMIT")
+    own, text = question.own_limit(), question.setting("QUOTA_LIMIT")
+    default = parse_limit("QUOTA_LIMIT", text) if text else None
     question.quota = own if own is not None else default or 0
     question.set_grace(b"0")
     path = control = question.path("QUOTA_MAILDIR")
@@ -119,12 +118,13 @@ def measure_maildir(
     named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
     trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
     if modified(control) is None:
-        question.explain(FileNotFoundError(errno.ENOENT, ""), "QUOTA_CONTROL")
+        question.check_folder("QUOTA_CONTROL")
     text, written_at = (b"", NEVER) if named == b"dovecot-count" else read_maildirsize(control)
     keeper = KEEPERS.get(named) or find_keeper(path, control, written_at)
     folders = find_folders(path, keeper.follows_links)
     question.changed = last_change(folders)
     header, entries = keeper.split_lines(text)
+    # The user's own limit comes first, and that of an old `maildirsize` last.
     if own is None and text and (keeper.has_sum or default is None):
         limits = keeper.parse_limits(header)
     elif own is None and default is None and not keeper.has_sum:
@@ -146,7 +146,7 @@ def measure_maildir(
 
 
 def is_over(total: Amount, limits: Amount, beyond: int = 0) -> bool:
-    """Say whether bytes or messages have reached their limit, or are `beyond` it by as much."""
+    """Say whether bytes or messages have reached a limit (0: none), or so many `beyond` it."""
     return any(0 < limit <= have - beyond for have, limit in zip(total, limits))
 
 
@@ -157,7 +157,7 @@ class Courier:
     """The rule of Courier's deliverquota, which maildrop, Exim and Postfix' VDA share."""
 
     has_sum = True  # `maildirsize` has a line for each delivery
-    doubts_beyond = 0  # bytes or messages over the limit from which on an old sum is doubted
+    doubts_beyond = 0  # bytes or messages: a sum so far beyond a limit is doubted where it is old
     follows_links = False  # to folders
     counts_trash = False  # the folder .Trash and messages with the flag T
     hidden = b"."  # what names begin with that are no messages
@@ -313,7 +313,8 @@ def last_change(folders: list[bytes]) -> float:
     """Return when a message last came, was read or went, in seconds since the epoch.
 
     Each of these renames a file in `new` or `cur`. Other files change without it: a refused
-    delivery, too, may have `maildirsize` written again.
+    delivery, too, may have `maildirsize` written again. Raises OSError, and Problem where the first
+    folder is no Maildir.
     """
     times = [modified(folder + part) for folder in folders for part in (b"/new", b"/cur")]
     if times[:2] == [None, None]:
@@ -383,7 +384,7 @@ logged: set[str] = set()  # what is logged once
 
 def ask_dovecot(question: Question) -> None:
     """Ask Dovecot for a user's quota. Raises Problem."""
-    import json  # only here, as what else is imported here: it would make a CGI's start longer
+    import json  # here and below: at the top, imports would make the start of all CGIs longer
 
     try:
         name = b"@".join(filter(None, [question.user, question.domain])).decode()
@@ -442,9 +443,10 @@ def post_to_doveadm(query: str, question: Question) -> bytes:
             connection.close()
     except (OSError, OverflowError, ValueError, http.client.HTTPException) as error:
         raise Problem(500, "Dovecot cannot be asked: see QUOTA_DOVEADM", repr(error)) from None
+    if response.status == 401:
+        raise Problem(500, "Dovecot refuses the key in QUOTA_DOVEADM_KEY")
     if response.status != 200:
-        why = "refuses the key" if response.status == 401 else "answers with an error"
-        raise Problem(500, f"Dovecot {why}: see QUOTA_DOVEADM_KEY", response.status)
+        raise Problem(500, f"Dovecot answers with status {response.status}", text[:200])
     return text
 
 
@@ -511,10 +513,6 @@ class Question:
         if choices and value not in choices:
             raise Problem(500, f"{name} is not one of {b', '.join(choices).decode()}", value)
         return value
-
-    def limit(self, name: str) -> int:
-        """Return a setting that is a limit, in bytes. Raises Problem."""
-        return parse_limit(name, self.setting(name))
 
     def networks(self) -> list[tuple[int, int]]:
         """Return the networks of QUOTA_ALLOW. Raises Problem."""
@@ -614,13 +612,14 @@ class Question:
         return path.replace(b"\0", b"%")
 
     def explain(self, error: OSError, name: str) -> None:
-        """Raise Problem unless the error means that there is no mailbox at the path of a setting.
-
-        Where the folder before the first placeholder does not exist, the setting is wrong.
-        """
+        """Raise Problem unless the error means that there is no mailbox at a setting's path."""
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
             detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
             raise Problem(500, f"cannot read the mailbox: {error.strerror}", detail)
+        self.check_folder(name)
+
+    def check_folder(self, name: str) -> None:
+        """Raise Problem where the folder before the first placeholder of a path does not exist."""
         fixed = self.setting(name).replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
         if not os.path.exists(fixed.rpartition(b"/")[0] or b"/"):
             raise Problem(500, f"{name} begins with a folder that does not exist: {TWICE}", fixed)
@@ -793,7 +792,7 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65537  # bytes of it: one more than http.server accepts in a line
 THREADS = 1000  # connections at a time, of two files each: the usual hard limit is 4096 or more
-PATIENCE = 5  # seconds after which a mailbox that is being measured hangs, as for the milter
+PATIENCE = 5  # seconds to measure a mailbox: then it hangs for all others who ask
 HANGS = "500 Internal Server Error", [("Content-Type", "text/plain")], b"ERROR the mailbox hangs\n"
 SLOW, KEPT = 1, 60  # seconds: an answer that took longer than the first is used for the second
 MOST_KEPT = 1000  # answers
@@ -805,8 +804,8 @@ kept: dict[str, tuple[float, Response]] = {}  # slow answers, and until when the
 def answer(request: str) -> Response:
     """Answer a request, which is a method and a query.
 
-    A mailbox whose disk hangs holds few threads: those of PATIENCE seconds. A mailbox that takes
-    longer to measure than the milter waits is known at its second question, by the kept answer.
+    A mailbox whose disk hangs holds few threads: only those that began within PATIENCE. A mailbox
+    that takes longer to measure than the milter waits is known from its second question on.
     """
     began = time.monotonic()
     until, response = kept.get(request, (0, HANGS))
@@ -935,7 +934,9 @@ def main(argv: Optional[list[str]] = None) -> int:
     wanted.add_argument("mailbox", nargs="?")
     wanted.add_argument("--serve", nargs="?", const="127.0.0.1:8025")
     options = parser.parse_args(argv)
-    return serve(options.serve) if options.serve else show(os.fsencode(options.mailbox))
+    if options.serve is None:
+        return show(os.fsencode(options.mailbox))
+    return serve(options.serve)
 
 
 if __name__ == "__main__":

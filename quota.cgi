@@ -64,8 +64,8 @@ QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than
 
 def measure(question: Question) -> None:
     """Measure the mbox file of a user. Raises Problem."""
-    own = question.own_limit()
-    question.quota = question.limit("QUOTA_LIMIT") if own is None else own
+    own, default = question.own_limit(), question.setting("QUOTA_LIMIT")
+    question.quota = parse_limit("QUOTA_LIMIT", default) if own is None else own
     question.set_grace(b"0")
     path = question.path("QUOTA_MAILBOX")
     if path is None:
@@ -129,10 +129,6 @@ class Question:
         if choices and value not in choices:
             raise Problem(500, f"{name} is not one of {b', '.join(choices).decode()}", value)
         return value
-
-    def limit(self, name: str) -> int:
-        """Return a setting that is a limit, in bytes. Raises Problem."""
-        return parse_limit(name, self.setting(name))
 
     def networks(self) -> list[tuple[int, int]]:
         """Return the networks of QUOTA_ALLOW. Raises Problem."""
@@ -232,13 +228,14 @@ class Question:
         return path.replace(b"\0", b"%")
 
     def explain(self, error: OSError, name: str) -> None:
-        """Raise Problem unless the error means that there is no mailbox at the path of a setting.
-
-        Where the folder before the first placeholder does not exist, the setting is wrong.
-        """
+        """Raise Problem unless the error means that there is no mailbox at a setting's path."""
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
             detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
             raise Problem(500, f"cannot read the mailbox: {error.strerror}", detail)
+        self.check_folder(name)
+
+    def check_folder(self, name: str) -> None:
+        """Raise Problem where the folder before the first placeholder of a path does not exist."""
         fixed = self.setting(name).replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
         if not os.path.exists(fixed.rpartition(b"/")[0] or b"/"):
             raise Problem(500, f"{name} begins with a folder that does not exist: {TWICE}", fixed)
@@ -411,7 +408,7 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65537  # bytes of it: one more than http.server accepts in a line
 THREADS = 1000  # connections at a time, of two files each: the usual hard limit is 4096 or more
-PATIENCE = 5  # seconds after which a mailbox that is being measured hangs, as for the milter
+PATIENCE = 5  # seconds to measure a mailbox: then it hangs for all others who ask
 HANGS = "500 Internal Server Error", [("Content-Type", "text/plain")], b"ERROR the mailbox hangs\n"
 SLOW, KEPT = 1, 60  # seconds: an answer that took longer than the first is used for the second
 MOST_KEPT = 1000  # answers
@@ -423,8 +420,8 @@ kept: dict[str, tuple[float, Response]] = {}  # slow answers, and until when the
 def answer(request: str) -> Response:
     """Answer a request, which is a method and a query.
 
-    A mailbox whose disk hangs holds few threads: those of PATIENCE seconds. A mailbox that takes
-    longer to measure than the milter waits is known at its second question, by the kept answer.
+    A mailbox whose disk hangs holds few threads: only those that began within PATIENCE. A mailbox
+    that takes longer to measure than the milter waits is known from its second question on.
     """
     began = time.monotonic()
     until, response = kept.get(request, (0, HANGS))
@@ -553,7 +550,9 @@ def main(argv: Optional[list[str]] = None) -> int:
     wanted.add_argument("mailbox", nargs="?")
     wanted.add_argument("--serve", nargs="?", const="127.0.0.1:8025")
     options = parser.parse_args(argv)
-    return serve(options.serve) if options.serve else show(os.fsencode(options.mailbox))
+    if options.serve is None:
+        return show(os.fsencode(options.mailbox))
+    return serve(options.serve)
 
 
 if __name__ == "__main__":
