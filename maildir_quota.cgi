@@ -563,18 +563,18 @@ class Question:
         if not path:
             return None
         text = read_users(path)
+        # A name with a colon, or alone, is a mistake that is to be seen.
+        ends = [end for end in (b" ", b":", b"\n") if end in text]
         for name in [user] if domain is None else [user + b"@" + domain, user, b"@" + domain]:
             if b" " in name or name[:1] == b"#":
                 continue  # it would find another name, or a comment
             begin = b"\n" + name.translate(FOLDED)
-            # With a colon, or alone, it is a mistake that must not go unnoticed.
-            ends = [end for end in (b" ", b"\n", b":") if end in text]
-            places = [text.find(begin + end) for end in ends]
-            place = min((place for place in places if place >= 0), default=-1)
-            if place >= 0:
-                rest = text[place + len(begin) : text.index(b"\n", place + 1)]
-                number = text.count(b"\n", 0, place) + 1
-                return parse_limit(f"QUOTA_USERS: line {number}", rest.partition(b"#")[0])
+            for end in ends:
+                place = text.find(begin + end)
+                if place >= 0:
+                    rest = text[place + len(begin) : text.index(b"\n", place + 1)]
+                    number = text.count(b"\n", 0, place) + 1
+                    return parse_limit(f"QUOTA_USERS: line {number}", rest.partition(b"#")[0])
         return None
 
     def path(self, name: str) -> Optional[bytes]:
