@@ -435,6 +435,7 @@ def post_to_doveadm(query: str, question: Question) -> bytes:
         timer = threading.Timer(DOVEADM_SECONDS, connection.sock.shutdown, [socket.SHUT_RDWR])
         timer.start()
         try:
+            # With `Connection: close` Dovecot would answer nothing at all to a wrong key.
             connection.request("POST", "/doveadm/v1", query, fields)
             response = connection.getresponse()
             text = response.read(DOVEADM_LENGTH)
