@@ -85,52 +85,52 @@ TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize that says "over" is bel
 SAME_TIME = 60  # seconds; what one delivery writes is never further apart
 LONGEST_NUMBER = 20  # digits; a longer one does not fit the servers' 64 bits
 DIGITS = b"0123456789"
-NO_LIMITS = 0, 0
 
 
-def measure(request: Request) -> Measured:
+def measure(question: Question) -> None:
     """Measure the mailbox of a user. Raises Problem."""
-    if request.setting("QUOTA_DOVEADM"):
-        return ask_dovecot(request)
-    limit, text = request.own_limit(), request.setting("QUOTA_LIMIT")
-    own = None if limit is None else (limit, 0)
-    default = (parse_limit("QUOTA_LIMIT", text), 0) if text else None
-    quota, _ = own or default or NO_LIMITS
-    grace = request.grace(quota, b"0")
-    path = control = request.path("QUOTA_MAILDIR")
-    if request.setting("QUOTA_CONTROL"):
-        control = request.path("QUOTA_CONTROL")
+    if question.setting("QUOTA_DOVEADM"):
+        ask_dovecot(question)
+        return
+    own, text = question.own_limit(), question.setting("QUOTA_LIMIT")
+    default = parse_limit("QUOTA_LIMIT", text) if text else None
+    question.quota = own if own is not None else default or 0
+    question.set_grace(b"0")
+    path = control = question.path("QUOTA_MAILDIR")
+    if question.setting("QUOTA_CONTROL"):
+        control = question.path("QUOTA_CONTROL")
     if path is None or control is None:
-        return Measured(b"UNKNOWN", 0, quota, grace)
+        return
     try:
-        return measure_maildir(path, control, own, default, request)
+        measure_maildir(path, control, own, default, question)
     except OSError as error:
-        request.check_missing(error, "QUOTA_MAILDIR")
-        return Measured(request.missing, 0, quota, grace)
+        question.explain(error, "QUOTA_MAILDIR")
 
 
 def measure_maildir(
-    path: bytes, control: bytes, own: Optional[Amount], default: Optional[Amount], request: Request
-) -> Measured:
+    path: bytes, control: bytes, own: Optional[int], default: Optional[int], question: Question
+) -> None:
     """Measure the Maildir at `path`, whose `maildirsize` is in the folder `control`.
 
-    `own` and `default` are the limits of QUOTA_USERS and QUOTA_LIMIT. Raises Problem, and OSError
-    where there is no Maildir or it cannot be read.
+    `own` and `default` are the limits of QUOTA_USERS and QUOTA_LIMIT in bytes. Raises Problem, and
+    OSError where there is no Maildir or it cannot be read.
     """
-    named = request.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
-    trash = request.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
+    named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
+    trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
     if modified(control) is None:
-        request.check_folder("QUOTA_CONTROL")
+        question.check_folder("QUOTA_CONTROL")
     text, written_at = (b"", NEVER) if named == b"dovecot-count" else read_maildirsize(control)
     keeper = KEEPERS.get(named) or find_keeper(path, control, written_at)
     folders = find_folders(path, keeper.follows_links)
-    changed = last_change(folders)
+    question.changed = last_change(folders)
     header, entries = keeper.split_lines(text)
-    written = keeper.parse_limits(header) if text else None
-    limits = own or (written or default if keeper.has_sum else default or written)
-    if not limits and not keeper.has_sum:
+    # The user's own limit comes first, and that of an old `maildirsize` last.
+    if own is None and text and (keeper.has_sum or default is None):
+        limits = keeper.parse_limits(header)
+    elif own is None and default is None and not keeper.has_sum:
         raise Problem(500, "only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
-    limits = limits or NO_LIMITS
+    else:
+        limits = question.quota, 0
     total = None
     if keeper.has_sum and 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text:
         total = add_up(entries)
@@ -140,12 +140,13 @@ def measure_maildir(
         total = count(folders, keeper, skip_trash)
         if is_over(total, limits):
             total = count(folders, keeper, skip_trash, once=True)
-    status = b"OVERQUOTA" if is_over(total, limits) else b"OK"
-    return Measured(status, total[0], limits[0], request.grace(limits[0], keeper.grace), changed)
+    question.status = b"OVERQUOTA" if is_over(total, limits) else b"OK"
+    question.used, question.quota = total[0], limits[0]
+    question.set_grace(keeper.grace)
 
 
 def is_over(total: Amount, limits: Amount, beyond: int = 0) -> bool:
-    """Say whether bytes or messages have reached their limit, or are `beyond` it by as much."""
+    """Say whether bytes or messages have reached a limit (0: none), or so many `beyond` it."""
     return any(0 < limit <= have - beyond for have, limit in zip(total, limits))
 
 
@@ -156,10 +157,9 @@ class Courier:
     """The rule of Courier's deliverquota, which maildrop, Exim and Postfix' VDA share."""
 
     has_sum = True  # `maildirsize` has a line for each delivery
-    doubts_beyond = 0  # bytes or messages over the limit from which on an old sum is doubted
+    doubts_beyond = 0  # bytes or messages: a sum so far beyond a limit is doubted where it is old
     follows_links = False  # to folders
-    counts_trash = False  # the folder .Trash
-    flags_trash = True  # a message with the flag T is trash, too
+    counts_trash = False  # the folder .Trash and messages with the flag T
     hidden = b"."  # what names begin with that are no messages
     size_field = b",S="  # where in its name a message's size is
     grace = b"0"  # by default
@@ -187,7 +187,6 @@ class Dovecot(Courier):
     doubts_beyond = 1
     follows_links = True
     counts_trash = True
-    flags_trash = False
     hidden = b".."
     grace = b"10%"
 
@@ -314,7 +313,8 @@ def last_change(folders: list[bytes]) -> float:
     """Return when a message last came, was read or went, in seconds since the epoch.
 
     Each of these renames a file in `new` or `cur`. Other files change without it: a refused
-    delivery, too, may have `maildirsize` written again.
+    delivery, too, may have `maildirsize` written again. Raises OSError, and Problem where the first
+    folder is no Maildir.
     """
     times = [modified(folder + part) for folder in folders for part in (b"/new", b"/cur")]
     if times[:2] == [None, None]:
@@ -344,7 +344,7 @@ def count(folders: list[bytes], keeper: Courier, skip_trash: bool, once: bool = 
     that is renamed meanwhile (moved to `cur`, marked as read) may be seen under both names. With
     `once`, files of one unique name in a folder count once, which takes more memory.
     """
-    skip_flagged = skip_trash and keeper.flags_trash
+    skip_flagged = skip_trash and not keeper.counts_trash
     size = messages = 0
     for folder in folders:
         if skip_trash and folder == folders[0] + b"/.Trash":
@@ -382,49 +382,51 @@ def size_of(entry: os.DirEntry[bytes], field: bytes) -> int:
 logged: set[str] = set()  # what is logged once
 
 
-def ask_dovecot(request: Request) -> Measured:
+def ask_dovecot(question: Question) -> None:
     """Ask Dovecot for a user's quota. Raises Problem."""
-    import json  # only here, as what else is imported here: it would make a CGI's start longer
+    import json  # here and below: at the top, imports would make the start of all CGIs longer
 
     try:
-        name = b"@".join(filter(None, [request.user, request.domain])).decode()
+        name = b"@".join(filter(None, [question.user, question.domain])).decode()
     except UnicodeDecodeError:
         raise Problem(400, "Dovecot has no names that are not UTF-8") from None
-    text = post_to_doveadm(json.dumps([["quotaGet", {"user": name}, "q"]]), request)
-    status, figures = b"OK", []
+    text = post_to_doveadm(json.dumps([["quotaGet", {"user": name}, "q"]]), question)
     try:
         [[kind, rows, _]] = json.loads(text)
         if kind == "error" and rows["exitCode"] == 67:  # EX_NOUSER
-            return Measured(b"UNKNOWN", 0, 0, 0)
+            question.status = b"UNKNOWN"
+            return
         if kind != "doveadmResponse":
             raise ValueError
+        question.status, figures = b"OK", []
         for row in rows:
             value = parse_digits(row["value"])
             limit = 0 if row["limit"] == "-" else parse_digits(row["limit"])
             if 0 < limit <= value:
-                status = b"OVERQUOTA"
+                question.status = b"OVERQUOTA"
             if row["type"] == "STORAGE":  # in kilobytes
                 room = limit - value if limit else float("inf")
                 figures.append((room, value << 10, limit << 10))
-        _, used, quota = min(figures)  # of several roots the one with the least room
+        # Of several roots the one with the least room counts.
+        _, question.used, question.quota = min(figures)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         raise Problem(500, "Dovecot does not tell this quota", text[:200]) from None
-    return Measured(status, used, quota, request.grace(quota, b"10%"))
+    question.set_grace(b"10%")
 
 
-def post_to_doveadm(query: str, request: Request) -> bytes:
+def post_to_doveadm(query: str, question: Question) -> bytes:
     """Return what Dovecot's doveadm service answers to a query. Raises Problem."""
     import base64
     import http.client
     import socket
     import threading
 
-    url = os.fsdecode(request.setting("QUOTA_DOVEADM"))
+    url = os.fsdecode(question.setting("QUOTA_DOVEADM"))
     host = url.removeprefix("http://").removesuffix("/doveadm/v1")
     if not host or url != f"http://{host}/doveadm/v1":
         why = "QUOTA_DOVEADM is not like http://127.0.0.1:8080/doveadm/v1: no https, no other path"
         raise Problem(500, why)
-    key = base64.b64encode(read_key(request.setting("QUOTA_DOVEADM_KEY"))).decode()
+    key = base64.b64encode(read_key(question.setting("QUOTA_DOVEADM_KEY"))).decode()
     fields = {"Authorization": "X-Dovecot-API " + key, "Content-Type": "application/json"}
     try:
         connection = http.client.HTTPConnection(host, timeout=1)
@@ -433,6 +435,7 @@ def post_to_doveadm(query: str, request: Request) -> bytes:
         timer = threading.Timer(DOVEADM_SECONDS, connection.sock.shutdown, [socket.SHUT_RDWR])
         timer.start()
         try:
+            # With `Connection: close` Dovecot would answer nothing at all to a wrong key.
             connection.request("POST", "/doveadm/v1", query, fields)
             response = connection.getresponse()
             text = response.read(DOVEADM_LENGTH)
@@ -441,9 +444,10 @@ def post_to_doveadm(query: str, request: Request) -> bytes:
             connection.close()
     except (OSError, OverflowError, ValueError, http.client.HTTPException) as error:
         raise Problem(500, "Dovecot cannot be asked: see QUOTA_DOVEADM", repr(error)) from None
+    if response.status == 401:
+        raise Problem(500, "Dovecot refuses the key in QUOTA_DOVEADM_KEY")
     if response.status != 200:
-        why = "refuses the key" if response.status == 401 else "answers with an error"
-        raise Problem(500, f"Dovecot {why}: see QUOTA_DOVEADM_KEY", response.status)
+        raise Problem(500, f"Dovecot answers with status {response.status}", text[:200])
     return text
 
 
@@ -475,22 +479,11 @@ FOLDED = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\t\r", b"abcdefghijklmnopqr
 
 
 class Problem(Exception):
-    """Ends a request: HTTP status, a line for the client that names no path, a detail to log."""
+    """Ends a question: HTTP status, a line for the client that names no path, a detail to log."""
 
     def __init__(self, status: int, why: str, detail: object = "") -> None:
         super().__init__(why)
         self.status, self.detail = status, detail
-
-
-class Measured:
-    """What is known of a mailbox: its status, bytes used, quota (0: none) and grace in bytes.
-
-    `changed` is when mail last came, was read or went, in seconds since the epoch (0: not known).
-    """
-
-    def __init__(self, status: bytes, used: int, quota: int, grace: int, changed: float = 0):
-        self.status, self.used, self.quota, self.grace = status, used, quota, grace
-        self.changed = changed
 
 
 def log(text: str) -> None:
@@ -501,17 +494,16 @@ def log(text: str) -> None:
         pass  # it is closed, or a disk is full
 
 
-# ---- a request and its settings ----
+class Question:
+    """A question with its settings, and the answer as far as it is known."""
 
-
-class Request:
-    """A request as a CGI gets it (RFC 3875): its environment has the settings, too."""
-
-    def __init__(self, env: Env):
-        self.env = env
+    def __init__(self, env: Env) -> None:
+        self.env = env  # of a CGI (RFC 3875): settings stand there, too
         self.user = b""
         self.domain: Optional[bytes] = None
-        self.missing = b"OK"  # the status of a mailbox that does not exist
+        self.status = b"OK"
+        self.used = self.quota = self.grace = 0  # bytes; a quota of 0 is none
+        self.changed = 0.0  # seconds since the epoch: mail came, was read or went; 0: not known
 
     def setting(self, name: str, *choices: bytes) -> bytes:
         """Return a setting: from the environment, else the constant at the top of the file.
@@ -523,21 +515,14 @@ class Request:
             raise Problem(500, f"{name} is not one of {b', '.join(choices).decode()}", value)
         return value
 
-    def read_query(self) -> None:
-        """Read whom the query asks about. Raises Problem."""
-        fields: dict[bytes, bytes] = {}
-        for field in self.env.get(b"QUERY_STRING", b"").split(b"&"):
-            name, equals, value = field.partition(b"=")
-            if equals:
-                fields.setdefault(unquote(name), unquote(value))
-        if b"u" not in fields:
-            raise Problem(400, "no user (u=) given")
-        self.user, self.domain = fields[b"u"], fields.get(b"d")
-        check_name("user", self.user)
-        if self.domain is not None:
-            check_name("domain", self.domain)
-        if self.setting("QUOTA_UNKNOWN", b"off", b"1", b"0", b"") == b"1":
-            self.missing = b"UNKNOWN"
+    def networks(self) -> list[tuple[int, int]]:
+        """Return the networks of QUOTA_ALLOW. Raises Problem."""
+        allow = self.setting("QUOTA_ALLOW")
+        try:
+            return [parse_network(text) for text in allow.decode().replace(",", " ").split()]
+        except (OSError, ValueError):
+            why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
+            raise Problem(500, why, allow) from None
 
     def check_peer(self, peer: str) -> None:
         """Raise Problem where QUOTA_ALLOW is set and this address is not in it."""
@@ -550,22 +535,28 @@ class Request:
             if not any(number >> free == network >> free for network, free in networks):
                 raise Problem(403, "this address is not in QUOTA_ALLOW")
 
-    def networks(self) -> list[tuple[int, int]]:
-        """Return the networks of QUOTA_ALLOW. Raises Problem."""
-        allow = self.setting("QUOTA_ALLOW")
-        try:
-            return [parse_network(text) for text in allow.decode().replace(",", " ").split()]
-        except (OSError, ValueError):
-            why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
-            raise Problem(500, why, allow) from None
+    def read_query(self) -> None:
+        """Read user and domain from the query. Raises Problem."""
+        fields: dict[bytes, bytes] = {}
+        for field in self.env.get(b"QUERY_STRING", b"").split(b"&"):
+            name, equals, value = field.partition(b"=")
+            if equals:
+                fields.setdefault(unquote(name), unquote(value))
+        if b"u" not in fields:
+            raise Problem(400, "no user (u=) given")
+        self.user, self.domain = fields[b"u"], fields.get(b"d")
+        check_name("user", self.user)
+        if self.domain is not None:
+            check_name("domain", self.domain)
 
-    def grace(self, quota: int, auto: bytes) -> int:
-        """Return QUOTA_GRACE in bytes: like a limit, or `10%` of the quota. Raises Problem."""
+    def set_grace(self, auto: bytes) -> None:
+        """Set the grace by QUOTA_GRACE: a limit, a share of the quota, or auto. Raises Problem."""
         text = self.setting("QUOTA_GRACE").strip()
         text = auto if text == b"auto" else text
         if text[-1:] == b"%":
-            return quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
-        return parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
+            self.grace = self.quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
+        else:
+            self.grace = parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
 
     def own_limit(self) -> Optional[int]:
         """Look up user@domain, user or @domain in QUOTA_USERS: a limit in bytes. Raises Problem."""
@@ -573,21 +564,22 @@ class Request:
         if not path:
             return None
         text = read_users(path)
+        # A name with a colon, or alone, is a mistake that is to be seen.
+        ends = [end for end in (b" ", b":", b"\n") if end in text]
         for name in [user] if domain is None else [user + b"@" + domain, user, b"@" + domain]:
             if b" " in name or name[:1] == b"#":
                 continue  # it would find another name, or a comment
             begin = b"\n" + name.translate(FOLDED)
-            # With a colon, or alone, it is a mistake that must not go unnoticed.
-            places = [text.find(begin + end) for end in (b" ", b":", b"\n")]
-            place = min((place for place in places if place >= 0), default=-1)
-            if place >= 0:
-                rest = text[place + len(begin) : text.index(b"\n", place + 1)]
-                number = text.count(b"\n", 0, place) + 1
-                return parse_limit(f"QUOTA_USERS: line {number}", rest.partition(b"#")[0])
+            for end in ends:
+                place = text.find(begin + end)
+                if place >= 0:
+                    rest = text[place + len(begin) : text.index(b"\n", place + 1)]
+                    number = text.count(b"\n", 0, place) + 1
+                    return parse_limit(f"QUOTA_USERS: line {number}", rest.partition(b"#")[0])
         return None
 
     def path(self, name: str) -> Optional[bytes]:
-        """Put user and domain into the path that is a setting. None: there is no such user (%h).
+        """Put user and domain into the path that is a setting. None: no user has such a home (%h).
 
         Raises Problem where the path needs a domain and there is none, or is a bad setting.
         """
@@ -598,27 +590,30 @@ class Request:
         values = {b"n": self.user, b"d": self.domain, b"u": address}
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
         for part in parts:
-            text = part.lstrip(b"0123456789.")
-            letter, (skip, _, width) = text[:1], part[: len(part) - len(text)].rpartition(b".")
+            digits = part[: len(part) - len(part.lstrip(b"0123456789."))]
+            letter, text = part[len(digits) : len(digits) + 1], part[len(digits) + 1 :]
+            skip, _, width = digits.rpartition(b".")
             if letter == b"h":
                 values[letter] = home_of(self.user)
                 if values[letter] is None:
+                    self.status = b"UNKNOWN"
                     return None
             if letter not in values or b"." in skip or not skip and width[:1] == b"0":
                 why = f"{name} has a placeholder that does not exist; known are {PLACEHOLDERS}"
                 raise Problem(500, why, template)
-            value, begin, length = values[letter], int(skip or b"0"), int(width or b"0")
+            value = values[letter]
             if value is None:
                 raise Problem(400, "no domain (d=) given")
-            path += value[begin : begin + length if length else None] + text[1:]
+            begin, length = int(skip or b"0"), int(width or b"0") or len(value)
+            path += value[begin : begin + length] + text
         if not {b"n", b"u", b"h"}.intersection(part[:1] for part in parts):
             raise Problem(500, f"{name} names no user (%n, %u or %h): {TWICE}", template)
         if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):  # %1.2n of a..b
             raise Problem(400, "no mailbox has such a user")
         return path.replace(b"\0", b"%")
 
-    def check_missing(self, error: OSError, name: str) -> None:
-        """Raise Problem unless the error means that there is no mailbox at this path."""
+    def explain(self, error: OSError, name: str) -> None:
+        """Raise Problem unless the error means that there is no mailbox at a setting's path."""
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
             detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
             raise Problem(500, f"cannot read the mailbox: {error.strerror}", detail)
@@ -683,9 +678,6 @@ def parse_network(text: str) -> tuple[int, int]:
     return number | (family == AF_INET) << 128, free
 
 
-# ---- files ----
-
-
 def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
     """Return at most so many bytes of a file (-1: all), and its status. Raises OSError.
 
@@ -735,33 +727,33 @@ def home_of(user: bytes) -> Optional[bytes]:
         return None
 
 
-# ---- the answer ----
-
-
 def respond(env: Env) -> Response:
-    """Answer a request."""
-    request, fields, status = Request(env), [], 200
+    """Answer a question."""
+    question, http_status = Question(env), 200
     method = env.get(b"REQUEST_METHOD", b"GET")
+    fields = [("Content-Type", "text/plain"), ("Cache-Control", "no-store")]  # no proxy may keep it
     try:
-        request.check_peer(env.get(b"REMOTE_ADDR", b"").decode("latin-1"))
+        question.check_peer(env.get(b"REMOTE_ADDR", b"").decode("latin-1"))
         if method not in (b"GET", b"HEAD"):
-            fields = [("Allow", "GET, HEAD")]
+            fields.append(("Allow", "GET, HEAD"))
             raise Problem(405, "only GET and HEAD are answered")
-        request.read_query()
-        found = measure(request)
-        line = b"%s %s %d %d\n" % (found.status, request.user, found.used, found.quota)
-        if found.grace:
-            fields.append(("Quota-Grace", str(found.grace)))
-        if 0 < found.changed < END_OF_9999:
-            date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(found.changed))
+        question.read_query()
+        if question.setting("QUOTA_UNKNOWN", b"off", b"1", b"0", b"") == b"1":
+            question.status = b"UNKNOWN"  # unless its mailbox is found
+        measure(question)
+        figures = question.status, question.user, question.used, question.quota
+        line = b"%s %s %d %d\n" % figures
+        if question.grace:
+            fields.append(("Quota-Grace", str(question.grace)))
+        if 0 < question.changed < END_OF_9999:
+            date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(question.changed))
             fields.append(("Last-Modified", date))
     except Problem as problem:
-        status, line = problem.status, f"ERROR {problem}\n".encode()
-        if status == 500:
-            log(f"{problem}: {str(problem.detail)!a}")
-    fields += [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))]
-    fields += [("Cache-Control", "no-store")]  # no proxy may keep it
-    return f"{status} {REASONS[status]}", fields, b"" if method == b"HEAD" else line
+        http_status, line = problem.status, f"ERROR {problem}\n".encode()
+        if http_status == 500:
+            log(f"{problem}: user {question.user!a}, {str(problem.detail)!a}")
+    fields.append(("Content-Length", str(len(line))))
+    return f"{http_status} {REASONS[http_status]}", fields, b"" if method == b"HEAD" else line
 
 
 IS_CGI = b"GATEWAY_INTERFACE" in os.environb or b"REQUEST_METHOD" in os.environb
@@ -801,39 +793,39 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65537  # bytes of it: one more than http.server accepts in a line
 THREADS = 1000  # connections at a time, of two files each: the usual hard limit is 4096 or more
-PATIENCE = 5  # seconds after which a mailbox that is being measured hangs, as for the milter
+PATIENCE = 5  # seconds to measure a mailbox: then it hangs for all others who ask
 HANGS = "500 Internal Server Error", [("Content-Type", "text/plain")], b"ERROR the mailbox hangs\n"
 SLOW, KEPT = 1, 60  # seconds: an answer that took longer than the first is used for the second
 MOST_KEPT = 1000  # answers
 
-under_way: dict[str, float] = {}  # questions (method and query), and when they began
+under_way: dict[str, float] = {}  # requests (method and query), and when they began
 kept: dict[str, tuple[float, Response]] = {}  # slow answers, and until when they are used
 
 
-def ask(question: str) -> Response:
-    """Answer a question.
+def answer(request: str) -> Response:
+    """Answer a request, which is a method and a query.
 
-    A mailbox whose disk hangs holds few threads: those of PATIENCE seconds. A mailbox that takes
-    longer to measure than the milter waits is known at its second question, by the kept answer.
+    A mailbox whose disk hangs holds few threads: only those that began within PATIENCE. A mailbox
+    that takes longer to measure than the milter waits is known from its second question on.
     """
     began = time.monotonic()
-    until, response = kept.get(question, (0, HANGS))
+    until, response = kept.get(request, (0, HANGS))
     if began < until:
         return response
-    if under_way.setdefault(question, began) + PATIENCE < began:
-        log(f"the mailbox hangs: {question}")
+    if under_way.setdefault(request, began) + PATIENCE < began:
+        log(f"the mailbox hangs: {request}")
         return HANGS
-    method, _, query = question.encode().partition(b" ")
-    request = {b"REQUEST_METHOD": method, b"QUERY_STRING": query}
-    try:  # the Server has looked who asks
-        response = respond({**os.environb, **request, b"QUOTA_ALLOW": b""})
+    method, _, query = request.encode().partition(b" ")
+    env = {**os.environb, b"REQUEST_METHOD": method, b"QUERY_STRING": query}
+    try:
+        response = respond({**env, b"QUOTA_ALLOW": b""})  # the Server has looked who asks
     finally:
-        under_way.pop(question, None)
+        under_way.pop(request, None)
     ended = time.monotonic()
     if ended > began + SLOW and response[0] == "200 OK":
         if len(kept) > MOST_KEPT:
             kept.clear()
-        kept[question] = ended + KEPT, response
+        kept[request] = ended + KEPT, response
     return response
 
 
@@ -858,7 +850,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a request."""
-        status, fields, body = ask(self.command + " " + self.path.partition("?")[2])
+        status, fields, body = answer(self.command + " " + self.path.partition("?")[2])
         self.send_response_only(int(status[:3]))
         for name, value in fields:
             self.send_header(name, value)
@@ -880,7 +872,7 @@ class Server(socketserver.ThreadingTCPServer):
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Turn away strangers, and everybody while all threads are busy."""
         try:
-            Request(os.environb).check_peer(client_address[0])
+            Question(os.environb).check_peer(client_address[0])
         except Problem as problem:
             head = "HTTP/1.0 403 Forbidden\r\nContent-Type: text/plain\r\n\r\n"
             with contextlib.suppress(OSError):  # the stranger has left, or has not spoken yet
@@ -890,30 +882,46 @@ class Server(socketserver.ThreadingTCPServer):
         return threading.active_count() <= THREADS
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log an error, unless it is that the client has left."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            log(f"a request failed: {error!r}")
+        """Print an error, unless it is that the client has left."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
-def serve(where: str) -> None:
-    """Answer over HTTP at [HOST:]PORT until TERM or INT. Raises OSError, ValueError, Problem."""
-    host, _, port = where.rpartition(":")
-    host, number = host.strip("[]") or "127.0.0.1", range(1 << 16).index(parse_digits(port))
-    found = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)
-    Server.address_family, (address, *_) = found[0][0], found[0][4]
-    is_loopback = address == "::1" or str(address).startswith("127.")
-    if not Request(os.environb).networks() and not is_loopback:
-        raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def serve(where: str) -> int:
+    """Answer over HTTP at [HOST:]PORT until TERM or INT, and return the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with Server((str(address), number), Handler) as server:
-        log("serving on {} port {}".format(*server.server_address))
-        server.serve_forever()
+    try:
+        host, _, port = where.rpartition(":")
+        host, number = host.strip("[]") or "127.0.0.1", range(1 << 16).index(parse_digits(port))
+        found = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)
+        Server.address_family, address = found[0][0], str(found[0][4][0])
+        is_loopback = address == "::1" or address.startswith("127.")
+        if not Question(os.environb).networks() and not is_loopback:
+            raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        with Server((address, number), Handler) as server:
+            log("serving on {} port {}".format(*server.server_address))
+            server.serve_forever()
+    except KeyboardInterrupt:
+        return 0
+    except (OSError, ValueError, Problem) as error:
+        log(f"--serve {where}: {error}")
+        return 1 if isinstance(error, OSError) else 2  # an address may come later
+    return 0
 
 
 # ---- the command line ----
+
+
+def show(mailbox: bytes) -> int:
+    """Print the answer about USER[@DOMAIN] and return the exit status."""
+    user, at, domain = mailbox.rpartition(b"@")
+    query = urlencode({"u": user, "d": domain} if at else {"u": domain}).encode()
+    status, _, line = respond({**os.environb, b"QUERY_STRING": query, b"QUOTA_ALLOW": b""})
+    is_error = status != "200 OK"
+    os.write(2 if is_error else 1, line)
+    return int(is_error)
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -927,26 +935,9 @@ def main(argv: Optional[list[str]] = None) -> int:
     wanted.add_argument("mailbox", nargs="?")
     wanted.add_argument("--serve", nargs="?", const="127.0.0.1:8025")
     options = parser.parse_args(argv)
-    if options.mailbox:
+    if options.serve is None:
         return show(os.fsencode(options.mailbox))
-    try:
-        serve(options.serve)
-    except KeyboardInterrupt:
-        return 0
-    except (OSError, ValueError, Problem) as error:
-        log(f"--serve {options.serve}: {error}")
-        return 1 if isinstance(error, OSError) else 2  # an address may come later
-    return 0
-
-
-def show(mailbox: bytes) -> int:
-    """Print the answer about USER[@DOMAIN] and return the exit status."""
-    user, at, domain = mailbox.rpartition(b"@")
-    query = urlencode({"u": user, "d": domain} if at else {"u": domain}).encode()
-    status, _, line = respond({**os.environb, b"QUERY_STRING": query, b"QUOTA_ALLOW": b""})
-    is_error = status != "200 OK"
-    os.write(2 if is_error else 1, line)
-    return int(is_error)
+    return serve(options.serve)
 
 
 if __name__ == "__main__":
