@@ -107,7 +107,11 @@ def open_folder(parent: Optional[str] = None) -> Iterator[pathlib.Path]:
     try:
         yield pathlib.Path(name)
     finally:
-        shutil.rmtree(name, ignore_errors=True)
+        for _ in range(50):  # a process that ends may still write
+            shutil.rmtree(name, ignore_errors=True)
+            if not os.path.exists(name):
+                break
+            time.sleep(0.1)
 
 
 def readme_block(name: str, replacements: Optional[Mapping[str, Path]] = None) -> str:
