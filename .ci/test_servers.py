@@ -1796,7 +1796,7 @@ def test_the_systemd_units_are_valid(folder):
         shutil.copy(script, folder)
     for name, lines in (
         ("quota-milter", ["User=daemon"]),
-        ("quota-backend", [row[3] for row in Serve.rows().values()]),
+        ("quota-backend", [line for _, line in Serve.ways().values()]),
     ):
         unit = readme_block(f"/etc/systemd/system/{name}.service")
         for line in lines:
