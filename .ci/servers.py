@@ -107,7 +107,11 @@ def open_folder(parent: Optional[str] = None) -> Iterator[pathlib.Path]:
     try:
         yield pathlib.Path(name)
     finally:
-        shutil.rmtree(name, ignore_errors=True)
+        for _ in range(50):  # a process that ends may still write
+            shutil.rmtree(name, ignore_errors=True)
+            if not os.path.exists(name):
+                break
+            time.sleep(0.1)
 
 
 def readme_block(name: str, replacements: Optional[Mapping[str, Path]] = None) -> str:
@@ -1336,33 +1340,44 @@ class Serve(Site):
         self.way, self.settings, self.user = way, settings or {}, user
 
     @staticmethod
-    def rows() -> dict[str, tuple[str, str, str, str]]:
-        """Return the rows of README's table: name, ignored, line of settings, line of the unit."""
-        found = re.findall(r"^\| ((.*)) \| `(QUOTA_.*)` \| `(.*)` \|$", README.read_text(), re.M)
-        return {row[0]: row for row in found}
+    def ways() -> dict[str, tuple[str, str]]:
+        """Return README's table of mailboxes: by name the line of settings and that of the unit."""
+        row = r"^\| (.*) \| `(QUOTA_.*)` \| `(.*)` \|$"
+        return {
+            name: (setting, line)
+            for name, setting, line in re.findall(row, README.read_text(), re.MULTILINE)
+        }
 
-    def serve(self) -> None:
-        _, _, setting, line = self.rows()[self.way]
+    def files(self) -> tuple[str, str]:
+        """Return README's unit and its file of settings, with the lines of the table's row."""
+        setting, line = self.ways()[self.way]
         name = line.partition("=")[0]
         unit, count = re.subn(rf"(?m)^{name}=.*", line, readme_block(BACKEND_UNIT))
         assert count == 1, f"{name} is {count} times in README's unit"
         unit = replace(unit, {LIBRARY: self.library, "192.0.2.10:8025": f"127.0.0.1:{self.port}"})
         conf = readme_block("/etc/quota-backend.conf", {"192.0.2.25": FRONTEND})
-        conf = re.sub("(?m)^QUOTA_DOVEADM=.*", setting, conf).replace(
-            "/var/mail/", f"{self.spool}/"
-        )
+        setting = setting.replace("/var/mail/", f"{self.spool}/")
+        conf = re.sub("(?m)^QUOTA_DOVEADM=.*", setting, conf)
         for pattern, instead in self.edits:
             conf, unit = re.sub(pattern, instead, conf), re.sub(pattern, instead, unit)
+        return unit, conf
+
+    def serve(self) -> None:
+        unit, conf = self.files()
         lines = [line for line in conf.splitlines() if not line.startswith("#")]
-        settings = dict(line.split("=", 1) for line in lines)
+        settings = {**os.environ, **dict(line.split("=", 1) for line in lines)}
         settings.update((name, str(value)) for name, value in self.settings.items())
         told = dict(line.split("=", 1) for line in unit.splitlines() if re.match("[A-Z].*=", line))
-        ambient = told["AmbientCapabilities"].lower().replace("cap_", "+")
-        bounding = told["CapabilityBoundingSet"].lower().replace("cap_", "+")
-        rights = [f"--inh-caps=-all,{ambient}".rstrip(","), f"--bounding-set=-all,{bounding}"]
-        rights += [f"--ambient-caps=-all,{ambient}".rstrip(","), "--no-new-privs"]
-        command = [*as_user(self.user), *rights, *told["ExecStart"].split()]
-        self.process = self.start(*command, port=self.port, env={**os.environ, **settings})
+        rights = [*as_user(self.user), "--no-new-privs"]
+        for option, name in (
+            ("--inh-caps", "AmbientCapabilities"),
+            ("--ambient-caps", "AmbientCapabilities"),
+            ("--bounding-set", "CapabilityBoundingSet"),
+        ):
+            names = told[name].lower().replace("cap_", ",+")
+            rights.append(f"{option}=-all{names}")
+        command = told["ExecStart"].split()
+        self.process = self.start(*rights, *command, port=self.port, env=settings)
 
 
 class ApacheTLS(Apache):
