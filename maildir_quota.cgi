@@ -88,59 +88,62 @@ DIGITS = b"0123456789"
 NO_LIMITS = 0, 0
 
 
-def measure(request: Request) -> Measured:
+def measure(question: Question) -> None:
     """Measure the mailbox of a user. Raises Problem."""
-    if request.setting("QUOTA_DOVEADM"):
-        return ask_dovecot(request)
-    limit, text = request.own_limit(), request.setting("QUOTA_LIMIT")
-    own = None if limit is None else (limit, 0)
-    default = (parse_limit("QUOTA_LIMIT", text), 0) if text else None
-    quota, _ = own or default or NO_LIMITS
-    grace = request.grace(quota, b"0")
-    path = control = request.path("QUOTA_MAILDIR")
-    if request.setting("QUOTA_CONTROL"):
-        control = request.path("QUOTA_CONTROL")
+    if question.setting("QUOTA_DOVEADM"):
+        ask_dovecot(question)
+        return
+    own, default = question.own_limit(), None
+    if question.setting("QUOTA_LIMIT"):
+        default = question.limit("QUOTA_LIMIT")
+    question.quota = own if own is not None else default or 0
+    question.set_grace(b"0")
+    path = control = question.path("QUOTA_MAILDIR")
+    if question.setting("QUOTA_CONTROL"):
+        control = question.path("QUOTA_CONTROL")
     if path is None or control is None:
-        return Measured(b"UNKNOWN", 0, quota, grace)
+        return
     try:
-        return measure_maildir(path, control, own, default, request)
+        measure_maildir(path, control, own, default, question)
     except OSError as error:
-        request.check_missing(error, "QUOTA_MAILDIR")
-        return Measured(request.missing, 0, quota, grace)
+        question.explain(error, "QUOTA_MAILDIR")
 
 
 def measure_maildir(
-    path: bytes, control: bytes, own: Optional[Amount], default: Optional[Amount], request: Request
-) -> Measured:
-    """Measure the Maildir at `path`, whose `maildirsize` is in `control`.
+    path: bytes, control: bytes, own: Optional[int], default: Optional[int], question: Question
+) -> None:
+    """Measure the Maildir at `path`, whose `maildirsize` is in the folder `control`.
 
-    `own` and `default` are the limits of QUOTA_USERS and QUOTA_LIMIT. Raises Problem, and OSError
-    where there is no Maildir or it cannot be read.
+    `own` and `default` are the limits of QUOTA_USERS and QUOTA_LIMIT in bytes. Raises Problem, and
+    OSError where there is no Maildir or it cannot be read.
     """
-    named = request.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
-    trash = request.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
+    named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
+    trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
     if modified(control) is None:
-        request.check_folder("QUOTA_CONTROL")
+        question.explain(FileNotFoundError(errno.ENOENT, ""), "QUOTA_CONTROL")
     text, written_at = (b"", NEVER) if named == b"dovecot-count" else read_maildirsize(control)
     keeper = KEEPERS.get(named) or find_keeper(path, control, written_at)
     folders = find_folders(path, keeper.follows_links)
-    changed = last_change(folders)
+    question.changed = last_change(folders)
     header, entries = keeper.split_lines(text)
-    written = keeper.parse_limits(header) if text else None
-    limits = own or (written or default if keeper.has_sum else default or written)
-    if not limits and not keeper.has_sum:
+    if own is None and text and (keeper.has_sum or default is None):
+        limits = keeper.parse_limits(header)
+    elif own is None and default is None and not keeper.has_sum:
         raise Problem(500, "only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
-    limits = limits or NO_LIMITS
-    is_trusted = keeper.has_sum and 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text
-    total = add_up(entries) if is_trusted else None
-    is_doubtful = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
-    if total is None or is_doubtful and is_over(total, limits, keeper.doubts_beyond):
+    else:
+        limits = question.quota, 0
+    total = None
+    if keeper.has_sum and 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text:
+        total = add_up(entries)
+    may_be_stale = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
+    if total is None or may_be_stale and is_over(total, limits, keeper.doubts_beyond):
         skip_trash = trash == b"skip" or trash == b"auto" and not keeper.counts_trash
         total = count(folders, keeper, skip_trash)
         if is_over(total, limits):
             total = count(folders, keeper, skip_trash, once=True)
-    status = b"OVERQUOTA" if is_over(total, limits) else b"OK"
-    return Measured(status, total[0], limits[0], request.grace(limits[0], keeper.grace), changed)
+    question.status = b"OVERQUOTA" if is_over(total, limits) else b"OK"
+    question.used, question.quota = total[0], limits[0]
+    question.set_grace(keeper.grace)
 
 
 def is_over(total: Amount, limits: Amount, beyond: int = 0) -> bool:
@@ -381,49 +384,51 @@ def size_of(entry: os.DirEntry[bytes], field: bytes) -> int:
 logged: set[str] = set()  # what is logged once
 
 
-def ask_dovecot(request: Request) -> Measured:
+def ask_dovecot(question: Question) -> None:
     """Ask Dovecot for a user's quota. Raises Problem."""
     import json  # only here, as what else is imported here: it would make a CGI's start longer
 
     try:
-        name = b"@".join(filter(None, [request.user, request.domain])).decode()
+        name = b"@".join(filter(None, [question.user, question.domain])).decode()
     except UnicodeDecodeError:
         raise Problem(400, "Dovecot has no names that are not UTF-8") from None
-    text = post_to_doveadm(json.dumps([["quotaGet", {"user": name}, "q"]]), request)
-    status, figures = b"OK", []
+    text = post_to_doveadm(json.dumps([["quotaGet", {"user": name}, "q"]]), question)
     try:
         [[kind, rows, _]] = json.loads(text)
         if kind == "error" and rows["exitCode"] == 67:  # EX_NOUSER
-            return Measured(b"UNKNOWN", 0, 0, 0)
+            question.status = b"UNKNOWN"
+            return
         if kind != "doveadmResponse":
             raise ValueError
+        question.status, figures = b"OK", []
         for row in rows:
             value = parse_digits(row["value"])
             limit = 0 if row["limit"] == "-" else parse_digits(row["limit"])
             if 0 < limit <= value:
-                status = b"OVERQUOTA"
+                question.status = b"OVERQUOTA"
             if row["type"] == "STORAGE":  # in kilobytes
                 room = limit - value if limit else float("inf")
                 figures.append((room, value << 10, limit << 10))
-        _, used, quota = min(figures)  # of several roots the one with the least room
+        # Of several roots the one with the least room counts.
+        _, question.used, question.quota = min(figures)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         raise Problem(500, "Dovecot does not tell this quota", text[:200]) from None
-    return Measured(status, used, quota, request.grace(quota, b"10%"))
+    question.set_grace(b"10%")
 
 
-def post_to_doveadm(query: str, request: Request) -> bytes:
+def post_to_doveadm(query: str, question: Question) -> bytes:
     """Return what Dovecot's doveadm service answers to a query. Raises Problem."""
     import base64
     import http.client
     import socket
     import threading
 
-    url = os.fsdecode(request.setting("QUOTA_DOVEADM"))
+    url = os.fsdecode(question.setting("QUOTA_DOVEADM"))
     host = url.removeprefix("http://").removesuffix("/doveadm/v1")
     if not host or url != f"http://{host}/doveadm/v1":
         why = "QUOTA_DOVEADM is not like http://127.0.0.1:8080/doveadm/v1: no https, no other path"
         raise Problem(500, why)
-    key = base64.b64encode(read_key(request.setting("QUOTA_DOVEADM_KEY"))).decode()
+    key = base64.b64encode(read_key(question.setting("QUOTA_DOVEADM_KEY"))).decode()
     fields = {"Authorization": "X-Dovecot-API " + key, "Content-Type": "application/json"}
     try:
         connection = http.client.HTTPConnection(host, timeout=1)
@@ -474,22 +479,11 @@ FOLDED = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\t\r", b"abcdefghijklmnopqr
 
 
 class Problem(Exception):
-    """Ends a request: HTTP status, a line for the client that names no path, a detail to log."""
+    """Ends a question: HTTP status, a line for the client that names no path, a detail to log."""
 
     def __init__(self, status: int, why: str, detail: object = "") -> None:
         super().__init__(why)
         self.status, self.detail = status, detail
-
-
-class Measured:
-    """What is known of a mailbox: its status, bytes used, quota (0: none) and grace in bytes.
-
-    `changed` is when mail last came, was read or went, in seconds since the epoch (0: not known).
-    """
-
-    def __init__(self, status: bytes, used: int, quota: int, grace: int, changed: float = 0):
-        self.status, self.used, self.quota, self.grace = status, used, quota, grace
-        self.changed = changed
 
 
 def log(text: str) -> None:
@@ -500,17 +494,19 @@ def log(text: str) -> None:
         pass  # it is closed, or a disk is full
 
 
-# ---- a request and its settings ----
+class Question:
+    """A question, its settings, and what is answered.
 
+    `env` is what a CGI gets (RFC 3875); settings stand in it, too.
+    """
 
-class Request:
-    """A request as a CGI gets it (RFC 3875): its environment has the settings, too."""
-
-    def __init__(self, env: Env):
+    def __init__(self, env: Env) -> None:
         self.env = env
         self.user = b""
         self.domain: Optional[bytes] = None
-        self.missing = b"OK"  # the status of a mailbox that does not exist
+        self.status = b"OK"
+        self.used = self.quota = self.grace = 0  # bytes; a quota of 0 is none
+        self.changed = 0.0  # when mail last came, was read or went, since the epoch; 0: not known
 
     def setting(self, name: str, *choices: bytes) -> bytes:
         """Return a setting: from the environment, else the constant at the top of the file.
@@ -522,21 +518,18 @@ class Request:
             raise Problem(500, f"{name} is not one of {b', '.join(choices).decode()}", value)
         return value
 
-    def read_query(self) -> None:
-        """Read whom the query asks about. Raises Problem."""
-        fields: dict[bytes, bytes] = {}
-        for field in self.env.get(b"QUERY_STRING", b"").split(b"&"):
-            name, equals, value = field.partition(b"=")
-            if equals:
-                fields.setdefault(unquote(name), unquote(value))
-        if b"u" not in fields:
-            raise Problem(400, "no user (u=) given")
-        self.user, self.domain = fields[b"u"], fields.get(b"d")
-        check_name("user", self.user)
-        if self.domain is not None:
-            check_name("domain", self.domain)
-        if self.setting("QUOTA_UNKNOWN", b"off", b"1", b"0", b"") == b"1":
-            self.missing = b"UNKNOWN"
+    def limit(self, name: str) -> int:
+        """Return a setting that is a limit, in bytes. Raises Problem."""
+        return parse_limit(name, self.setting(name))
+
+    def networks(self) -> list[tuple[int, int]]:
+        """Return the networks of QUOTA_ALLOW. Raises Problem."""
+        allow = self.setting("QUOTA_ALLOW")
+        try:
+            return [parse_network(text) for text in allow.decode().replace(",", " ").split()]
+        except (OSError, ValueError):
+            why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
+            raise Problem(500, why, allow) from None
 
     def check_peer(self, peer: str) -> None:
         """Raise Problem where QUOTA_ALLOW is set and this address is not in it."""
@@ -549,22 +542,28 @@ class Request:
             if not any(number >> free == network >> free for network, free in networks):
                 raise Problem(403, "this address is not in QUOTA_ALLOW")
 
-    def networks(self) -> list[tuple[int, int]]:
-        """Return the networks of QUOTA_ALLOW. Raises Problem."""
-        allow = self.setting("QUOTA_ALLOW")
-        try:
-            return [parse_network(text) for text in allow.decode().replace(",", " ").split()]
-        except (OSError, ValueError):
-            why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
-            raise Problem(500, why, allow) from None
+    def read_query(self) -> None:
+        """Read who is asked about. Raises Problem."""
+        fields: dict[bytes, bytes] = {}
+        for field in self.env.get(b"QUERY_STRING", b"").split(b"&"):
+            name, equals, value = field.partition(b"=")
+            if equals:
+                fields.setdefault(unquote(name), unquote(value))
+        if b"u" not in fields:
+            raise Problem(400, "no user (u=) given")
+        self.user, self.domain = fields[b"u"], fields.get(b"d")
+        check_name("user", self.user)
+        if self.domain is not None:
+            check_name("domain", self.domain)
 
-    def grace(self, quota: int, auto: bytes) -> int:
-        """Return QUOTA_GRACE in bytes: like a limit, or `10%` of the quota. Raises Problem."""
+    def set_grace(self, auto: bytes) -> None:
+        """Set the grace by QUOTA_GRACE: a limit, a share of the quota, or auto. Raises Problem."""
         text = self.setting("QUOTA_GRACE").strip()
         text = auto if text == b"auto" else text
         if text[-1:] == b"%":
-            return quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
-        return parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
+            self.grace = self.quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
+        else:
+            self.grace = parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
 
     def own_limit(self) -> Optional[int]:
         """Look up user@domain, user or @domain in QUOTA_USERS: a limit in bytes. Raises Problem."""
@@ -577,7 +576,8 @@ class Request:
                 continue  # it would find another name, or a comment
             begin = b"\n" + name.translate(FOLDED)
             # With a colon, or alone, it is a mistake that must not go unnoticed.
-            places = [text.find(begin + end) for end in (b" ", b":", b"\n")]
+            ends = [end for end in (b" ", b"\n", b":") if end in text]
+            places = [text.find(begin + end) for end in ends]
             place = min((place for place in places if place >= 0), default=-1)
             if place >= 0:
                 rest = text[place + len(begin) : text.index(b"\n", place + 1)]
@@ -602,6 +602,7 @@ class Request:
             if letter == b"h":
                 values[letter] = home_of(self.user)
                 if values[letter] is None:
+                    self.status = b"UNKNOWN"
                     return None
             if letter not in values or b"." in skip or not skip and width[:1] == b"0":
                 why = f"{name} has a placeholder that does not exist; known are {PLACEHOLDERS}"
@@ -616,15 +617,14 @@ class Request:
             raise Problem(400, "no mailbox has such a user")
         return path.replace(b"\0", b"%")
 
-    def check_missing(self, error: OSError, name: str) -> None:
-        """Raise Problem unless the error means that there is no mailbox at this path."""
+    def explain(self, error: OSError, name: str) -> None:
+        """Raise Problem unless the error means that there is no mailbox at the path of a setting.
+
+        Not even the folder before its first placeholder may be there: then the setting is wrong.
+        """
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
             detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
             raise Problem(500, f"cannot read the mailbox: {error.strerror}", detail)
-        self.check_folder(name)
-
-    def check_folder(self, name: str) -> None:
-        """Raise Problem where the folder before the first placeholder of a path does not exist."""
         fixed = self.setting(name).replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
         if not os.path.exists(fixed.rpartition(b"/")[0] or b"/"):
             raise Problem(500, f"{name} begins with a folder that does not exist: {TWICE}", fixed)
@@ -682,9 +682,6 @@ def parse_network(text: str) -> tuple[int, int]:
     return number | (family == AF_INET) << 128, free
 
 
-# ---- files ----
-
-
 def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
     """Return at most so many bytes of a file (-1: all), and its status. Raises OSError.
 
@@ -734,33 +731,33 @@ def home_of(user: bytes) -> Optional[bytes]:
         return None
 
 
-# ---- the answer ----
-
-
 def respond(env: Env) -> Response:
-    """Answer a request."""
-    request, fields, status = Request(env), [], 200
+    """Answer a question."""
+    question, http_status = Question(env), 200
     method = env.get(b"REQUEST_METHOD", b"GET")
+    fields = [("Content-Type", "text/plain"), ("Cache-Control", "no-store")]  # no proxy may keep it
     try:
-        request.check_peer(env.get(b"REMOTE_ADDR", b"").decode("latin-1"))
+        question.check_peer(env.get(b"REMOTE_ADDR", b"").decode("latin-1"))
         if method not in (b"GET", b"HEAD"):
-            fields = [("Allow", "GET, HEAD")]
+            fields.append(("Allow", "GET, HEAD"))
             raise Problem(405, "only GET and HEAD are answered")
-        request.read_query()
-        found = measure(request)
-        line = b"%s %s %d %d\n" % (found.status, request.user, found.used, found.quota)
-        if found.grace:
-            fields.append(("Quota-Grace", str(found.grace)))
-        if 0 < found.changed < END_OF_9999:
-            date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(found.changed))
+        question.read_query()
+        if question.setting("QUOTA_UNKNOWN", b"off", b"1", b"0", b"") == b"1":
+            question.status = b"UNKNOWN"  # unless its mailbox is found
+        measure(question)
+        figures = question.status, question.user, question.used, question.quota
+        line = b"%s %s %d %d\n" % figures
+        if question.grace:
+            fields.append(("Quota-Grace", str(question.grace)))
+        if 0 < question.changed < END_OF_9999:
+            date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(question.changed))
             fields.append(("Last-Modified", date))
     except Problem as problem:
-        status, line = problem.status, f"ERROR {problem}\n".encode()
-        if status == 500:
+        http_status, line = problem.status, f"ERROR {problem}\n".encode()
+        if http_status == 500:
             log(f"{problem}: {str(problem.detail)!a}")
-    fields += [("Content-Type", "text/plain"), ("Content-Length", str(len(line)))]
-    fields += [("Cache-Control", "no-store")]  # no proxy may keep it
-    return f"{status} {REASONS[status]}", fields, b"" if method == b"HEAD" else line
+    fields.append(("Content-Length", str(len(line))))
+    return f"{http_status} {REASONS[http_status]}", fields, b"" if method == b"HEAD" else line
 
 
 IS_CGI = b"GATEWAY_INTERFACE" in os.environb or b"REQUEST_METHOD" in os.environb
@@ -803,52 +800,37 @@ THREADS = 1000  # connections at a time, of two files each: the usual hard limit
 PATIENCE = 5  # seconds after which a mailbox that is being measured hangs, as for the milter
 HANGS = "500 Internal Server Error", [("Content-Type", "text/plain")], b"ERROR the mailbox hangs\n"
 SLOW, KEPT = 1, 60  # seconds: an answer that took longer than the first is used for the second
+MOST_KEPT = 1000  # answers
 
-if TYPE_CHECKING:
-    Key = tuple[str, str]  # method and query
-under_way: dict[Key, float] = {}  # questions, and when they began
-kept: dict[Key, tuple[float, Response]] = {}  # slow answers, and until when they are used
+under_way: dict[str, float] = {}  # questions (method and query), and when they began
+kept: dict[str, tuple[float, Response]] = {}  # slow answers, and until when they are used
 
 
-def ask(key: Key) -> Response:
+def ask(question: str) -> Response:
     """Answer a question.
 
     A mailbox whose disk hangs holds few threads: those of PATIENCE seconds. A mailbox that takes
     longer to measure than the milter waits is known at its second question, by the kept answer.
     """
     began = time.monotonic()
-    expires, response = kept.get(key, (0, HANGS))
-    if began < expires:
+    until, response = kept.get(question, (0, HANGS))
+    if began < until:
         return response
-    if under_way.setdefault(key, began) + PATIENCE < began:
-        log(f"the mailbox hangs: {key[1]}")
+    if under_way.setdefault(question, began) + PATIENCE < began:
+        log(f"the mailbox hangs: {question}")
         return HANGS
-    request = {b"REQUEST_METHOD": key[0].encode(), b"QUERY_STRING": key[1].encode()}
+    method, _, query = question.encode().partition(b" ")
+    request = {b"REQUEST_METHOD": method, b"QUERY_STRING": query}
     try:  # the Server has looked who asks
         response = respond({**os.environb, **request, b"QUOTA_ALLOW": b""})
     finally:
-        under_way.pop(key, None)
-    now = time.monotonic()
-    if now > began + SLOW and response[0] == "200 OK":
-        for old in [old for old, (expires, _) in list(kept.items()) if expires < now]:
-            kept.pop(old, None)
-        kept[key] = now + KEPT, response
+        under_way.pop(question, None)
+    ended = time.monotonic()
+    if ended > began + SLOW and response[0] == "200 OK":
+        if len(kept) > MOST_KEPT:
+            kept.clear()
+        kept[question] = ended + KEPT, response
     return response
-
-
-def receive(connection: socket.socket, seconds: float, most: int, *ends: bytes) -> bytes:
-    """Receive `most` bytes, or until one of `ends` or the connection's end. Raises OSError.
-
-    The seconds are for all of it: the timeout of a socket is for each piece.
-    """
-    text, deadline = b"", time.monotonic() + seconds
-    while len(text) < most and not any(end in text for end in ends):
-        connection.settimeout(max(0, deadline - time.monotonic()))
-        piece = connection.recv(most - len(text))
-        if not piece:
-            break
-        text += piece
-    return text
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -860,16 +842,19 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Receive the whole request: the base class has a time limit for each piece only."""
         super().setup()
-        ends = b"\n\r\n", b"\n\n"
-        request = receive(self.connection, REQUEST_SECONDS, REQUEST_LENGTH, *ends)
-        if len(request) < REQUEST_LENGTH and not any(end in request for end in ends):
-            request = b""  # half a request may name another mailbox
+        request, deadline = b"", time.monotonic() + REQUEST_SECONDS
+        while len(request) < REQUEST_LENGTH and b"\n\r\n" not in request and b"\n\n" not in request:
+            self.connection.settimeout(max(0, deadline - time.monotonic()))
+            piece = self.connection.recv(REQUEST_LENGTH)
+            if not piece:
+                raise ConnectionError("half a request, which may name another mailbox")
+            request += piece
         # The base class reads latin-1, in which some bytes of UTF-8 are spaces.
         self.rfile = io.BytesIO(quote(request, safe=string.punctuation + " \r\n\t").encode())
 
     def do_GET(self) -> None:
         """Answer a request."""
-        status, fields, body = ask((self.command, self.path.partition("?")[2]))
+        status, fields, body = ask(self.command + " " + self.path.partition("?")[2])
         self.send_response_only(int(status[:3]))
         for name, value in fields:
             self.send_header(name, value)
@@ -891,7 +876,7 @@ class Server(socketserver.ThreadingTCPServer):
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Turn away strangers, and everybody while all threads are busy."""
         try:
-            Request(os.environb).check_peer(client_address[0])
+            Question(os.environb).check_peer(client_address[0])
         except Problem as problem:
             head = "HTTP/1.0 403 Forbidden\r\nContent-Type: text/plain\r\n\r\n"
             with contextlib.suppress(OSError):  # the stranger has left, or has not spoken yet
@@ -901,30 +886,46 @@ class Server(socketserver.ThreadingTCPServer):
         return threading.active_count() <= THREADS
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log an error, unless it is that the client has left."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            log(f"a request failed: {error!r}")
+        """Print an error, unless it is that the client has left."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
-def serve(where: str) -> None:
-    """Answer over HTTP at [HOST:]PORT until TERM or INT. Raises OSError, ValueError, Problem."""
-    host, _, port = where.rpartition(":")
-    host, number = host.strip("[]") or "127.0.0.1", range(1 << 16).index(parse_digits(port))
-    found = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)
-    Server.address_family, (address, *_) = found[0][0], found[0][4]
-    is_loopback = address == "::1" or str(address).startswith("127.")
-    if not Request(os.environb).networks() and not is_loopback:
-        raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def serve(where: str) -> int:
+    """Answer over HTTP at [HOST:]PORT until TERM or INT, and return the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with Server((str(address), number), Handler) as server:
-        log("serving on {} port {}".format(*server.server_address))
-        server.serve_forever()
+    try:
+        host, _, port = where.rpartition(":")
+        host, number = host.strip("[]") or "127.0.0.1", range(1 << 16).index(parse_digits(port))
+        found = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)
+        Server.address_family, address = found[0][0], str(found[0][4][0])
+        is_loopback = address == "::1" or address.startswith("127.")
+        if not Question(os.environb).networks() and not is_loopback:
+            raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        with Server((address, number), Handler) as server:
+            log("serving on {} port {}".format(*server.server_address))
+            server.serve_forever()
+    except KeyboardInterrupt:
+        return 0
+    except (OSError, ValueError, Problem) as error:
+        log(f"--serve {where}: {error}")
+        return 1 if isinstance(error, OSError) else 2  # an address may come later
+    return 0
 
 
 # ---- the command line ----
+
+
+def show(mailbox: bytes) -> int:
+    """Print the answer about USER[@DOMAIN] and return the exit status."""
+    user, at, domain = mailbox.rpartition(b"@")
+    query = urlencode({"u": user, "d": domain} if at else {"u": domain}).encode()
+    status, _, line = respond({**os.environb, b"QUERY_STRING": query, b"QUOTA_ALLOW": b""})
+    is_error = status != "200 OK"
+    os.write(2 if is_error else 1, line)
+    return int(is_error)
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -938,26 +939,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     wanted.add_argument("mailbox", nargs="?")
     wanted.add_argument("--serve", nargs="?", const="127.0.0.1:8025")
     options = parser.parse_args(argv)
-    if options.mailbox:
-        return show(os.fsencode(options.mailbox))
-    try:
-        serve(options.serve)
-    except KeyboardInterrupt:
-        return 0
-    except (OSError, ValueError, Problem) as error:
-        log(f"--serve {options.serve}: {error}")
-        return 1 if isinstance(error, OSError) else 2  # an address may come later
-    return 0
-
-
-def show(mailbox: bytes) -> int:
-    """Print the answer about USER[@DOMAIN] and return the exit status."""
-    user, at, domain = mailbox.rpartition(b"@")
-    query = urlencode({"u": user, "d": domain} if at else {"u": domain}).encode()
-    status, _, line = respond({**os.environb, b"QUERY_STRING": query, b"QUOTA_ALLOW": b""})
-    is_error = status != "200 OK"
-    os.write(2 if is_error else 1, line)
-    return int(is_error)
+    return serve(options.serve) if options.serve else show(os.fsencode(options.mailbox))
 
 
 if __name__ == "__main__":
