@@ -85,7 +85,6 @@ TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize that says "over" is bel
 SAME_TIME = 60  # seconds; what one delivery writes is never further apart
 LONGEST_NUMBER = 20  # digits; a longer one does not fit the servers' 64 bits
 DIGITS = b"0123456789"
-NO_LIMITS = 0, 0
 
 
 def measure(question: Question) -> None:
@@ -93,9 +92,8 @@ def measure(question: Question) -> None:
     if question.setting("QUOTA_DOVEADM"):
         ask_dovecot(question)
         return
-    own, default = question.own_limit(), None
-    if question.setting("QUOTA_LIMIT"):
-        default = question.limit("QUOTA_LIMIT")
+    own, text = question.own_limit(), question.setting("QUOTA_LIMIT")
+    default = parse_limit("QUOTA_LIMIT", text) if text else None
     question.quota = own if own is not None else default or 0
     question.set_grace(b"0")
     path = control = question.path("QUOTA_MAILDIR")
@@ -120,12 +118,13 @@ def measure_maildir(
     named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
     trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
     if modified(control) is None:
-        question.explain(FileNotFoundError(errno.ENOENT, ""), "QUOTA_CONTROL")
+        question.check_folder("QUOTA_CONTROL")
     text, written_at = (b"", NEVER) if named == b"dovecot-count" else read_maildirsize(control)
     keeper = KEEPERS.get(named) or find_keeper(path, control, written_at)
     folders = find_folders(path, keeper.follows_links)
     question.changed = last_change(folders)
     header, entries = keeper.split_lines(text)
+    # The user's own limit comes first, and that of an old `maildirsize` last.
     if own is None and text and (keeper.has_sum or default is None):
         limits = keeper.parse_limits(header)
     elif own is None and default is None and not keeper.has_sum:
@@ -147,7 +146,7 @@ def measure_maildir(
 
 
 def is_over(total: Amount, limits: Amount, beyond: int = 0) -> bool:
-    """Say whether bytes or messages have reached their limit, or are `beyond` it by as much."""
+    """Say whether bytes or messages have reached a limit (0: none), or so many `beyond` it."""
     return any(0 < limit <= have - beyond for have, limit in zip(total, limits))
 
 
@@ -158,10 +157,9 @@ class Courier:
     """The rule of Courier's deliverquota, which maildrop, Exim and Postfix' VDA share."""
 
     has_sum = True  # `maildirsize` has a line for each delivery
-    doubts_beyond = 0  # bytes or messages over the limit from which on an old sum is doubted
+    doubts_beyond = 0  # bytes or messages: a sum so far beyond a limit is doubted where it is old
     follows_links = False  # to folders
-    counts_trash = False  # the folder .Trash
-    flags_trash = True  # a message with the flag T is trash, too
+    counts_trash = False  # the folder .Trash and messages with the flag T
     hidden = b"."  # what names begin with that are no messages
     size_field = b",S="  # where in its name a message's size is
     grace = b"0"  # by default
@@ -189,7 +187,6 @@ class Dovecot(Courier):
     doubts_beyond = 1
     follows_links = True
     counts_trash = True
-    flags_trash = False
     hidden = b".."
     grace = b"10%"
 
@@ -316,7 +313,8 @@ def last_change(folders: list[bytes]) -> float:
     """Return when a message last came, was read or went, in seconds since the epoch.
 
     Each of these renames a file in `new` or `cur`. Other files change without it: a refused
-    delivery, too, may have `maildirsize` written again.
+    delivery, too, may have `maildirsize` written again. Raises OSError, and Problem where the first
+    folder is no Maildir.
     """
     times = [modified(folder + part) for folder in folders for part in (b"/new", b"/cur")]
     if times[:2] == [None, None]:
@@ -346,7 +344,7 @@ def count(folders: list[bytes], keeper: Courier, skip_trash: bool, once: bool = 
     that is renamed meanwhile (moved to `cur`, marked as read) may be seen under both names. With
     `once`, files of one unique name in a folder count once, which takes more memory.
     """
-    skip_flagged = skip_trash and keeper.flags_trash
+    skip_flagged = skip_trash and not keeper.counts_trash
     size = messages = 0
     for folder in folders:
         if skip_trash and folder == folders[0] + b"/.Trash":
@@ -386,7 +384,7 @@ logged: set[str] = set()  # what is logged once
 
 def ask_dovecot(question: Question) -> None:
     """Ask Dovecot for a user's quota. Raises Problem."""
-    import json  # only here, as what else is imported here: it would make a CGI's start longer
+    import json  # here and below: at the top, imports would make the start of all CGIs longer
 
     try:
         name = b"@".join(filter(None, [question.user, question.domain])).decode()
@@ -437,6 +435,7 @@ def post_to_doveadm(query: str, question: Question) -> bytes:
         timer = threading.Timer(DOVEADM_SECONDS, connection.sock.shutdown, [socket.SHUT_RDWR])
         timer.start()
         try:
+            # With `Connection: close` Dovecot would answer nothing at all to a wrong key.
             connection.request("POST", "/doveadm/v1", query, fields)
             response = connection.getresponse()
             text = response.read(DOVEADM_LENGTH)
@@ -445,9 +444,10 @@ def post_to_doveadm(query: str, question: Question) -> bytes:
             connection.close()
     except (OSError, OverflowError, ValueError, http.client.HTTPException) as error:
         raise Problem(500, "Dovecot cannot be asked: see QUOTA_DOVEADM", repr(error)) from None
+    if response.status == 401:
+        raise Problem(500, "Dovecot refuses the key in QUOTA_DOVEADM_KEY")
     if response.status != 200:
-        why = "refuses the key" if response.status == 401 else "answers with an error"
-        raise Problem(500, f"Dovecot {why}: see QUOTA_DOVEADM_KEY", response.status)
+        raise Problem(500, f"Dovecot answers with status {response.status}", text[:200])
     return text
 
 
@@ -495,18 +495,15 @@ def log(text: str) -> None:
 
 
 class Question:
-    """A question, its settings, and what is answered.
-
-    `env` is what a CGI gets (RFC 3875); settings stand in it, too.
-    """
+    """A question with its settings, and the answer as far as it is known."""
 
     def __init__(self, env: Env) -> None:
-        self.env = env
+        self.env = env  # of a CGI (RFC 3875): settings stand there, too
         self.user = b""
         self.domain: Optional[bytes] = None
         self.status = b"OK"
         self.used = self.quota = self.grace = 0  # bytes; a quota of 0 is none
-        self.changed = 0.0  # when mail last came, was read or went, since the epoch; 0: not known
+        self.changed = 0.0  # seconds since the epoch: mail came, was read or went; 0: not known
 
     def setting(self, name: str, *choices: bytes) -> bytes:
         """Return a setting: from the environment, else the constant at the top of the file.
@@ -517,10 +514,6 @@ class Question:
         if choices and value not in choices:
             raise Problem(500, f"{name} is not one of {b', '.join(choices).decode()}", value)
         return value
-
-    def limit(self, name: str) -> int:
-        """Return a setting that is a limit, in bytes. Raises Problem."""
-        return parse_limit(name, self.setting(name))
 
     def networks(self) -> list[tuple[int, int]]:
         """Return the networks of QUOTA_ALLOW. Raises Problem."""
@@ -543,7 +536,7 @@ class Question:
                 raise Problem(403, "this address is not in QUOTA_ALLOW")
 
     def read_query(self) -> None:
-        """Read who is asked about. Raises Problem."""
+        """Read user and domain from the query. Raises Problem."""
         fields: dict[bytes, bytes] = {}
         for field in self.env.get(b"QUERY_STRING", b"").split(b"&"):
             name, equals, value = field.partition(b"=")
@@ -571,22 +564,22 @@ class Question:
         if not path:
             return None
         text = read_users(path)
+        # A name with a colon, or alone, is a mistake that is to be seen.
+        ends = [end for end in (b" ", b":", b"\n") if end in text]
         for name in [user] if domain is None else [user + b"@" + domain, user, b"@" + domain]:
             if b" " in name or name[:1] == b"#":
                 continue  # it would find another name, or a comment
             begin = b"\n" + name.translate(FOLDED)
-            # With a colon, or alone, it is a mistake that must not go unnoticed.
-            ends = [end for end in (b" ", b"\n", b":") if end in text]
-            places = [text.find(begin + end) for end in ends]
-            place = min((place for place in places if place >= 0), default=-1)
-            if place >= 0:
-                rest = text[place + len(begin) : text.index(b"\n", place + 1)]
-                number = text.count(b"\n", 0, place) + 1
-                return parse_limit(f"QUOTA_USERS: line {number}", rest.partition(b"#")[0])
+            for end in ends:
+                place = text.find(begin + end)
+                if place >= 0:
+                    rest = text[place + len(begin) : text.index(b"\n", place + 1)]
+                    number = text.count(b"\n", 0, place) + 1
+                    return parse_limit(f"QUOTA_USERS: line {number}", rest.partition(b"#")[0])
         return None
 
     def path(self, name: str) -> Optional[bytes]:
-        """Put user and domain into the path that is a setting. None: there is no such user (%h).
+        """Put user and domain into the path that is a setting. None: no user has such a home (%h).
 
         Raises Problem where the path needs a domain and there is none, or is a bad setting.
         """
@@ -597,8 +590,9 @@ class Question:
         values = {b"n": self.user, b"d": self.domain, b"u": address}
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
         for part in parts:
-            text = part.lstrip(b"0123456789.")
-            letter, (skip, _, width) = text[:1], part[: len(part) - len(text)].rpartition(b".")
+            digits = part[: len(part) - len(part.lstrip(b"0123456789."))]
+            letter, text = part[len(digits) : len(digits) + 1], part[len(digits) + 1 :]
+            skip, _, width = digits.rpartition(b".")
             if letter == b"h":
                 values[letter] = home_of(self.user)
                 if values[letter] is None:
@@ -607,10 +601,11 @@ class Question:
             if letter not in values or b"." in skip or not skip and width[:1] == b"0":
                 why = f"{name} has a placeholder that does not exist; known are {PLACEHOLDERS}"
                 raise Problem(500, why, template)
-            value, begin, length = values[letter], int(skip or b"0"), int(width or b"0")
+            value = values[letter]
             if value is None:
                 raise Problem(400, "no domain (d=) given")
-            path += value[begin : begin + length if length else None] + text[1:]
+            begin, length = int(skip or b"0"), int(width or b"0") or len(value)
+            path += value[begin : begin + length] + text
         if not {b"n", b"u", b"h"}.intersection(part[:1] for part in parts):
             raise Problem(500, f"{name} names no user (%n, %u or %h): {TWICE}", template)
         if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):  # %1.2n of a..b
@@ -618,13 +613,14 @@ class Question:
         return path.replace(b"\0", b"%")
 
     def explain(self, error: OSError, name: str) -> None:
-        """Raise Problem unless the error means that there is no mailbox at the path of a setting.
-
-        Not even the folder before its first placeholder may be there: then the setting is wrong.
-        """
+        """Raise Problem unless the error means that there is no mailbox at a setting's path."""
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
             detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
             raise Problem(500, f"cannot read the mailbox: {error.strerror}", detail)
+        self.check_folder(name)
+
+    def check_folder(self, name: str) -> None:
+        """Raise Problem where the folder before the first placeholder of a path does not exist."""
         fixed = self.setting(name).replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
         if not os.path.exists(fixed.rpartition(b"/")[0] or b"/"):
             raise Problem(500, f"{name} begins with a folder that does not exist: {TWICE}", fixed)
@@ -755,7 +751,7 @@ def respond(env: Env) -> Response:
     except Problem as problem:
         http_status, line = problem.status, f"ERROR {problem}\n".encode()
         if http_status == 500:
-            log(f"{problem}: {str(problem.detail)!a}")
+            log(f"{problem}: user {question.user!a}, {str(problem.detail)!a}")
     fields.append(("Content-Length", str(len(line))))
     return f"{http_status} {REASONS[http_status]}", fields, b"" if method == b"HEAD" else line
 
@@ -797,39 +793,39 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65537  # bytes of it: one more than http.server accepts in a line
 THREADS = 1000  # connections at a time, of two files each: the usual hard limit is 4096 or more
-PATIENCE = 5  # seconds after which a mailbox that is being measured hangs, as for the milter
+PATIENCE = 5  # seconds to measure a mailbox: then it hangs for all others who ask
 HANGS = "500 Internal Server Error", [("Content-Type", "text/plain")], b"ERROR the mailbox hangs\n"
 SLOW, KEPT = 1, 60  # seconds: an answer that took longer than the first is used for the second
 MOST_KEPT = 1000  # answers
 
-under_way: dict[str, float] = {}  # questions (method and query), and when they began
+under_way: dict[str, float] = {}  # requests (method and query), and when they began
 kept: dict[str, tuple[float, Response]] = {}  # slow answers, and until when they are used
 
 
-def ask(question: str) -> Response:
-    """Answer a question.
+def answer(request: str) -> Response:
+    """Answer a request, which is a method and a query.
 
-    A mailbox whose disk hangs holds few threads: those of PATIENCE seconds. A mailbox that takes
-    longer to measure than the milter waits is known at its second question, by the kept answer.
+    A mailbox whose disk hangs holds few threads: only those that began within PATIENCE. A mailbox
+    that takes longer to measure than the milter waits is known from its second question on.
     """
     began = time.monotonic()
-    until, response = kept.get(question, (0, HANGS))
+    until, response = kept.get(request, (0, HANGS))
     if began < until:
         return response
-    if under_way.setdefault(question, began) + PATIENCE < began:
-        log(f"the mailbox hangs: {question}")
+    if under_way.setdefault(request, began) + PATIENCE < began:
+        log(f"the mailbox hangs: {request}")
         return HANGS
-    method, _, query = question.encode().partition(b" ")
-    request = {b"REQUEST_METHOD": method, b"QUERY_STRING": query}
-    try:  # the Server has looked who asks
-        response = respond({**os.environb, **request, b"QUOTA_ALLOW": b""})
+    method, _, query = request.encode().partition(b" ")
+    env = {**os.environb, b"REQUEST_METHOD": method, b"QUERY_STRING": query}
+    try:
+        response = respond({**env, b"QUOTA_ALLOW": b""})  # the Server has looked who asks
     finally:
-        under_way.pop(question, None)
+        under_way.pop(request, None)
     ended = time.monotonic()
     if ended > began + SLOW and response[0] == "200 OK":
         if len(kept) > MOST_KEPT:
             kept.clear()
-        kept[question] = ended + KEPT, response
+        kept[request] = ended + KEPT, response
     return response
 
 
@@ -854,7 +850,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a request."""
-        status, fields, body = ask(self.command + " " + self.path.partition("?")[2])
+        status, fields, body = answer(self.command + " " + self.path.partition("?")[2])
         self.send_response_only(int(status[:3]))
         for name, value in fields:
             self.send_header(name, value)
@@ -939,7 +935,9 @@ def main(argv: Optional[list[str]] = None) -> int:
     wanted.add_argument("mailbox", nargs="?")
     wanted.add_argument("--serve", nargs="?", const="127.0.0.1:8025")
     options = parser.parse_args(argv)
-    return serve(options.serve) if options.serve else show(os.fsencode(options.mailbox))
+    if options.serve is None:
+        return show(os.fsencode(options.mailbox))
+    return serve(options.serve)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ ANSWERS = 50_000  # mailboxes whose answers are remembered, in some 25 MB
 PASSED_OVER = 8  # mailboxes with mail in flight, at most, in the search for one to forget
 NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
-PATIENCE = 3  # questions in a row that run out of time before a backend is left alone
+PATIENCE = 3  # mailboxes in a row that run out of time before their backend is left alone
 HEADERS = 1024  # bytes that mail servers add to a message on its way: 500 to 1,500
 STEPS = 1000  # from name to name in aliases, as Postfix's virtual_alias_recursion_limit
 TABLE_QUERIES = 8  # postmap processes at a time; each runs for some five milliseconds
@@ -207,7 +207,7 @@ class Address(NamedTuple):
     @property
     def can_exist(self) -> bool:
         """Say whether a mailbox can have this name."""
-        return self.local != "" and len(self.local) + len(self.domain) <= NAME_LENGTH
+        return self.local != "" and len(self.user) + len(self.domain) <= NAME_LENGTH
 
     def names(self) -> list[str]:
         """Give the names by which tables list this address, the most specific first."""
@@ -557,8 +557,9 @@ class Backend:
     If others wait for a turn, a question is also ended early: it has been asked for half of its
     time, and a later one was answered. The backend works then, and this mailbox hangs.
 
-    The circuit breaker: a backend that cannot be reached, or that lets three questions in a row run
-    out of time, is down. It is left alone for `retry_after` seconds. Then one question tries it.
+    The circuit breaker: a backend that cannot be reached, or that lets questions about three
+    mailboxes in a row run out of time, is down. It is left alone for `retry_after` seconds. Then
+    one question tries it.
 
     A question has ended exactly when it is no longer in `questions`.
     """
@@ -575,7 +576,7 @@ class Backend:
         self.left_alone: dict[Mailbox, float] = {}  # mailboxes that ran out of time, until when
         self.latest_answered = 0.0  # when the latest question that has an answer had begun
         self.answered_at = 0.0  # when the last answer came
-        self.timeouts = 0  # in a row
+        self.timed_out: set[Mailbox] = set()  # since the last answer
         self.is_down = False
         self.retry_at = 0.0  # when a backend that is down is asked again
 
@@ -597,6 +598,9 @@ class Backend:
         with self.lock:
             question = self.questions.get(mailbox)
             if question:
+                if not question.begun:  # another session makes it the newest again
+                    self.waiting.remove(question)
+                    self.waiting.append(question)
                 return question
             if now < self.left_alone.get(mailbox, 0):
                 raise Fault(HUNG)
@@ -692,15 +696,16 @@ class Backend:
         """Close the breaker: the backend works. The lock is held."""
         if self.is_down:
             log.warning("backend=%s state=up", self.name)
-        self.is_down, self.timeouts, self.answered_at = False, 0, now
+        self.is_down, self.answered_at = False, now
+        self.timed_out.clear()
         self.latest_answered = max(self.latest_answered, question.begun)
 
     def record_timeout(self, question: Question) -> None:
-        """Count a question that ran out of time; a few in a row open the breaker. Lock is held."""
+        """Count a question that ran out of time; a few open the breaker. The lock is held."""
         if self.answered_at < question.asked:
-            self.timeouts += 1
-            if self.is_down or self.timeouts >= PATIENCE:
-                self.record_failure(question, f"{PATIENCE} questions in a row ran out of time")
+            self.timed_out.add(question.mailbox)
+            if self.is_down or len(self.timed_out) >= PATIENCE:
+                self.record_failure(question, f"{PATIENCE} mailboxes in a row gave no answer")
 
     def record_failure(self, question: Question, why: str) -> None:
         """Open the breaker, unless there was an answer since the question. The lock is held."""
@@ -1217,7 +1222,7 @@ class Message:
         self.sender, self.is_authenticated = sender, is_authenticated
         self.counted = 0  # bytes of the body until now
         self.passed: dict[Mailbox, Decision] = {}  # of the first recipient who was let through
-        self.copies: dict[Mailbox, set[str]] = collections.defaultdict(set)  # local parts of all
+        self.copies: dict[Mailbox, set[tuple[str, str]]] = collections.defaultdict(set)
         self.others_passed = False  # a recipient who was not asked about, or could not be
 
     @property
@@ -1231,7 +1236,8 @@ class Message:
         if decision.target:
             mailbox = decision.target.mailbox
             self.passed.setdefault(mailbox, decision)
-            self.copies[mailbox].add(decision.target.local)  # john and john+a are two copies
+            # john, john+a and an alias of john are three copies: the MTA sees three addresses.
+            self.copies[mailbox].add(decision.address.key)
 
     def wants_body(self) -> bool:
         """Say whether more of the body can matter.
@@ -1313,7 +1319,7 @@ class Policy:
             if route.target and route.mailboxes:
                 target = route.target
                 finding = route.mailboxes.find(target.mailbox, deadline)
-                copies = message.copies[target.mailbox] | {target.local}
+                copies = message.copies[target.mailbox] | {address.key}
                 verdict = self.judge(finding, message.size, len(copies))
         except Fault as fault:  # a table
             verdict, finding = "fault", Finding(fault=str(fault))
@@ -1358,9 +1364,13 @@ class Policy:
         return "inactive" if self.is_inactive(finding, answer) else "overquota"
 
     def is_inactive(self, finding: Finding, answer: Answer) -> bool:
-        """Say whether nothing has changed a full mailbox for --inactive-after days."""
+        """Say whether a mailbox is full, and nothing has changed it for --inactive-after days.
+
+        A mailbox that only has too little room for this message is not meant.
+        """
         days: float = self.options.inactive_after
-        if not days or not answer.changed or finding.in_flight or finding.fault:
+        has_room = answer.status == "OK" and (answer.figure or 0) < (answer.quota or 0)
+        if not days or not answer.changed or has_room or finding.in_flight or finding.fault:
             return False
         return time.time() - answer.changed > days * DAY
 
@@ -1560,7 +1570,7 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
         return self.finish(decision, "rcpt", self.message, policy)
 
     def resolved(self, recipient: str) -> str:
-        """Give the address that the MTA will deliver to, "" if it does not tell.
+        """Give the address that the MTA will deliver to, "" if it is the given one or not known.
 
         Postfix takes john%example.com and example.com!john for john@example.com. Sendmail's
         virtusertable makes a local user of an address: a bare name, and the mailer `local`.
@@ -1571,7 +1581,8 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
                 return ""
             _, at, domain = without_brackets(recipient).rpartition("@")
             address += at + domain
-        return address
+        # Postfix folds it to lower case, which --case-sensitive does not want.
+        return "" if lower(address) == lower(without_brackets(recipient)) else address
 
     def macro(self, name: str) -> str:
         """Give a macro of the MTA, "" if it has none or one that is not UTF-8."""
@@ -1736,6 +1747,7 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Give the reason in one line, without the password of a URL."""
+        message = re.sub(r"(unrecognized arguments: [^\s=:]*).*", r"\1", message, flags=re.DOTALL)
         raise BadOptions(re.sub(r"//\S*@", "//...@", " ".join(message.split())))
 
 
@@ -1983,8 +1995,12 @@ def serve(service: Service, where: str) -> int:
 def stop(service: Service, path: str, status: int) -> None:
     """End the postmaps, remove the socket, write metrics and counters a last time."""
     # A log that nobody reads or a disk that hangs must not hold up the end.
-    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(status))
-    signal.setitimer(signal.ITIMER_REAL, STOPPING)
+    alarm = threading.Timer(STOPPING, os._exit, [status])
+    alarm.daemon = True
+    try:
+        alarm.start()
+    except RuntimeError:  # no thread is left
+        os._exit(status)
     Table.close()
     with contextlib.suppress(OSError):  # "" is no path
         os.unlink(path)
@@ -2017,6 +2033,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 if __name__ == "__main__":
     status = main()
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError, AttributeError):  # nobody reads, or it is closed
         sys.stdout.flush()
     os._exit(status)  # a name look-up that hangs must not hold up the end
