@@ -94,7 +94,7 @@ def measure(question: Question) -> None:
         return
     own, text = question.own_limit(), question.setting("QUOTA_LIMIT")
     default = parse_limit("QUOTA_LIMIT", text) if text else None
-    question.quota = own if own is not None else default or 0
+    question.quota = next(limit for limit in (own, default, 0) if limit is not None)
     question.set_grace(b"0")
     path = control = question.path("QUOTA_MAILDIR")
     if question.setting("QUOTA_CONTROL"):
@@ -135,8 +135,8 @@ def measure_maildir(
     if keeper.has_sum and 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text:
         total = add_up(entries)
     may_be_stale = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
-    if total is None or may_be_stale and is_over(total, limits, keeper.doubts_beyond):
-        skip_trash = trash == b"skip" or trash == b"auto" and not keeper.counts_trash
+    if total is None or (may_be_stale and is_over(total, limits, keeper.doubts_beyond)):
+        skip_trash = trash == b"skip" or (trash == b"auto" and not keeper.counts_trash)
         total = count(folders, keeper, skip_trash)
         if is_over(total, limits):
             total = count(folders, keeper, skip_trash, once=True)
@@ -187,7 +187,7 @@ class Dovecot(Courier):
     doubts_beyond = 1
     follows_links = True
     counts_trash = True
-    hidden = b".."
+    hidden = b".."  # one dot hides no message from this driver
     grace = b"10%"
 
     def split_lines(self, text: bytes) -> tuple[bytes, list[bytes]]:
@@ -232,7 +232,7 @@ def find_keeper(path: bytes, control: bytes, written_at: float) -> Courier:
         return KEEPERS[b"dovecot-count"]
     newer = written_at + SAME_TIME
     if uidlist is not None and uidlist > newer:
-        latest = time.time() + SAME_TIME  # what lies in the future is no time
+        latest = time.time() + SAME_TIME  # digits beyond that are no time
         for entry in list_messages(find_folders(path, True)):
             digits = entry.name[: len(entry.name) - len(entry.name.lstrip(DIGITS))]
             if newer < int(digits or b"0") < latest:
@@ -319,7 +319,7 @@ def last_change(folders: list[bytes]) -> float:
     times = [modified(folder + part) for folder in folders for part in (b"/new", b"/cur")]
     if times[:2] == [None, None]:
         raise Problem(500, "QUOTA_MAILDIR is no Maildir: it has neither cur nor new", folders[0])
-    return max(time for time in times if time is not None)
+    return max(at for at in times if at is not None)
 
 
 def list_messages(folders: list[bytes]) -> Iterator[os.DirEntry[bytes]]:
@@ -347,7 +347,7 @@ def count(folders: list[bytes], keeper: Courier, skip_trash: bool, once: bool = 
     skip_flagged = skip_trash and not keeper.counts_trash
     size = messages = 0
     for folder in folders:
-        if skip_trash and folder == folders[0] + b"/.Trash":
+        if skip_trash and folder == os.path.join(folders[0], b".Trash"):
             continue
         seen: set[bytes] = set()
         for entry in list_messages([folder]):
@@ -372,6 +372,7 @@ def size_of(entry: os.DirEntry[bytes], field: bytes) -> int:
     """
     _, given, rest = entry.name.partition(field)
     digits = rest.partition(b":")[0].partition(b",")[0]
+    # A size without digits is 0 to the servers; a virtual size that ends the name is none.
     if given and not digits.lstrip(DIGITS) and (rest or field == b",S="):
         return int(digits or b"0")
     return entry.stat().st_size
