@@ -549,8 +549,9 @@ class Backend:
 
     All sessions that want to know of one mailbox wait for one question. A question gets its turn
     in the first half of its time, or none. So each that begins has half of its time at least, and
-    one that runs out of time tells something of the backend. The newest question gets the next
-    turn: if more is asked than the backend can answer, the oldest have too little time left.
+    one that runs out of time tells something of the backend. The oldest question gets the next
+    turn. But if answers are so slow that the oldest may run out of time, the newest gets it: else,
+    under overload, every question would begin too late.
 
     When the time is over, whoever waits ends the question: its connection is shut down, and its
     thread is free. A mailbox whose question ran out of time is left alone for `retry_after`
@@ -576,6 +577,7 @@ class Backend:
         self.questions: dict[Mailbox, Question] = {}
         self.waiting: list[Question] = []  # for a turn, the newest last
         self.left_alone: dict[Mailbox, float] = {}  # mailboxes that ran out of time, until when
+        self.answer_time = 0.0  # seconds that the last answer took
         self.latest_answered = 0.0  # when the latest question that has an answer had begun
         self.answered_at = 0.0  # when the last answer came
         self.timed_out: set[Mailbox] = set()  # since the last answer
@@ -600,9 +602,6 @@ class Backend:
         with self.lock:
             question = self.questions.get(mailbox)
             if question:
-                if not question.begun:  # another session makes it the newest again
-                    self.waiting.remove(question)
-                    self.waiting.append(question)
                 return question
             if now < self.left_alone.get(mailbox, 0):
                 raise Fault(HUNG)
@@ -621,11 +620,12 @@ class Backend:
             return question
 
     def take_turn(self) -> None:
-        """Ask the newest question that waits, in a thread of the pool."""
+        """Ask a question that waits, in a thread of the pool."""
         with self.lock:
             if not self.waiting:  # the question was ended before its turn
                 return
-            question = self.waiting.pop()
+            is_late = self.waiting[0].seconds_left() < 2 * self.answer_time
+            question = self.waiting.pop(-1 if is_late else 0)
             question.begun = time.monotonic()
         fault: Optional[Fault] = None
         try:
@@ -699,6 +699,7 @@ class Backend:
         if self.is_down:
             log.warning("backend=%s state=up", self.name)
         self.is_down, self.answered_at = False, now
+        self.answer_time = now - question.begun
         self.timed_out.clear()
         self.latest_answered = max(self.latest_answered, question.begun)
 
