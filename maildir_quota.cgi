@@ -314,10 +314,11 @@ def last_change(folders: list[bytes]) -> float:
 
     Each of these renames a file in `new` or `cur`. Other files change without it: a refused
     delivery, too, may have `maildirsize` written again. Raises OSError, and Problem where the first
-    folder is no Maildir.
+    folder is no Maildir. One with `maildirsize` alone is: Dovecot was asked before the first mail.
     """
     times = [modified(folder + part) for folder in folders for part in (b"/new", b"/cur")]
-    if times[:2] == [None, None]:
+    times.append(0)
+    if times[:2] == [None, None] and modified(folders[0] + b"/maildirsize") is None:
         raise Problem(500, "QUOTA_MAILDIR is no Maildir: it has neither cur nor new", folders[0])
     return max(at for at in times if at is not None)
 

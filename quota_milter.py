@@ -1830,7 +1830,7 @@ def check(policy: Policy, addresses: list[str]) -> int:
     }
     status = 0
     if not addresses:
-        print(f"the options are good: {len(policy.backends)} backends")
+        print(f"the options are good; backends: {len(policy.backends)}")
     for address in addresses:
         decision = policy.decide(address, Message())
         verdict, finding = decision.verdict, decision.finding
@@ -1979,7 +1979,8 @@ def serve(service: Service, where: str) -> int:
     )
     libmilter.start()
     threading.Thread(target=service.keep_house, daemon=True).start()
-    log.info("listen=%s state=started version=%s", where, VERSION)
+    dry_run = " dry_run=yes" if service.policy.options.dry_run else ""
+    log.info("listen=%s state=started version=%s%s", where, VERSION, dry_run)
     caught = 0
     while libmilter.is_alive() and caught not in (signal.SIGTERM, signal.SIGINT):
         try:
