@@ -261,13 +261,6 @@ class Milter(Server):
         return str(wait_for(found, f"{text!r} in the log")[-1])
 
 
-def run_milter(*arguments: Path) -> tuple[int, str]:
-    """Run the milter with options that end at once; return its status and what it printed."""
-    command = [PYTHON, str(MILTER), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    return done.returncode, done.stdout + done.stderr
-
-
 def quota_exceeded(address: str) -> str:
     """Return the milter's reply for a full mailbox."""
     return f"452 4.2.2 Quota exceeded for {address}, try again later"
@@ -559,13 +552,8 @@ EXIM_SETTINGS = """
 dc_eximconfig_configtype='internet'
 dc_local_interfaces='127.0.0.1.{port}'
 dc_relay_domains='example.com;example.org'
-dc_other_hostnames=''
-dc_relay_nets=''
-dc_readhost=''
-dc_smarthost=''
 dc_minimaldns='false'
 dc_use_split_config='false'
-dc_hide_mailname=''
 dc_mailname_in_oh='true'
 dc_localdelivery='mail_spool'
 CFILEMODE='644'
@@ -1314,11 +1302,10 @@ class Rsyslog(Server):
     """rsyslogd with a socket of its own."""
 
     def launch(self) -> None:
-        self.config = self.write("rsyslog.conf", RSYSLOG.format(self.folder))
+        config = self.write("rsyslog.conf", RSYSLOG.format(self.folder))
         self.socket = self.folder / "log"
-        command = [need("rsyslogd", "rsyslog"), "-n", "-f", self.config, "-i", self.folder / "pid"]
-        self.process = self.start(*command)
-        self.process.wait_ready(self.socket.exists, "rsyslogd")
+        command = [need("rsyslogd", "rsyslog"), "-n", "-f", config, "-i", self.folder / "pid"]
+        self.start(*command).wait_ready(self.socket.exists, "rsyslogd")
 
     def log(self) -> str:
         """Return all lines that have come."""
