@@ -33,11 +33,11 @@ from typing import Any, NamedTuple, Optional, TypeVar, Union
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 # `as` lets others import them from here.
+import test_quota
 from test_quota import HERE as HERE
 from test_quota import MAILDIR_CGI as MAILDIR_CGI
 from test_quota import MBOX_CGI as MBOX_CGI
 from test_quota import MILTER as MILTER
-from test_quota import MilterSession
 from test_quota import answers_at as answers_at
 from test_quota import free_port as free_port
 from test_quota import wait_for as wait_for
@@ -55,10 +55,8 @@ Answer = Union[bytes, Callable[[socket.socket], None]]
 
 def need(program: str, package: str) -> str:
     """Return the path of a program, or of a file; see the module's text where it is missing."""
-    found = shutil.which(program, path=SEARCH_PATH)
-    if found is None and os.path.exists(program):
-        found = program
-    if found is None:
+    found = shutil.which(program, path=SEARCH_PATH) or os.path.exists(program) and program
+    if not found:
         missing(f"{program} is missing: apt-get install {package}")
     return str(found)
 
@@ -129,15 +127,8 @@ def run_commands(commands: str, **options: Any) -> str:
     return str(done.stdout)
 
 
-class Process:
-    """A program and its children, which end with the `with`; both its streams go to a file."""
-
-    def __init__(self, arguments: Sequence[object], log: pathlib.Path, **options: Any) -> None:
-        self.log = log
-        with open(log, "ab") as output:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-            command = [str(argument) for argument in arguments]
-            self.popen = subprocess.Popen(command, **{**streams, **options}, start_new_session=True)
+class Process(test_quota.Process):
+    """A program and its children, which end with the `with`."""
 
     def __enter__(self) -> Process:
         return self
@@ -145,28 +136,15 @@ class Process:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def output(self) -> str:
-        """Return what the program has printed until now."""
-        return self.log.read_text(errors="replace")
-
-    def wait_ready(self, condition: Callable[[], Any], what: str) -> Any:
-        """Wait for a sign of life; fail with the output where the program ends before it."""
-
-        def alive() -> Any:
-            assert self.popen.poll() is None, f"{what} ended: {self.output()}"
-            return condition()
-
-        return wait_for(alive, what, PATIENCE)
+    def wait_ready(self, condition: Callable[[], Any]) -> None:
+        wait_for(lambda: self.popen.poll() is not None or condition(), "a start", PATIENCE)
+        assert self.popen.poll() is None, self.output()
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """End the program and its children; return the program's exit status."""
-        if self.popen.poll() is None:
-            self.popen.send_signal(number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.popen.wait(10)
+        status = super().stop(number)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
-        return self.popen.wait()
+        return status
 
 
 Started = TypeVar("Started", bound="Server")
@@ -192,7 +170,6 @@ class Server(contextlib.ExitStack):
         """Start what is to be started; a subclass says what that is."""
 
     def write(self, name: str, text: str, mode: int = 0o644) -> pathlib.Path:
-        """Write a file below the folder."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -204,18 +181,18 @@ class Server(contextlib.ExitStack):
         if os.geteuid():
             missing("wants root")
         number = len(list(self.folder.glob("output-*.log")))
-        options = {"cwd": self.folder, **options}
+        options = {"cwd": self.folder, "start_new_session": True, **options}
         process = Process(arguments, self.folder / f"output-{number}.log", **options)
         self.enter_context(process)
         if port:
-            process.wait_ready(lambda: answers_at(port), f"{arguments[0]} on port {port}")
+            process.wait_ready(lambda: answers_at(port))
         return process
 
 
 # ---- The milter, and an MTA's side of its protocol ----
 
 
-class Session(MilterSession):
+class Session(test_quota.MilterSession):
     """A session that gives recipients as they are written, with their brackets."""
 
     def ask(self, recipient: Union[str, bytes], *parameters: str) -> None:
@@ -244,7 +221,7 @@ class Milter(Server):
             with socket.socket(socket.AF_UNIX if path else socket.AF_INET) as probe:
                 return probe.connect_ex(path or ("127.0.0.1", self.port)) == 0
 
-        self.process.wait_ready(listens, "the milter")
+        self.process.wait_ready(listens)
 
     def rcpt(self, recipient: Union[str, bytes], *mail_parameters: str) -> str:
         """Give one recipient of one message in a session of its own; return the reply."""
@@ -304,11 +281,9 @@ class Backend(Server):
 
     @property
     def url(self) -> str:
-        """Where it is asked."""
         return f"http://127.0.0.1:{self.port}/quota.cgi"
 
     def answer(self, line: bytes, connection: socket.socket) -> None:
-        """Answer one question."""
         self.asked.append(line)
         user = self.user_of(line)
         answer = self.answers.get(user, self.default)
@@ -413,12 +388,10 @@ class Postfix(Server):
         wait_for(lambda: answers_at(self.port), "Postfix")
 
     def command(self, what: str) -> subprocess.CompletedProcess[str]:
-        """Start, stop or reload it."""
         command = [need("postfix", "postfix"), "-c", str(self.folder / "conf"), what]
         return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
     def log(self) -> str:
-        """Return what Postfix has logged."""
         path = self.folder / "mail.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
@@ -544,7 +517,7 @@ class Sendmail(Server):
         if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
             named = []
         self.process = self.start(*named, program, "-C", cf, "-bD")
-        self.process.wait_ready(lambda: answers_at(self.port), "Sendmail")
+        self.process.wait_ready(lambda: answers_at(self.port))
 
 
 # Debian's answers to its own questions: a frontend that relays for its domains.
@@ -577,10 +550,6 @@ class Exim(Server):
         names = ["exim4-daemon-light", "exim4-base", "exim4-config"]
         files = unpack(self.folder / "files", names)
         program = files / "usr/sbin/exim4"
-        linked = subprocess.run(["ldd", program], capture_output=True, text=True)
-        for library, package in ("libidn.so", "libidn12"), ("libgnutls-dane.so", "libgnutls-dane0"):
-            if re.search(rf"{library}.* not found", linked.stdout):
-                missing(f"{library} is missing: apt-get install {package}")
         user = "Debian-exim"  # whom the package would add
         if subprocess.run(["getent", "passwd", user], capture_output=True).returncode:
             useradd = need("useradd", "passwd")
@@ -793,9 +762,11 @@ class Dovecot(Server):
         self.set_users(self.users or {})
         program = need("dovecot", "dovecot-core")
         self.process = self.start(program, "-F", "-c", self.config, port=self.policy_port)
+        address = "127.0.0.1", self.policy_port
+        connection = self.enter_context(socket.create_connection(address, PATIENCE))
+        self.policy = self.enter_context(connection.makefile("rwb"))
 
     def text(self) -> str:
-        """Return dovecot.conf."""
         users = self.folder / "users"
         everybody = self.word("everybody", MAIL_UID, self.homes)
         settings = {
@@ -833,42 +804,27 @@ class Dovecot(Server):
         path.replace(self.folder / "users")
 
     def path_of(self, user: str) -> pathlib.Path:
-        """Return where this user's Maildir is."""
         return self.homes / user / "Maildir"
 
     def log(self) -> str:
-        """Return the end of Dovecot's log."""
         path = self.folder / "log"
         return path.read_text(errors="replace")[-3000:] if path.exists() else ""
 
-    @contextlib.contextmanager
-    def policy(self) -> Iterator[Callable[[str, int], bool]]:
-        """Give a question to quota-status: are so many more bytes too much for this user?"""
-        with socket.create_connection(("127.0.0.1", self.policy_port), PATIENCE) as connection:
-            stream = connection.makefile("rwb")
-
-            def refuses(user: str, size: int = 1) -> bool:
-                stream.write(f"recipient={user}\nsize={size}\n\n".encode())
-                stream.flush()
-                action = stream.readline().strip()
-                assert stream.readline() == b"\n"
-                assert action in (b"action=DUNNO", b"action=OVER"), (user, action, self.log())
-                return action == b"action=OVER"
-
-            yield refuses
-
     def refuses(self, user: str, size: int = 1) -> bool:
         """Ask, as Postfix would, whether so many more bytes are too much for this user."""
-        with self.policy() as refuses:
-            return refuses(user, size)
+        self.policy.write(f"recipient={user}\nsize={size}\n\n".encode())
+        self.policy.flush()
+        action = self.policy.readline().strip()
+        assert self.policy.readline() == b"\n"
+        assert action in (b"action=DUNNO", b"action=OVER"), (user, action, self.log())
+        return action == b"action=OVER"
 
     def room(self, user: str, most: int) -> int:
         """Return the size of the largest message that would be accepted, by bisection."""
         fits, refused = 0, most + 1
-        with self.policy() as refuses:
-            while refused - fits > 1:
-                middle = (fits + refused) // 2
-                fits, refused = (fits, middle) if refuses(user, middle) else (middle, refused)
+        while refused - fits > 1:
+            middle = (fits + refused) // 2
+            fits, refused = (fits, middle) if self.refuses(user, middle) else (middle, refused)
         return fits
 
     def deliver(self, user: str, message: bytes) -> int:
@@ -907,13 +863,10 @@ class Database(Server):
 
     @property
     def name(self) -> str:
-        """The table, TYPE:NAME."""
         return f"{self.kind}:{self.folder}/my aliases.cf"
 
 
 class SQLite(Database):
-    """A database in a file."""
-
     kind = "sqlite"
 
     def launch(self) -> None:
@@ -923,8 +876,6 @@ class SQLite(Database):
 
 
 class MariaDB(Database):
-    """MariaDB with a socket of its own."""
-
     kind = "mysql"
 
     def launch(self) -> None:
@@ -936,7 +887,7 @@ class MariaDB(Database):
         options = [f"--datadir={folder}/data", f"--socket={folder}/socket", "--skip-networking"]
         options += [f"--pid-file={folder}/pid", "--innodb-buffer-pool-size=8M", "--no-defaults"]
         process = self.start(*as_user("mysql"), server, *options[::-1])
-        process.wait_ready((folder / "socket").exists, "MariaDB")
+        process.wait_ready((folder / "socket").exists)
         client = ["mariadb", "--no-defaults", f"--socket={folder}/socket", "--user=root"]
         grant = "CREATE DATABASE mail; USE mail; GRANT SELECT ON mail.* TO 'mta'@'localhost'"
         sql = f"{grant} IDENTIFIED BY 'secret';\n" + self.sql.replace("text)", "longtext)")
@@ -946,8 +897,6 @@ class MariaDB(Database):
 
 
 class PostgreSQL(Database):
-    """PostgreSQL with a socket of its own."""
-
     kind = "pgsql"
 
     def launch(self) -> None:
@@ -962,7 +911,7 @@ class PostgreSQL(Database):
         options = ["-D", f"{self.folder}/data", "-c", "listen_addresses=", "-c", "fsync=off"]
         options += ["-c", f"unix_socket_directories={self.folder}"]
         process = self.start(*as_user("postgres"), server, *options, cwd=self.folder)
-        process.wait_ready(lambda: "is ready to accept" in process.output(), "PostgreSQL")
+        process.wait_ready(lambda: "is ready to accept" in process.output())
         client = [str(programs / "psql"), "-q", "-h", str(self.folder), "-U", "postgres"]
         subprocess.run(client, input=self.sql.encode(), **here)
         self.table(f"hosts = unix:{self.folder}\nuser = postgres\ndbname = postgres\n")
@@ -1049,8 +998,6 @@ class Site(Server):
 
 
 class Apache(Site):
-    """Apache with mod_cgid."""
-
     replacements: Mapping[str, Path] = {}
 
     def serve(self) -> None:
@@ -1155,14 +1102,12 @@ class Lighttpd(Site):
 
 
 class Nginx(Site):
-    """nginx, and fcgiwrap behind it."""
-
     def serve(self) -> None:
         wrapper, run = need("fcgiwrap", "fcgiwrap"), self.folder / "run"
         run.mkdir()
         shutil.chown(run, "www-data", "www-data")
         fcgiwrap = self.start(*as_user("www-data"), wrapper, "-fc8", "-s", f"unix:{run}/socket")
-        fcgiwrap.wait_ready((run / "socket").exists, "fcgiwrap")
+        fcgiwrap.wait_ready((run / "socket").exists)
         edits: dict[str, Path] = {
             "listen 80 ": f"listen 127.0.0.1:{self.other_port} ",
             "listen [::]:80 default_server;": "",
@@ -1183,8 +1128,6 @@ class Nginx(Site):
 
 
 class Uwsgi(Site):
-    """uWSGI."""
-
     def serve(self) -> None:
         need("/usr/lib/uwsgi/plugins/python3_plugin.so", "uwsgi-plugin-python3")
         own = {"192.0.2.10:8025": f"127.0.0.1:{self.port}", "/var/mail/": f"{self.spool}/"}
@@ -1227,8 +1170,7 @@ class Serve(Site):
             for name, setting, line in re.findall(row, README.read_text(), re.MULTILINE)
         }
 
-    def files(self) -> tuple[str, str]:
-        """Return README's unit and its file of settings, with the lines of the table's row."""
+    def serve(self) -> None:
         setting, line = self.ways()[self.way]
         name = line.partition("=")[0]
         unit, count = re.subn(
@@ -1239,10 +1181,6 @@ class Serve(Site):
         conf = readme_block("/etc/quota-backend.conf", {"192.0.2.25": FRONTEND})
         setting = setting.replace("/var/mail/", f"{self.spool}/")
         conf = re.sub("(?m)^QUOTA_DOVEADM=.*", setting, conf)
-        return unit, conf
-
-    def serve(self) -> None:
-        unit, conf = self.files()
         lines = [line for line in conf.splitlines() if not line.startswith("#")]
         settings = {**os.environ, **dict(line.split("=", 1) for line in lines)}
         settings.update((name, str(value)) for name, value in self.settings.items())
@@ -1299,16 +1237,13 @@ template(name="all" type="string" string="%syslogfacility-text%.%syslogseverity-
 
 
 class Rsyslog(Server):
-    """rsyslogd with a socket of its own."""
-
     def launch(self) -> None:
         config = self.write("rsyslog.conf", RSYSLOG.format(self.folder))
         self.socket = self.folder / "log"
         command = [need("rsyslogd", "rsyslog"), "-n", "-f", config, "-i", self.folder / "pid"]
-        self.start(*command).wait_ready(self.socket.exists, "rsyslogd")
+        self.start(*command).wait_ready(self.socket.exists)
 
     def log(self) -> str:
-        """Return all lines that have come."""
         path = self.folder / "all.log"
         return path.read_text() if path.exists() else ""
 

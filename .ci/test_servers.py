@@ -15,6 +15,7 @@ import email.utils
 import imaplib
 import os
 import pathlib
+import pwd
 import random
 import re
 import shutil
@@ -256,9 +257,7 @@ MISSING_RIGHT = "500 ERROR cannot read the mailbox: Permission denied"
 def fill_maildirs(top: pathlib.Path) -> None:
     """Make Maildirs of two users, which nobody else may read: john has no room, mary has."""
     for user, uid, size in ("john", OTHERS[0], ROOM), ("mary", OTHERS[1], ROOM - 1):
-        for part in "new", "cur", "tmp":
-            (top / user / "Maildir" / part).mkdir(parents=True)
-        (top / user / "Maildir/cur" / f"1.M1P1.mx,S={size}:2,S").touch()
+        make_maildir(top / user / "Maildir", {f"cur/1.M1P1.mx,S={size}:2,S": 0})
         own(top / user, uid, uid)
 
 
@@ -283,20 +282,17 @@ def test_a_capability_lets_an_ordinary_user_read_the_maildirs_in_homes(folder):
     with Serve("Maildirs of one user", settings) as site:  # without it
         assert site.ask("u=john&d=example.com") == MISSING_RIGHT
         for user, uid in zip(("john", "mary"), OTHERS):  # a group that may read is enough
-            own(folder / user, uid, int(subprocess.check_output(["id", "-g", "www-data"])), 0o640)
+            own(folder / user, uid, pwd.getpwnam("www-data").pw_gid, 0o640)
         assert site.ask("u=john") == f"200 OVERQUOTA john {ROOM} {ROOM}"
         own(folder / "mary/Maildir/cur", OTHERS[1], OTHERS[1])
         assert site.ask("u=mary") == MISSING_RIGHT
 
 
 def test_the_owner_of_all_maildirs_reads_them_by_domain_and_user(folder):
-    for domain, user in ("example.com", "john"), ("example.org", "mary"):
-        fill_maildirs(folder / "homes")
-        shutil.copytree(folder / "homes" / user / "Maildir", folder / domain / "john")
-        shutil.rmtree(folder / "homes")
-    uid = int(subprocess.check_output(["id", "-u", "daemon"]))
-    for domain in "example.com", "example.org":
-        own(folder / domain, uid, uid)
+    daemon = pwd.getpwnam("daemon").pw_uid
+    for domain, size in ("example.com", ROOM), ("example.org", ROOM - 1):
+        make_maildir(folder / domain / "john", {f"cur/1.M1P1.mx,S={size}:2,S": 0})
+        own(folder / domain, daemon, daemon)
     settings = {"QUOTA_MAILDIR": f"{folder}/%d/%n", "QUOTA_LIMIT": "200M"}
     with Serve("Maildirs of one user", settings, user="daemon") as site:
         assert site.ask("u=john&d=example.com") == f"200 OVERQUOTA john {ROOM} {ROOM}"
@@ -1156,8 +1152,7 @@ def compare(
         user = f"u{number}"
         path = homes / user / "Maildir"
         make_maildir(path, *maildir)
-        for entry in path.parent, path, *path.rglob("*"):
-            os.lchown(entry, MAIL_UID, MAIL_UID)
+        own(path.parent, MAIL_UID, MAIL_UID)
         before = state_of(path)
         asked = {"QUOTA_MAILDIR": f"{homes}/%n/Maildir", **settings}
         line = ask(user, asked).line
@@ -1282,10 +1277,9 @@ def test_the_room_is_what_dovecot_says_and_what_its_lmtp_accepts(judge):
             if room:
                 assert dovecot.deliver(user, message_in(dovecot, room + 1)) == 552
                 assert dovecot.deliver(user, message_in(dovecot, room)) == 250
-            left = dovecot.room(
-                user, most
-            )  # the maildir driver without a grace has not added up all
+            left = dovecot.room(user, most)
             assert room_of(user, settings) == left
+            # The maildir driver without a grace has not added up all.
             assert left == 0 or (judge.driver, judge.grace) == ("maildir", "0")
 
 
@@ -1377,15 +1371,11 @@ def test_last_modified_is_when_a_message_came_or_was_read_or_deleted():
 
 def figures(dovecot: Dovecot, user: str) -> tuple[str, int, int]:
     """Return what `doveadm quota get -u` says of the first root: status, bytes used, limit."""
-    rows = [
-        line.split("\t")
-        for line in dovecot.doveadm("-f", "tab", "quota", "get", "-u", user).splitlines()
-    ]
-    found = {row[1]: row[2:4] for row in rows[1:3]}
-    limits = [int(limit) if limit != "-" else 0 for _, limit in found.values()]
-    over = any(limit and int(found[kind][0]) >= limit for kind, limit in zip(found, limits))
-    used = int(found["STORAGE"][0]) * 1024
-    return "OVERQUOTA" if over else "OK", used, limits[0] * 1024
+    table = dovecot.doveadm("-f", "tab", "quota", "get", "-u", user).splitlines()
+    cells = [line.split("\t")[2:4] for line in table[1:3]]  # of STORAGE and MESSAGE
+    rows = [(int(used), 0 if limit == "-" else int(limit)) for used, limit in cells]
+    over = any(limit and used >= limit for used, limit in rows)
+    return "OVERQUOTA" if over else "OK", rows[0][0] * 1024, rows[0][1] * 1024
 
 
 MAILBOX_FORMATS: dict[str, dict[str, Any]] = {
