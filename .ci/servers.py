@@ -137,6 +137,7 @@ class Process(test_quota.Process):
         self.stop()
 
     def wait_ready(self, condition: Callable[[], Any]) -> None:
+        """Wait for a sign of life, longer than others need: databases and Sendmail start slowly."""
         wait_for(lambda: self.popen.poll() is not None or condition(), "a start", PATIENCE)
         assert self.popen.poll() is None, self.output()
 
@@ -377,11 +378,9 @@ class Postfix(Server):
             (self.folder / name).mkdir()
         shutil.chown(self.folder / "data", "postfix")
         self.write("conf/main.cf", MAIN_CF.format(folder=self.folder) + self.main_cf)
-        ports = {**self.ports, "": self.port}
-        options = {**self.services, "": ""}
         smtpd = "127.0.0.1:{} inet n - y - - smtpd {}\n"
-        lines = [smtpd.format(port, options[name]) for name, port in ports.items()]
-        self.write("conf/master.cf", "".join(lines) + MASTER_CF)
+        lines = [smtpd.format(self.ports[name], self.services[name]) for name in self.services]
+        self.write("conf/master.cf", smtpd.format(self.port, "") + "".join(lines) + MASTER_CF)
         self.callback(self.command, "stop")
         done = self.command("start")
         assert done.returncode == 0, (done, self.log())
@@ -552,10 +551,8 @@ class Exim(Server):
         program = files / "usr/sbin/exim4"
         user = "Debian-exim"  # whom the package would add
         if subprocess.run(["getent", "passwd", user], capture_output=True).returncode:
-            useradd = need("useradd", "passwd")
-            subprocess.run(
-                [useradd, "--system", "--user-group", "--no-create-home", user], check=True
-            )
+            useradd = [need("useradd", "passwd"), "--system", "--user-group", "--no-create-home"]
+            subprocess.run([*useradd, user], check=True)
         for name in "spool", "log":
             (self.folder / name).mkdir()
             shutil.chown(self.folder / name, user, user)
@@ -1165,17 +1162,14 @@ class Serve(Site):
     def ways() -> dict[str, tuple[str, str]]:
         """Return README's table of mailboxes: by name the line of settings and that of the unit."""
         row = r"^\| (.*) \| `(QUOTA_.*)` \| `(.*)` \|$"
-        return {
-            name: (setting, line)
-            for name, setting, line in re.findall(row, README.read_text(), re.MULTILINE)
-        }
+        rows = re.findall(row, README.read_text(), re.MULTILINE)
+        return {name: (setting, line) for name, setting, line in rows}
 
     def serve(self) -> None:
         setting, line = self.ways()[self.way]
         name = line.partition("=")[0]
-        unit, count = re.subn(
-            rf"(?m)^{name}=.*", line, readme_block("/etc/systemd/system/quota-backend.service")
-        )
+        unit = readme_block("/etc/systemd/system/quota-backend.service")
+        unit, count = re.subn(rf"(?m)^{name}=.*", line, unit)
         assert count == 1, f"{name} is {count} times in README's unit"
         unit = replace(unit, {LIBRARY: self.library, "192.0.2.10:8025": f"127.0.0.1:{self.port}"})
         conf = readme_block("/etc/quota-backend.conf", {"192.0.2.25": FRONTEND})
@@ -1185,14 +1179,12 @@ class Serve(Site):
         settings = {**os.environ, **dict(line.split("=", 1) for line in lines)}
         settings.update((name, str(value)) for name, value in self.settings.items())
         told = dict(line.split("=", 1) for line in unit.splitlines() if re.match("[A-Z].*=", line))
-        rights = [*as_user(self.user), "--no-new-privs"]
-        for option, name in (
-            ("--inh-caps", "AmbientCapabilities"),
-            ("--ambient-caps", "AmbientCapabilities"),
-            ("--bounding-set", "CapabilityBoundingSet"),
-        ):
-            names = told[name].lower().replace("cap_", ",+")
-            rights.append(f"{option}=-all{names}")
+        ambient, bounding = (
+            told[name].lower().replace("cap_", ",+")
+            for name in ("AmbientCapabilities", "CapabilityBoundingSet")
+        )
+        rights = [*as_user(self.user), "--no-new-privs", f"--bounding-set=-all{bounding}"]
+        rights += [f"--inh-caps=-all{ambient}", f"--ambient-caps=-all{ambient}"]
         command = told["ExecStart"].split()
         self.process = self.start(*rights, *command, port=self.port, env=settings)
 
@@ -1213,11 +1205,9 @@ class ApacheTLS(Apache):
         environment = self.prepare(self.other_port, self.port)
         copy = self.folder / "apache2"
         own: dict[str, Path] = {"/etc/ssl/quota": self.folder / "ssl", "/etc/apache2": copy}
-        site = {"*:443": f"*:{self.port}", ":8025": f":{self.backend.port}", **own}
-        text = replace(
-            readme_block("/etc/apache2/sites-available/quota.conf"),
-            {"192.0.2.25": FRONTEND, **site},
-        )
+        site = {"*:443": f"*:{self.port}", ":8025": f":{self.backend.port}"}
+        block = readme_block("/etc/apache2/sites-available/quota.conf", {**own, **site})
+        text = replace(block, {"192.0.2.25": FRONTEND})
         (copy / "sites-available/quota.conf").write_text(text)
         own.update({"DNS:mail1.example.com": "IP:127.0.0.1", " -c ": " -i -c "})
         commands = readme_block("Backend: a certificate, a password, and start", own)
@@ -1292,13 +1282,12 @@ class TwoRows(Server):
         self.dovecot = self.enter_context(Dovecot(BURST_QUOTA, format=self.format))
         main_cf = BUSY_CF + BURST_BACKEND_CF.format(port=self.dovecot.lmtp_port)
         self.backend = self.enter_context(Postfix(main_cf))
-        settings = {"QUOTA_LIMIT": str(BURST_QUOTA), "QUOTA_GRACE": "0"}  # as Dovecot has them
-        settings["QUOTA_MAILDIR"] = f"{self.dovecot.homes}/%u/Maildir"
-        if self.doveadm:
-            settings = {**self.dovecot.asked, "QUOTA_GRACE": "0"}
+        maildirs = {"QUOTA_LIMIT": str(BURST_QUOTA)}
+        maildirs["QUOTA_MAILDIR"] = f"{self.dovecot.homes}/%u/Maildir"
+        settings = self.dovecot.asked if self.doveadm else maildirs
+        environment = {**os.environ, "QUOTA_GRACE": "0", **settings}  # no grace, as Dovecot has it
         port = free_port()
-        command = PYTHON, MAILDIR_CGI, "--serve", port
-        self.start(*command, port=port, env={**os.environ, **settings})
+        self.start(PYTHON, MAILDIR_CGI, "--serve", port, port=port, env=environment)
         self.url = f"http://127.0.0.1:{port}/"
 
     def frontend(self, checks: Mapping[str, str]) -> dict[str, int]:

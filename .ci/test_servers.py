@@ -154,24 +154,16 @@ SPELLINGS = (
     + SIBLINGS
 )
 FORGERIES = [  # header fields by which an address may be claimed
-    f"X-Forwarded-For: {FRONTEND}",
-    f"X-Real-IP: {FRONTEND}",
-    f"Forwarded: for={FRONTEND}",
-    f"Remote-Addr: {FRONTEND}",
-    "QUOTA-ALLOW: 0.0.0.0/0",
-    "Host: localhost",
+    *(f"{name}: {FRONTEND}" for name in ("X-Forwarded-For", "X-Real-IP", "Remote-Addr")),
+    *(f"Forwarded: for={FRONTEND}", "QUOTA-ALLOW: 0.0.0.0/0", "Host: localhost"),
 ]
 # What a block is without one of its two rules: the other one must do.
 RULES = {
     "both": [],
-    "web server": [
-        (r"\n *(SetEnv|fastcgi_param) QUOTA_ALLOW.*", ""),
-        (r', "QUOTA_ALLOW" => "[^"]*"', ""),
-    ],
+    "web server": [(r'\n *(SetEnv|fastcgi_param) QUOTA_ALLOW.*|, "QUOTA_ALLOW" => "[^"]*"', "")],
     "QUOTA_ALLOW": [
         (r"Require ip .*", "Require all granted"),
-        (r"\n *url\.access-deny.*", ""),
-        (r"\n *deny all;", ""),
+        (r"\n *(url\.access-deny.*|deny all;)", ""),
     ],
 }
 GUARDED = [(server, rule) for server in RULED for rule in RULES]
@@ -465,9 +457,9 @@ def test_a_mail_server_tells_the_sender_what_the_milter_says(front, folder):
                 site.fill("john", next(n for word, n in sizes.items() if word in event))
             recipients = [f"{user}@example.com" for user in users.split()]
             expected = [reply[mark](address) for mark, address in zip(marks, recipients)]
-            assert (
-                send(port, *recipients, parameters=[f"SIZE={size}"] if size else []) == expected
-            ), (event, users, size)
+            parameters = [f"SIZE={size}"] if size else []
+            replies = send(port, *recipients, parameters=parameters)
+            assert replies == expected, (event, users, size)
         path = pathlib.Path(mta.listen.partition("unix:")[2])
         if path.name:
             assert oct(path.stat().st_mode & 0o777) == "0o770"
@@ -540,7 +532,6 @@ def test_exim_accepts_what_it_cannot_ask_about():
 
 # ---- Postfix: names, sessions, who is asked about ----
 
-
 SPELLINGS_OF_JOHN = """john@example.com john john%example.com example.com!john (c)john@example.com
 john(c)@example.com john%example.com@example.com example.com!john@example.com john@EXAMPLE.com.
 @example.net:john@example.com "john"@example.com john+x%example.com""".split()
@@ -597,24 +588,20 @@ def test_what_an_authenticated_client_sends_is_checked_only_where_that_is_wanted
     lines = AUTHENTICATED.format("address" if dovecot_is_old() else "listen", sasl)
     options = "-o smtpd_sasl_auth_enable=yes -o smtpd_sasl_type=dovecot"
     options += f" -o smtpd_sasl_path=inet:127.0.0.1:{sasl}"
-    with Dovecot(lines=lines), postfix_and_a_port(services={"submission": options}) as mta:
-        full = [quota_exceeded("john@example.com")]
-        with Backend(FULL) as backend:
-            port = mta.server.ports["submission"]
-            with mta.milter(folder, backend.url, "--verbose") as milter:
-                assert send(port, "john@example.com", login=True) == [""]
-                assert "verdict=exempt" in milter.log("recipient=john@")
-                assert backend.asked == []
-                assert send(port, "john@example.com") == full
-            with mta.milter(folder, backend.url, "--check-authenticated"):
-                assert send(port, "john@example.com", login=True) == full
+    postfix, full = postfix_and_a_port("", {"mine": options}), [quota_exceeded("john@example.com")]
+    with Dovecot(lines=lines), postfix as mta, Backend(FULL) as backend:
+        port = mta.server.ports["mine"]
+        with mta.milter(folder, backend.url, "--verbose") as milter:
+            assert send(port, "john@example.com", login=True) == [""]
+            assert "verdict=exempt" in milter.log("recipient=john@")
+            assert backend.asked == []
+            assert send(port, "john@example.com") == full
+        with mta.milter(folder, backend.url, "--check-authenticated"):
+            assert send(port, "john@example.com", login=True) == full
 
 
 def test_what_readme_says_leaves_mail_out_does_so(folder):
-    ways = {
-        "a filter": "-o receive_override_options=no_milters",
-        "its own line": "-o smtpd_milters=",
-    }
+    ways = {"one": "-o receive_override_options=no_milters", "other": "-o smtpd_milters="}
     assert all(way in " ".join(README.read_text().split()) for way in ways.values())
     (folder / "milters.cidr").write_text(f"{STRANGER}/32 DISABLE\n")
     postfix = postfix_and_a_port(f"smtpd_milter_maps = cidr:{folder}/milters.cidr\n", ways)
@@ -671,9 +658,8 @@ def twofold(folder):
     found = [row[4][0] for row in socket.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)]
     if found == ["::1", "127.0.0.1"]:
         return "localhost", "::1", []
-    (folder / "hosts").write_text(
-        "127.0.0.9 twofold.example\n127.0.0.1 twofold.example localhost\n"
-    )
+    hosts = "127.0.0.9 twofold.example\n127.0.0.1 twofold.example localhost\n"
+    (folder / "hosts").write_text(hosts)
     command = f'mount --bind {folder}/hosts /etc/hosts && exec "$@"'
     wrapper = [need("unshare", "util-linux"), "--mount", "sh", "-c", command, "sh"]
     if subprocess.run([*wrapper, "true"], capture_output=True).returncode:
@@ -694,8 +680,7 @@ def test_an_address_that_swallows_packets_does_not_cost_the_verdict(twofold):
             client.setblocking(False)
             client.connect_ex(listener.getsockname())
         url = backend.url.replace("127.0.0.1", name)
-        milter = Milter("--backend", url, "--timeout", "4", wrapper=wrapper)
-        with milter:
+        with Milter("--backend", url, "--timeout", "4", wrapper=wrapper) as milter:
             assert milter.rcpt("<john@example.com>") == quota_exceeded("john@example.com")
 
 
@@ -1219,23 +1204,15 @@ def test_random_maildirs_get_the_verdict_of_deliverquota(folder, limit):
 # ---- Room: how much the next message may have ----
 
 
-class Judge(NamedTuple):
-    """How a Dovecot is set up, and the settings that the CGI wants for it."""
-
-    driver: str
-    grace: str
-    setting: str
-    control: bool = False
-
-
 ROOM_LIMIT = 300_000  # bytes
-JUDGES = (
-    Judge("maildir", "", "auto"),
-    Judge("maildir", "0", "0"),
-    Judge("maildir", "20%%", "20%", True),
-    Judge("count", "", "auto"),
-    Judge("count", "0", "0"),
-    Judge("count", "50K", "50K", True),
+ROOMS = (
+    # (driver, grace as Dovecot has it and as the CGI has it, whether there is a control folder)
+    ("maildir", "", "auto", False),
+    ("maildir", "0", "0", False),
+    ("maildir", "20%%", "20%", True),
+    ("count", "", "auto", False),
+    ("count", "0", "0", False),
+    ("count", "50K", "50K", True),
 )
 
 
@@ -1254,15 +1231,17 @@ def message_in(dovecot: Dovecot, size: int) -> bytes:
     return lines_of(size - header)
 
 
-@pytest.mark.parametrize("judge", JUDGES, ids=lambda judge: f"{judge.driver}-{judge.grace}")
-def test_the_room_is_what_dovecot_says_and_what_its_lmtp_accepts(judge):
-    if judge.driver == "maildir" and not dovecot_is_old():
+@pytest.mark.parametrize(("driver", "by_dovecot", "by_cgi", "control"), ROOMS)
+def test_the_room_is_what_dovecot_says_and_what_its_lmtp_accepts(
+    driver, by_dovecot, by_cgi, control
+):
+    if driver == "maildir" and not dovecot_is_old():
         return  # that driver has no settings of its own any more
-    with Dovecot(ROOM_LIMIT, judge.driver, grace=judge.grace, control=judge.control) as dovecot:
-        grace = judge.setting if dovecot.old or judge.grace else "10M"
+    with Dovecot(ROOM_LIMIT, driver, grace=by_dovecot, control=control) as dovecot:
+        grace = by_cgi if dovecot.old or by_dovecot else "10M"
         settings = {"QUOTA_LIMIT": ROOM_LIMIT, "QUOTA_GRACE": grace}
         settings["QUOTA_MAILDIR"] = f"{dovecot.homes}/%n/Maildir"
-        if judge.control:
+        if control:
             settings["QUOTA_CONTROL"] = f"{dovecot.control}/%n"
         most, rng = ROOM_LIMIT + 11 * 2**20, random.Random(f"{SEED} room")
         for user in "user0", "user1", "user2", "user3", "user4":
@@ -1272,15 +1251,15 @@ def test_the_room_is_what_dovecot_says_and_what_its_lmtp_accepts(judge):
                 assert dovecot.deliver(user, message) == 250
                 room = dovecot.room(user, most)
                 assert room_of(user, settings) == room
-            by_dovecot = room_of(user, {**dovecot.asked, "QUOTA_GRACE": grace})
-            assert room - 1024 < by_dovecot <= room  # doveadm tells kilobytes, rounded up
+            asked = room_of(user, {**dovecot.asked, "QUOTA_GRACE": grace})
+            assert room - 1024 < asked <= room  # doveadm tells kilobytes, rounded up
             if room:
                 assert dovecot.deliver(user, message_in(dovecot, room + 1)) == 552
                 assert dovecot.deliver(user, message_in(dovecot, room)) == 250
             left = dovecot.room(user, most)
             assert room_of(user, settings) == left
             # The maildir driver without a grace has not added up all.
-            assert left == 0 or (judge.driver, judge.grace) == ("maildir", "0")
+            assert left == 0 or (driver, by_dovecot) == ("maildir", "0")
 
 
 @pytest.mark.parametrize("control", [False, True])
@@ -1476,8 +1455,7 @@ def test_what_hinders_the_question_is_an_error_that_tells_nobody_the_key(folder)
             assert why in answer.line and key not in answer.line, (settings, answer)
             assert str(folder) not in answer.line and str(dovecot.folder) not in answer.line
         with Serve("Dovecot asked itself", dovecot.asked) as site:
-            full = "200 UNKNOWN jane 0 0"
-            assert site.ask("u=jane&d=example.com") == full
+            assert site.ask("u=jane&d=example.com") == "200 UNKNOWN jane 0 0"
             with Milter("--backend", site.url) as milter:
                 dovecot.process.stop()
                 assert site.ask("u=jane&d=example.com").startswith("500 ERROR ")
@@ -1605,34 +1583,29 @@ def test_the_systemd_units_are_valid(folder):
             text = text.replace("/usr/local/sbin", str(folder)).replace(LIBRARY, str(folder))
             path = folder / f"{name}.service"
             path.write_text(text)
-            done = subprocess.run(
-                [analyze, "verify", "--man=no", path], capture_output=True, text=True
-            )
+            command = [analyze, "verify", "--man=no", path]
+            done = subprocess.run(command, capture_output=True, text=True)
             assert (done.returncode, done.stderr) == (0, ""), (name, line)
 
 
 def test_the_figures_that_readmes_alarms_look_at_are_there(folder):
-    alarms = readme_block(
-        "alarms",
-        {"/run/quota-milter": folder, "/var/lib/prometheus/node-exporter": f"{folder}/seen"},
-    )
-    (folder / "seen").mkdir()
+    seen = folder / "seen"
+    seen.mkdir()
+    names: dict[str, Any] = {"/run/quota-milter": folder, "/var/lib/prometheus/node-exporter": seen}
+    alarms = readme_block("alarms", names)
     run_commands(command_of(alarms).partition(": ")[2])
-    with (
-        Backend() as backend,
-        Milter("--backend", backend.url, "--metrics", f"{folder}/quota.prom") as milter,
-    ):
+    file = f"{folder}/quota.prom"
+    with Backend() as backend, Milter("--backend", backend.url, "--metrics", file) as milter:
         assert milter.rcpt("<john@example.com>") == ""
         milter.process.stop()
-    text = (folder / "seen/quota.prom").read_text()
-    queries = [line for line in alarms.splitlines() if not line.startswith("#")]
-    names = {name for query in queries for name in re.findall(r"quota_milter_\w+", query)}
-    assert len(names) >= 2
-    for name in names:
-        assert re.search(rf"(?m)^{name}\b", text), name
-    for query in queries:
-        for label in re.findall(r'verdict=~?"([\w|]+)"', query):
-            assert all(f'verdict="{word}"' in text for word in label.split("|")), label
+    text = (seen / "quota.prom").read_text()
+    queries = "\n".join(line for line in alarms.splitlines() if not line.startswith("#"))
+    metrics = set(re.findall(r"quota_milter_\w+", queries))
+    assert len(metrics) >= 2
+    for metric in metrics:
+        assert re.search(rf"(?m)^{metric}\b", text), metric
+    for words in re.findall(r'verdict=~?"([\w|]+)"', queries):
+        assert all(f'verdict="{word}"' in text for word in words.split("|")), words
 
 
 # ---- Syslog ----
