@@ -1553,12 +1553,11 @@ def test_what_a_table_said_is_remembered_for_the_cache_ttl_or_until_hup(tables, 
 
 
 def test_table_and_backend_share_one_budget(tables, site):
-    # The table takes a third of a second twice, and the backend 3.6 of what is left of 4 seconds.
-    site.backend.default = after(3.6, FULL)
+    # The table takes 0.3 seconds twice, and the backend 1.7 of the 1.4 that are left.
+    site.backend.default = after(1.7, FULL)
     postmap = POSTMAP.replace("if kind", "time.sleep(0.3)\nif kind", 1)
     site.write("postmap", postmap.format(python=sys.executable)).chmod(0o755)
-    milter = tables.start("hash", "--timeout", "4")
-    assert milter.rcpt("sales").startswith(FAULT)
+    assert tables.start("hash", "--timeout", "2").rcpt("sales").startswith(FAULT)
 
 
 def test_hanging_postmaps_are_few_and_none_is_left_at_the_end(tables):
@@ -1680,8 +1679,6 @@ a mailbox that is filled by what is in flight gets nothing more, however small:
     john has 0; sized 99_500 -> ok; mail 0 -> full at RCPT; sized 1 -> full at RCPT
 at the quota without mail in flight its backend alone decides:
     john has 100_000; mail 0 -> ok; mail 0 -> full at RCPT
-messages of zero bytes have headers, too:
-    john has 0; mail 0 -> ok x10; mail 90_001 -> full at end; mail 84_000 -> ok
 what has ended otherwise adds nothing:
     john has 0; rset 90_000; lost 90_000; lost 90_000 SIZE=90_000;
     mail 100_001 -> large at end for john; sized 100_001 -> large at RCPT for john;
@@ -1762,9 +1759,6 @@ faults: the last known answer, and what has been accepted since:
 faults: what was accepted since counts for as long as the answer does:
     john has 0; mail 30_000 -> ok; john fails; mail 40_000 -> ok; hup; john has 0;
     mail 29_001 -> full at end
-a newer answer does not know of what is still in flight:
-    john has 0; mail 60_000 -> ok; mail 60_000 -> full at end; john fails;
-    mail 60_000 -> full at end
 an unknown mailbox has not become smaller:
     john has 50_000; mail 20_000 -> ok; john is unknown; mail 0 to john -> ok; john has 50_000;
     mail 29_001 -> full at end
@@ -1872,11 +1866,8 @@ BODIES = [
     ("john", "", LIMIT, "552 5.2.3"),
     ("grace", "", 3 * LIMIT, "552 5.2.3"),
     ("john grace", "", 3 * LIMIT, "552 5.2.3"),
-    ("unlimited", "", LIMIT, ""),
     ("unlimited", "SIZE=1000", LIMIT, ""),
-    ("postmaster", "", LIMIT, ""),
-    ("unknown", "", LIMIT, ""),
-    ("ill", "", LIMIT, ""),
+    *((user, "", LIMIT, "") for user in ("unlimited", "postmaster", "unknown", "ill")),
 ]
 
 
@@ -1994,6 +1985,7 @@ ALL_BACKENDS: list[tuple[list[Any], str, list[int]]] = [
     ([GONE, DEAD, GONE], "451", [1, 0, 1]),
     ([OOPS, GONE, GONE], "451", [1, 1, 1]),
     ([FREE, FULL, FULL], "", [1, 0, 0]),
+    ([GONE, FREE, FULL], "", [1, 1, 0]),
     ([FULL, FREE, FULL], "452", [1, 0, 0]),
     ([HANG, HANG, FULL], "452", [1, 1, 1]),
     ([DEAD, GONE, FULL], "452", [0, 1, 1]),
@@ -2629,12 +2621,15 @@ def reloading(site):
 
 def test_hup_reads_the_option_file_again(reloading, site):
     other = site.another()
-    for line, recipient, parameters, without, with_it in RELOADED:
-        text = line.format(folder=site.folder, other=other.url)
-        for more, expected in ((text, with_it), ("", without)):
-            reloading.reload(f"{reloading.base}{more}\n")
-            got = reloading.milter.rcpt(recipient, *parameters.split())
-            assert got.startswith(expected) and bool(got) == bool(expected), (line, more)
+    with reloading.milter.session() as session:
+        for line, recipient, parameters, without, with_it in RELOADED:
+            text = line.format(folder=site.folder, other=other.url)
+            for more, expected in ((text, with_it), ("", without)):
+                reloading.reload(f"{reloading.base}{more}\n")
+                session.mail(*parameters.split())
+                got = session.rcpt(recipient)
+                session.abort()
+                assert got.startswith(expected) and bool(got) == bool(expected), (line, more)
 
 
 def test_hup_changes_backends_and_limits_but_neither_socket_nor_log_nor_sessions(reloading, site):
@@ -2708,7 +2703,7 @@ def test_term_and_int_end_it_in_time_with_sessions_open_and_questions_under_way(
 
 
 def test_term_does_not_wait_behind_hups_and_many_aliases(site):
-    lines = (f"user{n}@example.com box{n}@example.com\n" for n in range(100_000))
+    lines = (f"user{n}@example.com box{n}@example.com\n" for n in range(50_000))
     milter = site.milter("--aliases", site.write("aliases", "".join(lines)))
     for _ in range(5):
         milter.process.popen.send_signal(signal.SIGHUP)
@@ -3114,12 +3109,9 @@ def test_the_home_of_a_system_user_is_known(tmp_path, monkeypatch):
     settings = {"QUOTA_LIMIT": "9", "QUOTA_MAILBOX": box}
     assert ask(MBOX_CGI, f"u={user.pw_name}", **settings).line == f"OVERQUOTA {user.pw_name} 10 9"
     assert ask(MBOX_CGI, "u=nosuchuser", **settings).line == "UNKNOWN nosuchuser 0 9"
-
-    def fails(_: object) -> None:
-        raise KeyError("as where there are no descriptors left")
-
-    monkeypatch.setattr(pwd, "getpwnam", fails)
-    monkeypatch.setattr(pwd, "getpwuid", fails)
+    # Where there are no descriptors left no user is found, not even oneself.
+    for name in "getpwnam", "getpwuid":
+        monkeypatch.setattr(pwd, name, {}.__getitem__)
     assert ask(MBOX_CGI, f"u={user.pw_name}", **settings).status == 500, "no UNKNOWN"
 
 
@@ -3236,19 +3228,17 @@ BAD_ALLOWS = [
 ]
 ALLOW = [
     # (QUOTA_ALLOW, who gets an answer, who gets a 403; for a bad setting all get a 500)
-    ("", "192.0.2.1", ""),
+    *[("", "192.0.2.1", ""), (" , ", "", "192.0.2.1")],
     ("192.0.2.1", "192.0.2.1 ::ffff:192.0.2.1", "192.0.2.10 unix: localhost 2001:db8::1"),
     ("192.0.2.0/24", "192.0.2.255 ::ffff:c000:217", "192.0.3.0"),
     ("192.0.2.7/24", "192.0.2.1", "192.0.3.7"),
     ("192.0.2.128/25", "192.0.2.128", "192.0.2.127"),
-    ("0.0.0.0/0", "203.0.113.9", "2001:db8::1"),
-    ("::/0", "2001:db8::1", "192.0.2.1"),
+    *[("0.0.0.0/0", "203.0.113.9", "2001:db8::1"), ("::/0", "2001:db8::1", "192.0.2.1")],
     ("2001:db8::/32", "2001:db8:1::1", "2001:db9::1"),
     ("2001:DB8:0::1", "2001:db8::1", "2001:db8::2"),
     ("198.51.100.1 , 2001:db8::/32,192.0.2.1", "192.0.2.1 2001:db8::7", "198.51.100.2"),
     ("::ffff:192.0.2.0/120", "192.0.2.9", "192.0.3.9"),
     ("fe80::/10", "fe80::1%eth0", "fec0::1%eth0"),
-    (" , ", "", "192.0.2.1"),
     *((bad, None, "192.0.2.1") for bad in BAD_ALLOWS),
 ]
 
@@ -3828,7 +3818,7 @@ LIVES = [
 def test_last_modified_is_when_a_message_came_or_was_read_or_deleted(
     event, before, later, tmp_path
 ):
-    path = make_maildir(tmp_path / "Maildir", {".a/cur/": 0, **({before: 9} if before else {})})
+    path = make_maildir(tmp_path / "Maildir", {before: 9} if before else {})
     then = time.time() - 40 * 86400
     for folder in path, *path.rglob("*"):
         os.utime(folder, (then, then))
@@ -3839,8 +3829,8 @@ def test_last_modified_is_when_a_message_came_or_was_read_or_deleted(
     else:
         (path / later).write_bytes(b"9S\n")
     changed = ask_maildir(path).header["Last-Modified"]
-    days = (time.time() - email.utils.parsedate_to_datetime(changed).timestamp()) / 86400
-    assert (days < 1) == (event != "a delivery is refused")
+    age = time.time() - email.utils.parsedate_to_datetime(changed).timestamp()
+    assert (age < 86400) == (event != "a delivery is refused")
 
 
 # ---- what can be wrong with a Maildir ----
@@ -3919,10 +3909,13 @@ def test_a_word_that_is_none_of_a_settings_is_an_error(setting, tmp_path):
     assert got.status == 500 and got.line.startswith(f"ERROR {name} is not one of auto, ")
 
 
-SECRETS = ["stat", "maildirsize"], ["scandir", "."], ["scandir", "new"], ["scandir", ".a/cur"]
+UNREADABLE_PARTS = [
+    *(("stat", "maildirsize"), ("open", "maildirsize")),
+    *(("scandir", folder) for folder in (".", "new", ".a/cur")),
+]
 
 
-@pytest.mark.parametrize(("function", "name"), [*SECRETS, ["open", "maildirsize"]])
+@pytest.mark.parametrize(("function", "name"), UNREADABLE_PARTS)
 def test_what_cannot_be_read_is_an_error_and_not_a_smaller_sum(
     function, name, tmp_path, monkeypatch, capfd
 ):
