@@ -570,13 +570,16 @@ class Site:
         file.write_bytes(text.encode() if isinstance(text, str) else text)
         return file
 
-    def start(self, *arguments: object, port: int = 0, **options: Any) -> Process:
-        """Start a program, which ends with the test; wait until it listens on a port."""
+    def start(self, *arguments: object, port: int = 0, says: str = "", **options: Any) -> Process:
+        """Start a program, which ends with the test; wait until it says so and listens on a port.
+
+        A port alone may be another program's, of a test that runs beside this one.
+        """
         log = self.folder / f"output-{len(self.processes)}.log"
         process = Process(arguments, log, **options)
         self.processes.append(process)
         if port:
-            process.wait_ready(lambda: answers_at(port))
+            process.wait_ready(lambda: says in process.output() and answers_at(port))
         return process
 
     def milter(
@@ -592,7 +595,9 @@ class Site:
             file.touch()
         command += [MILTER, "--listen", f"inet:{port}@127.0.0.1"]
         command += ["--backend", self.backend.url] * backend
-        milter = Milter(self.start(*command, *options, port=port, **popen), port, file)
+        says = "" if "stderr" in popen else "state=started"
+        process = self.start(*command, *options, port=port, says=says, **popen)
+        milter = Milter(process, port, file)
         self.milters.append(milter)
         return milter
 
@@ -600,7 +605,8 @@ class Site:
         """Run a CGI by --serve with settings; return its port."""
         port = free_port()
         environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
-        self.start(script, "--serve", f"{where}{port}", port=port, env=environment)
+        where += str(port)
+        self.start(script, "--serve", where, port=port, says="serving on", env=environment)
         return port
 
     def close(self) -> None:
