@@ -103,6 +103,7 @@ STEPS = 1000  # from name to name in aliases, as Postfix's virtual_alias_recursi
 TABLE_QUERIES = 8  # postmap processes at a time; each runs for some five milliseconds
 TABLE_RESULTS = 10_000  # names whose result a table remembers, in some 10 MB
 REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RFC 5321, 4.5.3.1.5)
+BACKLOG = 1024  # connections that wait to be accepted; libmilter's 20 are few for a burst
 LOG_LENGTH = 10_000  # lines that may wait to be written; what comes then is lost
 TICK = 1  # seconds between two looks at signals, alias files and metrics
 METRICS_EVERY = 15  # seconds, as Prometheus usually asks
@@ -1973,6 +1974,7 @@ def serve(service: Service, where: str) -> int:
     for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1:
         signal.signal(number, lambda number, frame: signals.put(number))
     Milter.factory = lambda: QuotaMilter(service)
+    Milter.setbacklog(BACKLOG)
     Milter.set_exception_policy(Milter.CONTINUE)  # a fault of ours refuses nothing
     libmilter = threading.Thread(
         target=Milter.runmilter, args=("quota_milter", where, 0, False), daemon=True
