@@ -3908,6 +3908,12 @@ def test_a_folder_that_is_no_maildir_is_an_error(folder, status, line, tmp_path)
     assert got.status == status and got.line.startswith(line)
 
 
+def test_a_maildir_that_dovecot_made_when_it_was_asked_is_empty(tmp_path):
+    (tmp_path / "Maildir").mkdir()
+    (tmp_path / "Maildir" / "maildirsize").write_text("1000S\n0 0\n")
+    assert ask_maildir(tmp_path / "Maildir").line == "OK john 0 1000"
+
+
 def test_a_maildir_that_does_not_exist_has_no_bytes_or_may_be_unknown(tmp_path):
     settings = {"QUOTA_MAILDIR": tmp_path / "%n"}
     assert ask(MAILDIR_CGI, "u=x", **settings).line == "OK x 0 0"
