@@ -19,7 +19,7 @@ USE
     TERM and INT end the program. HUP reads the option files and the aliases again.
     USR1 logs the counters. --check ends with status 0 if all would be accepted, 1
     if one would be refused, 2 if a backend could not be asked, none serves the
-    domain, or the mailbox is unknown. The program ends with status 2 for a bad
+    domain, or an unknown mailbox is let through. The program ends with status 2 for a bad
     option, and with 1 if it cannot listen.
 
 WHEN SOMETHING FAILS

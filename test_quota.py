@@ -1047,6 +1047,18 @@ def test_the_environment_and_the_backend_cannot_lead_a_question_elsewhere(site):
     assert "302" in milter.log("user=moved", "verdict=fault")
 
 
+@pytest.mark.parametrize(
+    ("status", "hint"), [(401, "password"), (403, "QUOTA_ALLOW"), (404, "path"), (503, "503")]
+)
+def test_a_status_that_is_no_answer_is_a_fault_with_a_hint(status, hint, site):
+    site.backend.default = b"HTTP/1.0 %d Why\r\n\r\nOVERQUOTA john 101 100\n" % status
+    milter = site.milter(*TEMPFAIL)
+    assert milter.rcpt("john").startswith(FAULT)
+    line = milter.log("verdict=fault")
+    assert f"status {status}" in line and hint in line
+    assert milter.never_said("state=down")
+
+
 def test_a_password_is_sent_and_never_shown(site):
     url = site.backend.url.replace("//", "//us%3Aer:pa%40ss@")
     site.backend.default = OOPS
