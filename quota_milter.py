@@ -184,7 +184,8 @@ class Address(NamedTuple):
     def parse(cls, text: str, delimiters: str, case_sensitive: bool) -> Address:
         """Read an envelope address (RFC 5321, 4.1.2). It never fails."""
         given = without_brackets(text)
-        local, at, domain = SOURCE_ROUTE.sub("", given).rpartition("@")
+        path = SOURCE_ROUTE.sub("", given) if given[:1] == "@" else given
+        local, at, domain = path.rpartition("@")
         if not at or domain.endswith('"'):  # the @ stands in a quoted local part
             local, domain = local + at + domain, ""
         if '"' in local or "\\" in local:
@@ -227,9 +228,12 @@ def without_detail(local: str, delimiters: str) -> str:
     name = lower(local)
     # With the delimiter `-` Postfix keeps owner-NAME and NAME-request: mailing lists have them.
     is_role = "-" in delimiters and (name.startswith("owner-") or name.endswith("-request"))
-    if is_role or not delimiters or name in ("postmaster", "mailer-daemon", "double-bounce"):
+    if is_role or name in ("postmaster", "mailer-daemon", "double-bounce"):
         return local
-    return re.split(f"[{re.escape(delimiters)}]", local, maxsplit=1)[0] or local
+    user = local
+    for delimiter in delimiters:
+        user = user.partition(delimiter)[0]
+    return user or local
 
 
 class Reply(NamedTuple):
@@ -271,7 +275,7 @@ class Answer(NamedTuple):
     used: Optional[int] = None
     quota: Optional[int] = None  # 0: no limit
     grace: int = 0  # what the message that fills the mailbox may take beyond the quota
-    changed: Optional[float] = None  # seconds since 1970: by a delivery or by the user
+    changed: str = ""  # an HTTP date: the last change by a delivery or by the user
     source: str = ""  # the name of the backend that gave it
     at: float = 0.0  # when the question was sent, on the monotonic clock
 
@@ -376,8 +380,7 @@ class Question:
         self.half = (deadline - asked) / 2  # seconds
         self.begun = 0.0  # when a thread began to ask; 0: the question waits for its turn
         self.next_review = asked + self.half  # when the sessions that wait look after it
-        # For all sessions that want to know.
-        self.future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
+        self.future: concurrent.futures.Future[Answer]  # for all sessions that want to know
         self.lock = threading.Lock()  # guards what follows
         self.ended = ""  # why it was ended before there was an answer
         self.socket: Optional[socket.socket] = None
@@ -537,9 +540,9 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
     if not is_whole and (response.length or len(line) >= ANSWER_LENGTH):
         raise BadAnswer("the answer is cut short or too long")
     grace = response.headers.get("Quota-Grace", "").strip().encode("ascii", "replace")
-    changed = response.headers.get("Last-Modified", "")
+    changed = response.headers.get("Last-Modified", "")[:ANSWER_LENGTH]
     answer = Answer.from_line(line, is_whole)
-    return answer._replace(grace=read_number(grace) or 0, changed=read_date(changed))
+    return answer._replace(grace=read_number(grace) or 0, changed=changed)
 
 
 # ---- Backend: a Client, its circuit breaker, and at most so many questions at a time ----
@@ -550,9 +553,9 @@ class Backend:
 
     All sessions that want to know of one mailbox wait for one question. A question gets its turn
     in the first half of its time, or none. So each that begins has half of its time at least, and
-    one that runs out of time tells something of the backend. The oldest question gets the next
-    turn. But if answers are so slow that the oldest may run out of time, the newest gets it: else,
-    under overload, every question would begin too late.
+    one that runs out of time tells something of the backend. While others wait, a question that
+    has less time left than the last answer took gives its turn away: under overload all questions
+    would end too late.
 
     When the time is over, whoever waits ends the question: its connection is shut down, and its
     thread is free. A mailbox whose question ran out of time is left alone for `retry_after`
@@ -576,11 +579,10 @@ class Backend:
         self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
         self.lock = threading.Lock()  # guards what follows
         self.questions: dict[Mailbox, Question] = {}
-        self.waiting: list[Question] = []  # for a turn, the newest last
         self.left_alone: dict[Mailbox, float] = {}  # mailboxes that ran out of time, until when
-        self.answer_time = 0.0  # seconds that the last answer took
         self.latest_answered = 0.0  # when the latest question that has an answer had begun
         self.answered_at = 0.0  # when the last answer came
+        self.answer_time = 0.0  # seconds that it took
         self.timed_out: set[Mailbox] = set()  # since the last answer
         self.is_down = False
         self.retry_at = 0.0  # when a backend that is down is asked again
@@ -592,10 +594,12 @@ class Backend:
             moment = min(deadline, question.next_review)
             try:
                 return question.future.result(max(0, moment - time.monotonic()))
+            except concurrent.futures.CancelledError:
+                raise Fault(NO_TURN) from None
             except concurrent.futures.TimeoutError:
                 self.review(question, moment)
                 if moment >= deadline and not question.future.done():
-                    raise Fault("no answer in time") from None
+                    raise Fault(question.ended or "no answer in time") from None
 
     def join(self, mailbox: Mailbox, deadline: float) -> Question:
         """Give the question about a mailbox that is under way, or a new one. Raises Fault."""
@@ -612,54 +616,54 @@ class Backend:
                 self.retry_at = now + self.retry_after  # one question tries it, others do not
             question = Question(mailbox, now, deadline)
             try:
-                self.pool.submit(self.take_turn)
+                question.future = self.pool.submit(self.fetch, question)
             except RuntimeError as error:  # the system's limit of threads
                 raise Fault(f"no thread for a question: {error}") from None
             self.questions[mailbox] = question
-            self.waiting.append(question)
             self.make_room(now)
             return question
 
-    def take_turn(self) -> None:
-        """Ask a question that waits, in a thread of the pool."""
-        with self.lock:
-            if not self.waiting:  # the question was ended before its turn
-                return
-            is_late = self.waiting[0].seconds_left() < 2 * self.answer_time
-            question = self.waiting.pop(-1 if is_late else 0)
-            question.begun = time.monotonic()
+    def fetch(self, question: Question) -> Answer:
+        """Let the Client ask, in a thread of the pool. Raises Fault."""
         fault: Optional[Fault] = None
+        with self.lock:
+            if question.seconds_left() < self.answer_time and self.count_waiting():
+                del self.questions[question.mailbox]
+                raise Fault(NO_TURN)
+            question.begun = time.monotonic()
         try:
-            answer = self.client.fetch(question)._replace(source=self.name, at=question.begun)
+            return self.client.fetch(question)._replace(source=self.name, at=question.begun)
         except Fault as error:
-            fault = error
+            fault = Fault(question.ended) if question.ended else error
+            raise fault from None
+        finally:
+            self.record(question, fault)
+
+    def record(self, question: Question, fault: Optional[Fault]) -> None:
+        """Note how a question went; its turn is free for another one."""
         now = time.monotonic()
         self.counters.record_question(self.name, now - question.begun, fault is not None)
         with self.lock:
-            if not self.is_under_way(question):
-                return
-            del self.questions[question.mailbox]
-            if isinstance(fault, Unreachable):
-                self.record_failure(question, str(fault))
-            elif fault is None or isinstance(fault, BadAnswer):
-                self.record_answer(question, now)
-            self.make_room(now)
-        if fault:
-            question.future.set_exception(fault)
-        else:
-            question.future.set_result(answer)
+            if self.is_under_way(question):
+                del self.questions[question.mailbox]
+                if isinstance(fault, Unreachable):
+                    self.record_failure(question, str(fault))
+                elif fault is None or isinstance(fault, BadAnswer):
+                    self.record_answer(question, now)
+                self.make_room(now)
+
+    def count_waiting(self) -> int:
+        """Count the questions that wait for a turn. The lock is held."""
+        return max(0, len(self.questions) - self.max_queries)
 
     def is_under_way(self, question: Question) -> bool:
         """Say whether a question has not ended. The lock is held."""
         return self.questions.get(question.mailbox) is question
 
     def end(self, question: Question, why: str) -> None:
-        """End a question without an answer. The lock is held."""
+        """End a question that has begun. The lock is held."""
         del self.questions[question.mailbox]
-        if not question.begun:
-            self.waiting.remove(question)
         question.end(why)
-        question.future.set_exception(Fault(why))
 
     def review(self, question: Question, moment: float) -> None:
         """End a question that has no turn by half of its time, or no answer by its deadline."""
@@ -667,8 +671,8 @@ class Backend:
         with self.lock:
             if not self.is_under_way(question) or now < question.next_review:
                 return
-            if not question.begun:
-                self.end(question, NO_TURN)
+            if question.future.cancel():  # it had no turn until now
+                del self.questions[question.mailbox]
             elif now >= question.deadline:
                 self.end(question, f"no answer within {round(2 * question.half, 1):g} s")
                 self.leave_alone(question.mailbox, now)
@@ -680,13 +684,12 @@ class Backend:
 
     def make_room(self, now: float) -> None:
         """End as many questions that hang as others wait for a turn. The lock is held."""
-        waiting = max(0, len(self.questions) - self.max_queries)
         hanging = [
             question
             for question in self.questions.values()
             if 0 < question.begun <= now - question.half and question.begun < self.latest_answered
         ]
-        for question in hanging[:waiting]:
+        for question in hanging[: self.count_waiting()]:
             self.end(question, OVERTAKEN)
             self.leave_alone(question.mailbox, now)
 
@@ -1316,7 +1319,8 @@ class Policy:
         start = time.monotonic()
         deadline = start + self.options.timeout
         address = self.parse_address(resolved or recipient)
-        address = address._replace(given=without_brackets(recipient))
+        if resolved:
+            address = address._replace(given=without_brackets(recipient))
         target, finding = None, Finding()
         try:
             # Aliases have the first half of the time: what is left is enough for a backend.
@@ -1376,9 +1380,10 @@ class Policy:
         """
         days: float = self.options.inactive_after
         has_room = answer.status == "OK" and (answer.figure or 0) < (answer.quota or 0)
-        if not days or not answer.changed or has_room or finding.in_flight or finding.fault:
+        if not days or has_room or finding.in_flight or finding.fault:
             return False
-        return time.time() - answer.changed > days * DAY
+        changed = read_date(answer.changed)
+        return changed is not None and time.time() - changed > days * DAY
 
     def reply(self, verdict: str, finding: Finding, address: Address) -> Optional[Reply]:
         """Give the reply to a verdict, None to let the recipient through.
@@ -1445,7 +1450,7 @@ FAMILIES = {  # of metrics: type and help
     "backend_faults_total": ("counter", "Questions that ended with a fault."),
     "backend_seconds": ("histogram", "How long questions took."),
 }
-BUCKETS = ("0.005", "0.025", "0.1", "0.5", "1", "2.5", "5", "+Inf")  # seconds
+BUCKETS = [(float(le), le) for le in "0.005 0.025 0.1 0.5 1 2.5 5 +Inf".split()]  # seconds
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -1481,13 +1486,14 @@ class Counters:
             self.add("refused_bytes_total", size, step=step)
 
     def record_question(self, backend: str, seconds: float, is_fault: bool) -> None:
-        self.add("backend_questions_total", backend=backend)
-        self.add("backend_faults_total", int(is_fault), backend=backend)
-        for bound in BUCKETS:
-            inside = int(seconds <= float(bound))
-            self.add("backend_seconds_bucket", inside, backend=backend, le=bound)
-        self.add("backend_seconds_count", backend=backend)
-        self.add("backend_seconds_sum", seconds, backend=backend)
+        label = ("backend", backend)
+        with self.lock:
+            self.values["backend_questions_total", (label,)] += 1
+            self.values["backend_faults_total", (label,)] += is_fault
+            for bound, text in BUCKETS:
+                self.values["backend_seconds_bucket", (label, ("le", text))] += seconds <= bound
+            self.values["backend_seconds_count", (label,)] += 1
+            self.values["backend_seconds_sum", (label,)] += seconds
 
     def log_line(self) -> None:
         with self.lock:
