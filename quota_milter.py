@@ -1563,8 +1563,9 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
         """Begin a message, whose size the sender may declare (RFC 1870)."""
         declared = 0
         for parameter in parameters:
-            match = re.fullmatch("(?ai)SIZE=([0-9]{1,20})", parameter)
-            declared = int(match[1]) if match else declared
+            name, _, value = parameter.partition("=")
+            if name.upper() == "SIZE":
+                declared = read_number(value.encode("utf-8", "replace")) or 0
         authenticated = bool(self.macro("{auth_authen}"))
         self.message = Message(declared, without_brackets(sender), authenticated)
         return int(Milter.CONTINUE)
@@ -1579,7 +1580,7 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
             raise
         if decision.reply is None:
             self.message.let_through(decision)
-        return self.finish(decision, "rcpt", self.message, policy)
+        return self.finish(decision, "rcpt", policy)
 
     def resolved(self, recipient: str) -> str:
         """Give the address that the MTA will deliver to, "" if it is the given one or not known.
@@ -1616,32 +1617,26 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
 
     def eom(self) -> int:
         """Accept a message or refuse it, now that its size is known."""
-        message, self.message = self.message, Message()
         policy = self.service.policy
-        decision = policy.end_of_data(message)
-        if decision is None:
-            return int(Milter.CONTINUE)
-        return self.finish(decision, "data", message, policy)
+        decision = policy.end_of_data(self.message)
+        return self.finish(decision, "data", policy) if decision else int(Milter.CONTINUE)
 
-    def abort(self) -> int:
-        """Forget the message: what RSET or a lost connection ends is not in flight."""
-        self.message = Message()
-        return int(Milter.CONTINUE)
-
-    def finish(self, decision: Decision, step: str, message: Message, policy: Policy) -> int:
+    def finish(self, decision: Decision, step: str, policy: Policy) -> int:
         """Count and log a decision, set the reply, and give the return code that fits it."""
         reply = None if policy.options.dry_run else decision.reply
-        self.service.counters.record_decision(decision, step, message.size, reply is not None)
+        size, is_refused = self.message.size, reply is not None
+        self.service.counters.record_decision(decision, step, size, is_refused)
         if decision.finding.fault or decision.reply or policy.options.verbose:
-            self.log_decision(decision, step, message, is_dry=reply is not decision.reply)
+            self.log_decision(decision, step, is_dry=reply is not decision.reply)
         if reply is None:
             return int(Milter.CONTINUE)
         self.setreply(*reply)
         return int(Milter.REJECT if reply.is_permanent else Milter.TEMPFAIL)
 
-    def log_decision(self, decision: Decision, step: str, message: Message, is_dry: bool) -> None:
-        line = f"{decision} step={step} size={message.size} inflight={decision.finding.in_flight}"
-        line += f" sender={printable(message.sender)}"
+    def log_decision(self, decision: Decision, step: str, is_dry: bool) -> None:
+        size, in_flight = self.message.size, decision.finding.in_flight
+        line = f"{decision} step={step} size={size} inflight={in_flight}"
+        line += f" sender={printable(self.message.sender)}"
         for name, macro in ("client", "_"), ("queue", "i"):
             value = self.macro(macro)
             line += f" {name}={printable(value)}" if value else ""
