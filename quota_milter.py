@@ -6,41 +6,33 @@ USE
     quota_milter.py --check [ADDRESS...] [options] ask now, print the verdicts
 
     At each RCPT the milter asks the backend that has the mailbox over HTTP:
-    `GET URL?u=USER&d=DOMAIN`. quota.cgi or maildir_quota.cgi answers there. A
-    recipient who is over quota gets `452 4.2.2 Quota exceeded for ...`: a
-    temporary failure, so the mail comes again when there is room.
+    `GET URL?u=USER&d=DOMAIN`. A recipient who is over quota gets a temporary failure,
+    `452 4.2.2 Quota exceeded for ...`: the mail comes again when there is room. At the
+    end of the data the real size is known, and the decision is made once more. Mail
+    that was accepted counts as in flight until a new answer can include it, so that
+    many messages at once do not overfill a mailbox.
 
-    An answer is used for --cache-ttl seconds. A message that was accepted counts
-    as in flight to its mailboxes until a new answer can include it. At the end of
-    the data its real size is known, and the decision is made once more. So many
-    messages at once do not overfill a mailbox.
-
-    A file given as @FILE holds one option and its value a line, `#` comments.
-    TERM and INT end the program. HUP reads the option files and the aliases again.
-    USR1 logs the counters. --check ends with status 0 if all would be accepted, 1
-    if one would be refused, 2 if a backend could not be asked, none serves the
-    domain, or an unknown mailbox is let through. The program ends with status 2 for a bad
-    option, and with 1 if it cannot listen.
+    A file given as @FILE holds one option and its value a line, `#` comments. HUP reads
+    the option files and the aliases again, USR1 logs the counters, TERM and INT end the
+    program. Its status is 2 for a bad option, 1 if it cannot listen. After --check: 0 if
+    all would be accepted, 1 if one would be refused, 2 if a backend could not be asked,
+    none serves the domain, or an unknown mailbox is let through.
 
 WHEN SOMETHING FAILS
-    If a backend does not answer within --timeout, its last answer is used for up
-    to an hour. After that --on-error decides, which lets mail through. A backend
-    that cannot be reached is left alone for --retry-after seconds. No recipient
-    waits longer than --timeout. Each failure is a line in the log.
+    If a backend does not answer within --timeout, its last answer is used for up to an
+    hour. After that --on-error decides, which lets mail through. A backend that cannot
+    be reached is left alone for --retry-after seconds. Each failure is logged.
 
 SECURITY
-    The milter believes its backends. It trusts no address: each is escaped before
-    it is asked about, answered or logged. It uses no proxies, follows no redirects
-    and needs no privilege: run it as a user of its own. A password in --backend
-    shows in the list of processes: put it into an option file.
+    The milter believes its backends, and trusts no address: each is escaped before it
+    is asked about, answered or logged. It uses no proxies, follows no redirects, and
+    needs no privilege. A password in --backend belongs into an option file.
 
 HOW IT IS MADE
-    QuotaMilter's callbacks ask the Policy about each recipient. The Policy follows
-    the Aliases to a mailbox and asks the Mailboxes of its domain. These look into
-    the Ledger first, then ask their Backends in order. A Backend asks its questions
-    in threads, through its Client. libmilter calls from many threads: what they
-    share is in the Ledger, the Backends, the Tables and the Counters, and each of
-    these has a lock.
+    QuotaMilter's callbacks ask the Policy about each recipient. It follows the Aliases
+    to a mailbox, and asks the Mailboxes of its domain. These look into the Ledger, then
+    ask their Backends in order. A Backend asks in threads, through its Client. What the
+    threads share (Ledger, Backends, Tables, Counters) has a lock, or is replaced whole.
 """
 
 from __future__ import annotations
@@ -59,7 +51,6 @@ import concurrent.futures
 import contextlib
 import email.utils
 import errno
-import functools
 import http.client
 import itertools
 import logging
@@ -81,7 +72,7 @@ import urllib.parse
 import urllib.request
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Optional, Union
+from typing import Any, ClassVar, NamedTuple, NoReturn, Optional, Union
 
 try:
     import Milter
@@ -99,7 +90,6 @@ NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 6
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
 PATIENCE = 3  # mailboxes in a row that run out of time before their backend is left alone
 HEADERS = 1024  # bytes that mail servers add to a message on its way: 500 to 1,500
-STEPS = 1000  # from name to name in aliases, as Postfix's virtual_alias_recursion_limit
 TABLE_QUERIES = 8  # postmap processes at a time; each runs for some five milliseconds
 TABLE_RESULTS = 10_000  # names whose result a table remembers, in some 10 MB
 REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RFC 5321, 4.5.3.1.5)
@@ -116,8 +106,8 @@ TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
 INACTIVE = "550 5.2.2 Mailbox of {address} is full and not in use"
 
 REFUSED = ("overquota", "toolarge", "inactive")  # verdicts: there is no room for the message
-UNASKED = ("empty", "exempt", "alias", "nobackend")  # verdicts without a question
-VERDICTS = ("ok", *REFUSED, "unknown", "fault", *UNASKED)
+# The last four are without a question.
+VERDICTS = ("ok", *REFUSED, "unknown", "fault", "empty", "exempt", "alias", "nobackend")
 
 DOWN = "the backend is down and is left alone for a while"
 NO_TURN = "the question got no turn in time"
@@ -146,8 +136,6 @@ def printable(text: object) -> str:
 
 def lower(text: str) -> str:
     """Fold ASCII letters only, as mail servers do: others depend on a language."""
-    if text.isascii():
-        return text.lower()
     return text.encode("utf-8", "surrogateescape").lower().decode("utf-8", "surrogateescape")
 
 
@@ -199,13 +187,8 @@ class Address(NamedTuple):
         return Mailbox(self.user, self.domain)
 
     @property
-    def key(self) -> tuple[str, str]:
-        """What is the same for all spellings of the address."""
-        return self.local, self.domain
-
-    @property
     def name(self) -> str:
-        """The name by which a table lists this address, and it alone."""
+        """What is the same for all spellings of the address; the name by which tables list it."""
         return lower(f"{self.local}@{self.domain}" if self.domain else self.local)
 
     @property
@@ -215,8 +198,8 @@ class Address(NamedTuple):
 
     def names(self) -> list[str]:
         """Give the names by which tables list this address, the most specific first."""
-        local, user = lower(self.local), lower(self.user)
-        return [f"{local}@{self.domain}", f"{user}@{self.domain}", local, user]
+        bare = [lower(self.local), lower(self.user)]
+        return [f"{name}@{self.domain}" for name in bare if self.domain] + bare
 
 
 def without_brackets(path: str) -> str:
@@ -246,12 +229,13 @@ class Reply(NamedTuple):
     @classmethod
     def from_template(cls, template: str) -> Reply:
         """Read `452 4.2.2 text`. Raises ArgumentTypeError."""
-        pattern = r"(([45])[0-9]{2}) (\2\.[0-9]{1,3}\.[0-9]{1,3}) (([^{}%]|{address}){1,200})"
+        # A 421 would end the whole session.
+        pattern = (
+            r"(?!421)(([45])[0-9]{2}) (\2\.[0-9]{1,3}\.[0-9]{1,3}) (([^{}%]|{address}){1,200})"
+        )
         match = re.fullmatch(pattern, template)
         if not match or not template.isascii() or not template.isprintable():
             raise ArgumentTypeError("is not 452 4.2.2 TEXT, without %, { and } but {address}")
-        if match[1] == "421":
-            raise ArgumentTypeError("is a 421, which would end the whole session")
         return cls(match[1], match[3], match[4])
 
     @property
@@ -448,19 +432,6 @@ class TLSConnection(http.client.HTTPSConnection, Connection):
     """The same with TLS: HTTPSConnection.connect() calls the one above, then wraps the socket."""
 
 
-class OwnConnection(urllib.request.AbstractHTTPHandler):
-    """Sends a urllib request over the connection that comes with it.
-
-    Without any other handler, urllib follows no redirect, uses no proxy of the environment and
-    leaves every status to us.
-    """
-
-    def http_open(self, request: Any) -> http.client.HTTPResponse:
-        return self.do_open(lambda host, **options: request.connection, request)
-
-    https_open = http_open
-
-
 class Client:
     """Asks one URL, over a connection of its own for each question.
 
@@ -478,17 +449,19 @@ class Client:
             secret = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
             encoded = base64.b64encode(secret.encode()).decode()
             self.headers["Authorization"] = "Basic " + encoded
-        self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(OwnConnection())
 
     def fetch(self, question: Question) -> Answer:
         """Send the question and read the answer. Whatever goes wrong raises Fault."""
-        connection = self.new_connection(question)
+        connection = Connection(self.host)
+        if self.url.startswith("https:"):
+            connection = TLSConnection(self.host, context=self.context)
+        connection.client, connection.question = self, question
         try:
             self.connect(connection)
-            request: Any = self.request(*question.mailbox)
-            request.connection = connection
-            with self.opener.open(request) as response:
+            # urllib's own opener would follow redirects, and use proxies of the environment.
+            handler = urllib.request.AbstractHTTPHandler()
+            request = self.request(*question.mailbox)
+            with handler.do_open(lambda host, **options: connection, request) as response:
                 return read_answer(response)
         except Fault:
             raise
@@ -497,13 +470,6 @@ class Client:
         finally:
             connection.close()
             question.detach()
-
-    def new_connection(self, question: Question) -> Connection:
-        connection = Connection(self.host)
-        if self.url.startswith("https:"):
-            connection = TLSConnection(self.host, context=self.context)
-        connection.client, connection.question = self, question
-        return connection
 
     def connect(self, connection: Connection) -> None:
         """Connect before the request, to tell a server out of reach from a bad answer.
@@ -524,7 +490,9 @@ class Client:
         user, domain = (urllib.parse.quote(n, safe="", errors="surrogateescape") for n in mailbox)
         query = f"u={user}&d={domain}" if domain else f"u={user}"
         url = self.url + ("&" if "?" in self.url else "?") + query
-        return urllib.request.Request(url, headers=self.headers)
+        request = urllib.request.Request(url, headers=self.headers)
+        request.timeout = None  # the connection has its own
+        return request
 
 
 def read_answer(response: http.client.HTTPResponse) -> Answer:
@@ -783,14 +751,7 @@ class Ledger:
     def __init__(self, options: Namespace) -> None:
         self.lock = threading.RLock()  # guards the accounts and what is in them
         self.accounts: dict[Mailbox, Account] = {}  # the one used last is the last
-        self.configure(options)
-
-    def configure(self, options: Namespace) -> None:
-        """Use other options; the answers and what is in flight stay."""
-        self.cache_ttl: float = options.cache_ttl  # seconds, as the others
-        self.window: float = options.in_flight
-        self.timeout: float = options.timeout
-        self.frontends: int = options.frontends
+        self.options = options  # a reload replaces them
 
     def look(self, mailbox: Mailbox) -> Finding:
         """Give what is known of a mailbox now, which may be nothing."""
@@ -808,13 +769,15 @@ class Ledger:
         answer = finding.answer
         if answer is None or answer.source not in sources:
             return False
-        ttl = min(self.cache_ttl, self.window) if finding.in_flight else self.cache_ttl
+        ttl: float = self.options.cache_ttl
+        if finding.in_flight:
+            ttl = min(ttl, self.options.in_flight)
         return time.monotonic() - answer.at < ttl
 
     def last_known(self, mailbox: Mailbox) -> Finding:
         """Give the last answer about a mailbox, if it is not too old to stand in for a new one."""
         finding = self.look(mailbox)
-        earliest = time.monotonic() - max(LAST_KNOWN, self.cache_ttl)
+        earliest = time.monotonic() - max(LAST_KNOWN, self.options.cache_ttl)
         if finding.answer and finding.answer.at > earliest:
             return finding
         return Finding(in_flight=finding.in_flight)
@@ -824,21 +787,21 @@ class Ledger:
         with self.lock:
             account = self.touch(mailbox, Account())
             if account.answer is None or account.answer.at < answer.at:
-                account.learn(answer, self.window)
+                account.learn(answer, self.options.in_flight)
             return Finding(account.answer, account.in_flight)
 
     def accept(self, mailbox: Mailbox, size: int, at_rcpt: Finding) -> None:
         """Count a message of `size` bytes as in flight."""
-        if self.window <= 0:
+        if self.options.in_flight <= 0:
             return
-        size *= self.frontends
+        size *= self.options.frontends
         with self.lock:
             now = time.monotonic()
             # What was forgotten since RCPT, as many other mailboxes came, is put back.
             account = self.touch(mailbox, Account(at_rcpt.answer, at_rcpt.in_flight))
             account.since += size
             # learn() looks back from the time of a question, which is --timeout ago at most.
-            earliest = now - self.window - self.timeout
+            earliest = now - self.options.in_flight - self.options.timeout
             recent = [part for part in account.recent if part[0] > earliest]
             account.recent = (*recent, (now, size))
 
@@ -855,24 +818,19 @@ class Ledger:
                 break
             oldest = next(iter(self.accounts))
             unused = self.accounts.pop(oldest)
-            if unused.sum_up(time.monotonic() - self.window - self.timeout):
+            if unused.sum_up(time.monotonic() - self.options.in_flight - self.options.timeout):
                 self.accounts[oldest] = unused  # it is the last now
         return account
 
     def gauges(self) -> dict[str, int]:
         """Give the figures for the metrics."""
         with self.lock:
-            earliest = time.monotonic() - self.window
-            recent = [
-                size
-                for account in self.accounts.values()
-                for at, size in account.recent
-                if at > earliest
-            ]
+            start = time.monotonic() - self.options.in_flight
+            sizes = [n for a in self.accounts.values() for at, n in a.recent if at > start]
             answers = sum(account.answer is not None for account in self.accounts.values())
         return {
-            "in_flight_messages": len(recent),
-            "in_flight_bytes": sum(recent),
+            "in_flight_messages": len(sizes),
+            "in_flight_bytes": sum(sizes),
             "remembered_answers": answers,
         }
 
@@ -930,21 +888,12 @@ ALIAS = re.compile(
     re.VERBOSE,
 )
 TARGET = re.compile(
-    r"""(\\?)                                     # behind a backslash: no further aliases
+    r"""\\?                                       # sendmail's `\user`
         (?! "?[|/:] | \w+: )                      # no program, file, include or `error:`
         ( (?: "(?:\\.|[^"\\])*" | [^\s,"] )+ )    # one mailbox, no list""",
     re.VERBOSE,
 )
-
-
 NO_MAILBOX = ","  # a value that TARGET does not fit
-
-
-class Domains(frozenset[Optional[str]]):
-    """The domains that have a backend; None stands for all."""
-
-    def serve(self, domain: str) -> bool:
-        return domain in self or None in self
 
 
 class AliasFile:
@@ -985,14 +934,13 @@ class AliasFile:
         """Read what names stand for, and the numbers of bad lines. Raises OSError, ValueError."""
         table: dict[str, str] = {}
         bad: list[int] = []
-        with open_regular(self.name) as lines:
-            for number, line in logical_lines(lines):
-                match = ALIAS.fullmatch(line)
-                if match:
-                    name = Address.parse(match[1], "", False).name
-                    table.setdefault(name, match[2])  # of two lines for a name the first counts
-                else:
-                    bad.append(number)
+        for number, line in logical_lines(read_lines(self.name)):
+            match = ALIAS.fullmatch(line)
+            if match:
+                name = Address.parse(match[1], "", False).name
+                table.setdefault(name, match[2])  # of two lines for a name the first counts
+            else:
+                bad.append(number)
         return table, bad
 
     def log_state(self) -> None:
@@ -1001,121 +949,90 @@ class AliasFile:
             text += f" skipped={len(self.bad_lines)} line={self.bad_lines[0]}"
         log.info(text, self.name, len(self.table))
 
-    def find(self, address: Address, deadline: float) -> dict[str, str]:
-        """Give what the file has for the names of an address."""
-        names, table = [*address.names(), "@" + address.domain], self.table
+    def find(self, names: Sequence[str], deadline: float) -> dict[str, str]:
+        """Give what the file has for some names."""
+        table = self.table
         return {name: table[name] for name in names if name in table}
 
 
-def open_regular(path: str) -> IO[str]:
-    """Open a text file, but nothing that could keep the reader waiting, such as a FIFO.
+def read_lines(path: str) -> list[str]:
+    """Read a text file, but nothing that could keep the reader waiting, such as a FIFO.
 
     Raises OSError, ValueError.
     """
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
+    if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a file")
-    return open(file, encoding="utf-8", errors="surrogateescape")
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        text = file.read()
+    if "\0" in text:
+        raise ValueError("not a text file")
+    return text.split("\n")
 
 
 def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """Join continuation lines and drop comments. Raises ValueError if it is no text."""
-    start = 0
-    parts: list[str] = []
+    """Drop comments, join continuation lines, and number what is left."""
+    start, joined = 0, ""
     for number, line in enumerate(lines, 1):
-        if "\0" in line:
-            raise ValueError("not a text file")
         text = line.strip()
         if not text or text[0] == "#":
             continue
-        if not line[0].isspace():
-            if start:
-                yield start, " ".join(parts)
-            start, parts = number, []
-        parts.append(text)
+        if line[0].isspace():
+            joined += " " + text
+            continue
+        if start:
+            yield start, joined
+        start, joined = number, text
     if start:
-        yield start, " ".join(parts)
+        yield start, joined
 
 
 class Table:
     """A Postfix table, which the session's own thread asks through `postmap -q`."""
 
     turns: ClassVar[threading.Semaphore] = threading.Semaphore(TABLE_QUERIES)  # of all tables
-    starting: ClassVar[threading.Lock] = threading.Lock()  # guards what follows
     running: ClassVar[set[subprocess.Popen[bytes]]] = set()
     is_closed: ClassVar[bool] = False  # the program ends
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        kind = re.sub("^proxy:", "", name).partition(":")[0]
+    def __init__(self, name: str, cache_ttl: float) -> None:
+        self.name, self.cache_ttl = name, cache_ttl  # seconds
+        kind = name.removeprefix("proxy:").partition(":")[0]
         self.takes_whole_address = kind in ("regexp", "pcre", "tcp", "socketmap")
-        self.domains = Domains()
-        self.cache_ttl = 0.0  # seconds
-        self.lock = threading.Lock()  # guards the results
         self.results: dict[tuple[str, ...], tuple[float, dict[str, str]]] = {}  # until when, what
 
-    def configure(self, domains: Domains, cache_ttl: float) -> None:
-        self.domains, self.cache_ttl = domains, cache_ttl
+    def find(self, names: Sequence[str], deadline: float) -> dict[str, str]:
+        """Give what the table has for some names, from memory or from postmap. Raises Fault."""
+        forms: Sequence[Callable[[str], str]] = external, str  # in Postfix' order
+        if self.takes_whole_address:
+            names, forms = names[:1], forms[:1]
+        else:  # Postfix looks up a bare name without its detail only
+            names = [name for name in names if "@" in name or name == names[-2]]
+        # postmap reads a key a line, as UTF-8: what is neither stands in no table.
+        keys = {form(name): name for name in names if name.isprintable() for form in forms}
+        asked = tuple(keys)
+        until, found = self.results.get(asked, (0.0, {}))
+        if asked and until <= time.monotonic():
+            found = self.look_up(asked, deadline)
+            if len(self.results) >= TABLE_RESULTS:
+                self.results = {}
+            self.results[asked] = time.monotonic() + self.cache_ttl, found
+        return {keys[key]: found[key] for key in reversed(asked) if key in found}
 
-    def find(self, address: Address, deadline: float) -> dict[str, str]:
-        """Give what the table has for the names of an address. Raises Fault."""
-        names = self.keys(address)
-        found = self.look_up(tuple(names), deadline) if names else {}
-        return {names[key]: found[key] for key in reversed(list(names)) if key in found}
-
-    def keys(self, address: Address) -> dict[str, str]:
-        """Give what Postfix would look up, in its order, and the name that each key stands for.
-
-        Postfix quotes a local part that needs it, and then tries it without the quotes.
-        """
-        local, user, domain = lower(address.local), lower(address.user), address.domain
-        parts = [(local, f"@{domain}" if domain else "")]
-        if not self.takes_whole_address and domain:
-            parts.append((user, f"@{domain}"))
-            parts += [(user, "")] if self.domains.serve(domain) else []
-            parts.append(("", f"@{domain}"))
-        keys: dict[str, str] = {}
-        for name, rest in parts:
-            forms = [name]
-            if re.search(r'[\s"(),:;<>@[\\\]]', name):
-                quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"'
-                forms = [quoted] if self.takes_whole_address else [quoted, name]
-            for form in forms:
-                # postmap reads a key a line, as UTF-8: what is neither stands in no table.
-                if (form + rest).isprintable():
-                    keys.setdefault(form + rest, name + rest)
-        return keys
-
-    def look_up(self, keys: tuple[str, ...], deadline: float) -> dict[str, str]:
-        """Give what the table has for some keys, from memory or from postmap. Raises Fault.
+    def look_up(self, keys: Sequence[str], deadline: float) -> dict[str, str]:
+        """Ask postmap for some keys until the deadline. Raises Fault.
 
         As with a backend, a turn comes in the first half of the time or not at all: a postmap that
         starts late would only be ended.
         """
-        now = time.monotonic()
-        until, found = self.results.get(keys, (0.0, {}))
-        if now < until:
-            return found
-        if not Table.turns.acquire(timeout=max(0, deadline - now) / 2):
+        if not Table.turns.acquire(timeout=max(0, deadline - time.monotonic()) / 2):
             raise Fault(f"table {self.name}: too many others are asked")
         try:
-            found = self.ask_postmap(keys, deadline)
+            # The keys go in on standard input: as an argument the user `-` would mean just that.
+            asked = "".join(key + "\n" for key in keys).encode()
+            status, output, errors = self.run_postmap(asked, deadline)
         except OSError as error:
             raise Fault(f"postmap cannot be run: {error}") from None
         finally:
             Table.turns.release()
-        with self.lock:
-            self.results[keys] = time.monotonic() + self.cache_ttl, found
-            if len(self.results) > TABLE_RESULTS:
-                del self.results[next(iter(self.results))]
-        return found
-
-    def ask_postmap(self, keys: Sequence[str], deadline: float) -> dict[str, str]:
-        """Ask postmap until the deadline. Raises OSError, Fault."""
-        # The keys go in on standard input: as an argument the user `-` would mean just that.
-        asked = "".join(key + "\n" for key in keys).encode()
-        status, output, errors = self.run_postmap(asked, deadline)
         # "Not found" and a fault both end with status 1, but only a fault says why.
         complaint = re.search(rb"postmap: fatal: (.*)", errors)
         if status and (complaint or status != 1):
@@ -1131,12 +1048,11 @@ class Table:
         path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
         command = [shutil.which("postmap", path=path) or "postmap", "-q", "-", self.name]
         pipe = subprocess.PIPE
-        with Table.starting:
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+        Table.running.add(process)
+        try:
             if Table.is_closed:
                 raise Fault("the program ends")
-            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
-            Table.running.add(process)
-        try:
             output, errors = process.communicate(asked, max(0, deadline - time.monotonic()))
             return process.returncode, output, errors
         except subprocess.TimeoutExpired:
@@ -1146,78 +1062,75 @@ class Table:
             process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
-            with Table.starting:
-                Table.running.discard(process)
+            Table.running.discard(process)
 
     @classmethod
     def close(cls) -> None:
-        """End all postmaps, which would outlive the program, and start no others."""
-        with cls.starting:
-            cls.is_closed = True
-            for process in cls.running:
-                process.kill()
+        """End all postmaps, which would outlive the program, and those that are just starting."""
+        cls.is_closed = True
+        for process in list(cls.running):
+            process.kill()
 
 
-AliasSource = Union[AliasFile, Table]
+def external(name: str) -> str:
+    """Quote the local part of a name where that must be (RFC 5321), as Postfix does for tables."""
+    local, at, domain = name.rpartition("@") if "@" in name else (name, "", "")
+    if re.search(r'[\s"(),:;<>@[\\\]]', local):
+        local = '"' + re.sub(r'(["\\])', r"\\\1", local) + '"'
+    return local + at + domain
 
 
-class Aliases:
+class Aliases(NamedTuple):
     """Leads an address to its mailbox, as the mail server will when it has accepted the mail."""
 
-    def __init__(
-        self,
-        sources: list[AliasSource],
-        parse_address: Callable[[str], Address],
-        domains: Domains,
-    ) -> None:
-        self.sources, self.parse_address, self.domains = sources, parse_address, domains
+    sources: Sequence[Union[AliasFile, Table]]
+    parse_address: Callable[[str], Address]
+    mailboxes_of: Callable[[str], Optional[Mailboxes]]  # of a domain; None: it has no backend
 
     def resolve(self, address: Address, deadline: float) -> Optional[Address]:
         """Follow an address to its mailbox; None if it leads to none or to many. Raises Fault."""
         if not self.sources:
             return address
-        visited: set[tuple[str, str]] = set()
-        while address.key not in visited and len(visited) < STEPS:
-            visited.add(address.key)
-            following, is_last = self.follow(address, deadline)
-            if following is None or is_last:
+        visited: set[str] = set()
+        while address.name not in visited:
+            visited.add(address.name)
+            following = self.follow(address, deadline)
+            if following is None or following is address:
                 return following
             address = following
         return None  # names that stand for each other
 
-    def follow(self, address: Address, deadline: float) -> tuple[Optional[Address], bool]:
-        """Give what an address stands for, None for no single mailbox, and whether that is the end.
+    def follow(self, address: Address, deadline: float) -> Optional[Address]:
+        """Give what an address stands for, which may be itself; None for no single mailbox.
 
         Raises Fault.
         """
         for value in self.rules(address, deadline):
             target = TARGET.fullmatch(value) if len(value) <= ANSWER_LENGTH else None
             if not target:
-                return None, True
-            text = address.local + target[2] if target[2][0] == "@" else target[2]
+                return None
+            text = address.local + target[1] if target[1][0] == "@" else target[1]
             following = self.parse_address(text)
             if not following.domain:
                 following = following._replace(domain=address.domain)
-            is_last = bool(target[1])
             # A name that stands for itself ends virtual(5). But aliases(5), which is read after
             # it, may lead on: so the next, less specific rule is tried.
-            if is_last or following.key != address.key:
-                return following, is_last
-        return address, True
+            if following.name != address.name:
+                return following
+        return address
 
     def rules(self, address: Address, deadline: float) -> list[str]:
         """Give what an address stands for, the most specific rule first. Raises Fault."""
-        found = [source.find(address, deadline) for source in self.sources]
-        is_ours = not address.domain or self.domains.serve(address.domain)
-        # A name without a domain holds in our domains alone.
-        names = address.names() if is_ours else address.names()[:2]
-        values = [
-            next(table[name] for table in found if name in table)
-            for name in dict.fromkeys(names)
-            if any(name in table for table in found)
-        ]
+        names = address.names()
+        if address.domain and not self.mailboxes_of(address.domain):
+            names = names[:2]  # a name without a domain holds in our domains alone
         catch_all = "@" + address.domain
-        return values or [table[catch_all] for table in found if catch_all in table][:1]
+        found = [source.find([*names, catch_all], deadline) for source in self.sources]
+        values = {name: table[name] for table in reversed(found) for name in table}
+        rules = [values[name] for name in dict.fromkeys(names) if name in values]
+        if not rules and catch_all in values:
+            rules.append(values[catch_all])
+        return rules
 
 
 # ---- Policy: the rule, from a recipient and a size to a Decision ----
@@ -1231,7 +1144,7 @@ class Message:
         self.sender, self.is_authenticated = sender, is_authenticated
         self.counted = 0  # bytes of the body until now
         self.passed: dict[Mailbox, Decision] = {}  # of the first recipient who was let through
-        self.copies: dict[Mailbox, set[tuple[str, str]]] = collections.defaultdict(set)
+        self.copies: dict[Mailbox, set[str]] = collections.defaultdict(set)
         self.others_passed = False  # a recipient who was not asked about, or could not be
 
     @property
@@ -1246,7 +1159,7 @@ class Message:
             mailbox = decision.target.mailbox
             self.passed.setdefault(mailbox, decision)
             # john, john+a and an alias of john are three copies: the MTA sees three addresses.
-            self.copies[mailbox].add(decision.address.key)
+            self.copies[mailbox].add(decision.address.name)
 
     def wants_body(self) -> bool:
         """Say whether more of the body can matter.
@@ -1260,14 +1173,6 @@ class Message:
         return any(answer and self.counted <= answer.most for answer in answers)
 
 
-class Route(NamedTuple):
-    """Where a recipient leads."""
-
-    verdict: str = ""  # if nobody is asked
-    target: Optional[Address] = None
-    mailboxes: Optional[Mailboxes] = None  # to be asked
-
-
 class Policy:
     """Decides about recipients and messages, by one set of options."""
 
@@ -1278,21 +1183,20 @@ class Policy:
         }
         if options.on_error == "tempfail":
             self.replies["fault"] = CANNOT_CHECK
-        self.parse_address = functools.partial(
-            Address.parse,
-            delimiters=options.recipient_delimiter,
-            case_sensitive=options.case_sensitive,
-        )
         self.exempt = {self.parse_address(e).name for e in ["postmaster", *options.exempt]}
         self.backends: dict[str, Backend] = {}  # by URL
         self.mailboxes = self.map_domains()
-        domains = Domains(self.mailboxes)
-        self.aliases = Aliases(options.aliases, self.parse_address, domains)
-        for source in options.aliases:
-            if isinstance(source, Table):
-                source.configure(domains, options.cache_ttl)
-            else:
+        sources = [
+            Table(source, options.cache_ttl) if isinstance(source, str) else source
+            for source in options.aliases
+        ]
+        for source in sources:
+            if isinstance(source, AliasFile):
                 source.log_state()
+        self.aliases = Aliases(sources, self.parse_address, self.mailboxes_of)
+
+    def parse_address(self, text: str) -> Address:
+        return Address.parse(text, self.options.recipient_delimiter, self.options.case_sensitive)
 
     def map_domains(self) -> dict[Optional[str], Mailboxes]:
         """Map domains to their backends; None is for all that no option names."""
@@ -1301,14 +1205,17 @@ class Policy:
         for domains, url in self.options.backend or [parse_backend(DEFAULT_BACKEND)]:
             if url not in self.backends:
                 backend = Backend(Client(url, context), self.options, self.counters)
-                # The name shows neither query nor password: of two that are alike one gets #2.
-                names = [known.name.partition("#")[0] for known in self.backends.values()]
-                alike = names.count(backend.name)
-                backend.name += f"#{alike + 1}" if alike else ""
+                # The name shows neither query nor password: one of two alike gets a number.
+                if backend.name in [known.name for known in self.backends.values()]:
+                    backend.name += f"#{len(self.backends) + 1}"
                 self.backends[url] = backend
             for domain in domains:
                 by_domain[domain].append(self.backends[url])
         return {domain: Mailboxes(found, self.ledger) for domain, found in by_domain.items()}
+
+    def mailboxes_of(self, domain: str) -> Optional[Mailboxes]:
+        """Give the mailboxes of a domain, None if no backend serves it."""
+        return self.mailboxes.get(domain) or self.mailboxes.get(None)
 
     def decide(self, recipient: str, message: Message, resolved: str = "") -> Decision:
         """Decide about a recipient of a message, within --timeout.
@@ -1324,32 +1231,35 @@ class Policy:
         target, finding = None, Finding()
         try:
             # Aliases have the first half of the time: what is left is enough for a backend.
-            route = self.route(address, message, (start + deadline) / 2)
-            verdict = route.verdict
-            if route.target and route.mailboxes:
-                target = route.target
-                finding = route.mailboxes.find(target.mailbox, deadline)
-                copies = message.copies[target.mailbox] | {address.key}
+            verdict, target = self.find_target(address, message, (start + deadline) / 2)
+            mailboxes = self.mailboxes_of(target.domain) if target else None
+            if target and mailboxes:
+                finding = mailboxes.find(target.mailbox, deadline)
+                copies = message.copies[target.mailbox] | {address.name}
                 verdict = self.judge(finding, message.size, len(copies))
         except Fault as fault:  # a table
             verdict, finding = "fault", Finding(fault=str(fault))
         reply = self.reply(verdict, finding, address)
         return Decision(address, target, verdict, reply, finding, time.monotonic() - start)
 
-    def route(self, address: Address, message: Message, deadline: float) -> Route:
-        """Find the mailbox of a recipient and who is asked about it. Raises Fault."""
+    def find_target(
+        self, address: Address, message: Message, deadline: float
+    ) -> tuple[str, Optional[Address]]:
+        """Find the address of a recipient's mailbox, or the verdict if nobody is to be asked.
+
+        Raises Fault.
+        """
         is_trusted = message.is_authenticated and not self.options.check_authenticated
         if not address.can_exist:
-            return Route("empty")
+            return "empty", None
         if is_trusted or not self.exempt.isdisjoint(address.names()):
-            return Route("exempt")
+            return "exempt", None
         target = self.aliases.resolve(address, deadline)
         if target is None or not target.can_exist:
-            return Route("alias")
+            return "alias", None
         if target is not address and not self.exempt.isdisjoint(target.names()):
-            return Route("exempt")
-        mailboxes = self.mailboxes.get(target.domain, self.mailboxes.get(None))
-        return Route("", target, mailboxes) if mailboxes else Route("nobackend")
+            return "exempt", None
+        return ("", target) if self.mailboxes_of(target.domain) else ("nobackend", None)
 
     def judge(self, finding: Finding, size: int, copies: int) -> str:
         """Judge a message of `size` bytes (0: not known) by what is known of a mailbox.
@@ -1404,7 +1314,6 @@ class Policy:
         """
         if self.options.ignore_size:
             return None
-        start = time.monotonic()
         refusals = []
         with self.ledger.lock:  # to decide and to count is one step
             for mailbox, decision in message.passed.items():
@@ -1423,8 +1332,7 @@ class Policy:
         verdict, finding = refusals[0]
         first = next(iter(message.passed.values()))
         reply = self.reply(verdict, finding, first.address)
-        seconds = time.monotonic() - start
-        return first._replace(verdict=verdict, reply=reply, finding=finding, seconds=seconds)
+        return first._replace(verdict=verdict, reply=reply, finding=finding, seconds=0)
 
     def since_rcpt(self, mailbox: Mailbox, at_rcpt: Finding) -> Finding:
         """Give what is known of a mailbox now; another session may have asked since RCPT."""
@@ -1450,9 +1358,8 @@ FAMILIES = {  # of metrics: type and help
     "backend_faults_total": ("counter", "Questions that ended with a fault."),
     "backend_seconds": ("histogram", "How long questions took."),
 }
+COUNTED = "recipients", "refused", "cached", "lastknown"  # in the log
 BUCKETS = [(float(le), le) for le in "0.005 0.025 0.1 0.5 1 2.5 5 +Inf".split()]  # seconds
-
-Labels = tuple[tuple[str, str], ...]
 
 
 class Counters:
@@ -1460,7 +1367,8 @@ class Counters:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # guards the values
-        self.values: dict[tuple[str, Labels], float] = collections.defaultdict(int)
+        self.values: dict[tuple[str, str], float] = collections.defaultdict(int)
+        # An alarm sees a first one come only if there was a 0 before.
         for verdict in VERDICTS:
             self.add("recipients_total", 0, verdict=verdict)
         for step in "rcpt", "data":
@@ -1472,7 +1380,7 @@ class Counters:
 
     def add(self, name: str, number: float = 1, **labels: str) -> None:
         with self.lock:
-            self.values[name, tuple(labels.items())] += number
+            self.values[name, label_text(**labels)] += number
 
     def record_decision(self, decision: Decision, step: str, size: int, is_refused: bool) -> None:
         """Count a decision about a recipient, or about a message of `size` bytes."""
@@ -1486,26 +1394,28 @@ class Counters:
             self.add("refused_bytes_total", size, step=step)
 
     def record_question(self, backend: str, seconds: float, is_fault: bool) -> None:
-        label = ("backend", backend)
+        label = label_text(backend=backend)
         with self.lock:
-            self.values["backend_questions_total", (label,)] += 1
-            self.values["backend_faults_total", (label,)] += is_fault
-            for bound, text in BUCKETS:
-                self.values["backend_seconds_bucket", (label, ("le", text))] += seconds <= bound
-            self.values["backend_seconds_count", (label,)] += 1
-            self.values["backend_seconds_sum", (label,)] += seconds
+            self.values["backend_questions_total", label] += 1
+            self.values["backend_faults_total", label] += is_fault
+            for bound, le in BUCKETS:
+                bucket = label_text(backend=backend, le=le)
+                self.values["backend_seconds_bucket", bucket] += seconds <= bound
+            self.values["backend_seconds_count", label] += 1
+            self.values["backend_seconds_sum", label] += seconds
 
     def log_line(self) -> None:
         with self.lock:
             values = dict(self.values)
-        verdicts = {v: values["recipients_total", (("verdict", v),)] for v in VERDICTS}
-        refused = sum(number for (name, _), number in values.items() if name == "refused_total")
-        sums = {"recipients": sum(verdicts.values()), "refused": refused}
-        sums.update(cached=values["cached_total", ()], lastknown=values["lastknown_total", ()])
-        sums.update(verdicts)
+
+        def total(name: str, labels: str = "") -> float:
+            return sum(n for key, n in values.items() if key[0] == name and labels in key[1])
+
+        sums = {name: total(name + "_total") for name in COUNTED}
+        sums.update({v: total("recipients_total", label_text(verdict=v)) for v in VERDICTS})
         log.info("counters %s", " ".join(f"{name}={number}" for name, number in sums.items()))
 
-    def render(self, gauges: dict[tuple[str, Labels], float]) -> str:
+    def render(self, gauges: dict[tuple[str, str], float]) -> str:
         """Give all counters, and gauges, in Prometheus' text format."""
         with self.lock:
             values = {**self.values, **gauges}
@@ -1516,14 +1426,13 @@ class Counters:
             names = [family + suffix for suffix in ("", "_bucket", "_count", "_sum")]
             for (name, labels), number in values.items():
                 if name in names:
-                    lines.append(f"quota_milter_{name}{render_labels(labels)} {number}")
+                    lines.append(f"quota_milter_{name}{labels} {number}")
         return "\n".join(lines) + "\n"
 
 
-def render_labels(labels: Labels) -> str:
-    """Write labels as Prometheus reads them."""
-    escaped = [(name, value.replace("\\", r"\\").replace('"', r"\"")) for name, value in labels]
-    text = ",".join(f'{name}="{value}"' for name, value in escaped)
+def label_text(**labels: str) -> str:
+    """Write labels as Prometheus reads them. No value needs an escape: URLs hold no quotes."""
+    text = ",".join(f'{name}="{value}"' for name, value in labels.items())
     return "{" + text + "}" if labels else ""
 
 
@@ -1668,27 +1577,27 @@ def listen_socket(text: str) -> str:
 
 def parse_backend(text: str) -> tuple[list[Optional[str]], str]:
     """Read `[DOMAIN[,DOMAIN...]=]URL`. Raises ArgumentTypeError, which shows no password."""
-    match = re.fullmatch(r"(?:([^/:?#=\s]+)=)?(https?://[!-~]+)", text, re.IGNORECASE)
+    match = re.fullmatch(r"(?:([^/:?#=\s]+)=)?(https?://[!#-\[\]-~]+)", text, re.IGNORECASE)
     if not match:
         raise ArgumentTypeError("is not [DOMAIN[,DOMAIN...]=]http[s]://HOST[:PORT]/PATH")
-    domains = [ascii_domain(name) for name in match[1].split(",")] if match[1] else [None]
+    names: Sequence[Optional[str]] = match[1].split(",") if match[1] else [None]
+    domains = [name and ascii_domain(name) for name in names]
     try:
         parts = urllib.parse.urlsplit(match[2])
         is_good = parts.hostname and parts.port != 0 and not parts.fragment and "" not in domains
     except ValueError:
         is_good = False
     if not is_good:
-        hint = "; in a password @ : / ? # % are written %40 %3A %2F %3F %23 %25"
-        hint = hint if "@" in match[2] else ""
         reason = "has an empty domain, no host, a # or no port from 1 to 65535"
-        raise ArgumentTypeError(reason + hint)
-    return list(dict.fromkeys(domains)), match[2]
+        hint = "; in a password @ : / ? # % are written %40 %3A %2F %3F %23 %25"
+        raise ArgumentTypeError(reason + (hint if "@" in match[2] else ""))
+    return domains, match[2]
 
 
-def alias_source(text: str) -> AliasSource:
-    """Read an alias file, or note the name of a table. Raises ArgumentTypeError."""
+def alias_source(text: str) -> Union[AliasFile, str]:
+    """Read an alias file, or give the name of a table. Raises ArgumentTypeError."""
     if re.match("[a-z][a-z0-9_-]*:.", text):
-        return Table(text)
+        return text
     try:
         return AliasFile(text)
     except (OSError, ValueError) as error:
@@ -1706,9 +1615,8 @@ def trust(file: str) -> ssl.SSLContext:
 
 REPLY = Reply.from_template
 DECIMAL = r"([0-9]{1,5}(\.[0-9]{1,9})?|\.[0-9]{1,9})"
-SECONDS = matching(DECIMAL, "a number of seconds from 0 to 99999", float)
-TIMEOUT = matching("(?=.*[1-9])" + DECIMAL, "a number of seconds above 0, to 99999", float)
-DAYS = matching(DECIMAL, "a number of days from 0 to 99999", float)
+NUMBER = matching(DECIMAL, "a number from 0 to 99999", float)
+TIMEOUT = matching("(?=.*[1-9])" + DECIMAL, "a number above 0, to 99999", float)
 COUNT = matching("[1-9][0-9]{0,3}", "a number from 1 to 9999", int)
 DELIMITERS = matching(r"""[!#-/:-?\[\]-`{-~]*""", 'ASCII punctuation other than @ " \\')
 ERROR_WORDS = matching("accept|tempfail", "accept or tempfail")
@@ -1719,17 +1627,17 @@ OPTIONS: list[tuple[str, str, Callable[[str], Any], Any, str]] = [
     ("listen", "SOCKET", listen_socket, "inet:8894@127.0.0.1", "inet:PORT@HOST or unix:/PATH"),
     ("backend", "[DOMAIN[,DOMAIN...]=]URL", parse_backend, [], f"to ask ({DEFAULT_BACKEND})"),
     ("timeout", "SECONDS", TIMEOUT, 5, "whole budget of a question"),
-    ("retry-after", "SECONDS", SECONDS, 10, "how long a backend that failed is not asked"),
+    ("retry-after", "SECONDS", NUMBER, 10, "how long a backend that failed is not asked"),
     ("max-queries", "N", COUNT, 16, "questions to one backend at a time"),
-    ("cache-ttl", "SECONDS", SECONDS, 60, "how long an answer is used again; 0: never"),
+    ("cache-ttl", "SECONDS", NUMBER, 60, "how long an answer is used again; 0: never"),
     ("on-error", "accept|tempfail", ERROR_WORDS, "accept", "if a backend gives a fault"),
     ("overquota-reply", "REPLY", REPLY, OVERQUOTA, "for a full mailbox"),
     ("toolarge-reply", "REPLY", REPLY, TOOLARGE, "for what the quota cannot hold"),
     ("unknown-reply", "REPLY", REPLY, None, "for UNKNOWN (let through)"),
     ("ignore-size", "", bool, False, "sizes do not matter, only the status does"),
-    ("in-flight", "SECONDS", SECONDS, 60, "how long mail is under way; 0: not at all"),
+    ("in-flight", "SECONDS", NUMBER, 60, "how long mail is under way; 0: not at all"),
     ("frontends", "N", COUNT, 1, "frontends that share the mail"),
-    ("inactive-after", "DAYS", DAYS, 0, "a full mailbox is dead; 0: off"),
+    ("inactive-after", "DAYS", NUMBER, 0, "a full mailbox is dead; 0: off"),
     ("inactive-reply", "REPLY", REPLY, INACTIVE, "for a dead mailbox"),
     ("recipient-delimiter", "CHARS", DELIMITERS, "+", "john+lists is john; empty: off"),
     ("case-sensitive", "", bool, False, "do not fold the user to lower case"),
@@ -1805,8 +1713,7 @@ def option_lines(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
             continue
         for word in group:
             try:
-                with open_regular(word[1:]) as file:
-                    lines = file.read().splitlines()
+                lines = read_lines(word[1:])
             except (OSError, ValueError) as error:
                 raise BadOptions(f"argument {word}: cannot be read: {error}") from None
             for number, line in enumerate(lines, 1):
@@ -1861,20 +1768,20 @@ class Service:
         self.counters, self.ledger = Counters(), Ledger(options)
         self.policy = Policy(options, self.ledger, self.counters)
         self.reload_wanted = threading.Event()
-        self.metrics_due = 0.0  # on the monotonic clock
 
     def keep_house(self) -> None:
         """Do what is due every second, for ever, and what a HUP asks for."""
+        metrics_due = 0.0  # on the monotonic clock
         while True:
             try:
                 if self.reload_wanted.wait(TICK):
                     self.reload_wanted.clear()  # a HUP from here on means another reload
                     self.reload()
-                for source in self.policy.options.aliases:
+                for source in self.policy.aliases.sources:
                     if isinstance(source, AliasFile):
                         source.refresh()
-                if time.monotonic() >= self.metrics_due:
-                    self.metrics_due = time.monotonic() + METRICS_EVERY
+                if time.monotonic() >= metrics_due:
+                    metrics_due = time.monotonic() + METRICS_EVERY
                     self.write_metrics()
             except Exception as error:  # mail goes on, whatever it was
                 log.error("state=failed reason=%s", printable(repr(error)))
@@ -1891,7 +1798,7 @@ class Service:
         except (BadOptions, OSError, ValueError, SystemExit) as error:
             log.error("state=kept reason=%s", printable(error))
             return
-        self.ledger.configure(options)
+        self.ledger.options = options
         self.policy = policy
         log.info("state=reloaded")
 
@@ -1900,11 +1807,11 @@ class Service:
         file = self.policy.options.metrics
         if not file:
             return
-        gauges: dict[tuple[str, Labels], float] = {
-            (name, ()): number for name, number in self.ledger.gauges().items()
+        gauges: dict[tuple[str, str], float] = {
+            (name, ""): number for name, number in self.ledger.gauges().items()
         }
         for backend in self.policy.backends.values():
-            gauges["backend_up", (("backend", backend.name),)] = int(not backend.is_down)
+            gauges["backend_up", label_text(backend=backend.name)] = int(not backend.is_down)
         try:
             write_whole(file, self.counters.render(gauges))
         except OSError as error:
@@ -1996,25 +1903,16 @@ def serve(service: Service, where: str) -> int:
             service.counters.log_line()
     # Without such a signal libmilter ended by itself: one of many HUPs may reach its thread.
     status = 0 if caught in (signal.SIGTERM, signal.SIGINT) else 1
-    stop(service, path, status)
-    log.info("listen=%s state=stopped", where)
-    return status
-
-
-def stop(service: Service, path: str, status: int) -> None:
-    """End the postmaps, remove the socket, write metrics and counters a last time."""
-    # A log that nobody reads or a disk that hangs must not hold up the end.
-    alarm = threading.Timer(STOPPING, os._exit, [status])
-    alarm.daemon = True
-    try:
-        alarm.start()
-    except RuntimeError:  # no thread is left
-        os._exit(status)
+    # A log that nobody reads must not hold up the end.
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(status))
+    signal.setitimer(signal.ITIMER_REAL, STOPPING)
     Table.close()
     with contextlib.suppress(OSError):  # "" is no path
         os.unlink(path)
     service.write_metrics()
     service.counters.log_line()
+    log.info("listen=%s state=stopped", where)
+    return status
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -2434,7 +2434,7 @@ class Ours:
 
     def reload(self) -> None:
         self.policy = self.module.Policy(self.options, self.ledger, self.module.Counters())
-        self.ledger.configure(self.options)
+        self.ledger.options = self.options
 
     def ask(self, backend: Any, mailbox: Any) -> Any:
         asked, answer = self.now, self.look_up_here(mailbox.user, backend.name)
@@ -2853,7 +2853,7 @@ def test_metrics_are_replaced_and_tell_what_the_milter_did(site):
         "in_flight_messages": 4,
         "in_flight_bytes": 2 * (20_000 + 1024) + 2 * (5 + 1024),
         "remembered_answers": 4,
-        **{f'backend_up{{backend="{url}{number}"}}': 1 for number in ("", "#2", "#3")},
+        **{f'backend_up{{backend="{url}{number}"}}': 1 for number in ("", "#3", "#4")},
         f'backend_questions_total{{backend="{url}"}}': 4,
         f'backend_questions_total{{backend="{dead}"}}': 1,
         f'backend_faults_total{{backend="{dead}"}}': 1,
