@@ -1358,8 +1358,9 @@ FAMILIES = {  # of metrics: type and help
     "backend_faults_total": ("counter", "Questions that ended with a fault."),
     "backend_seconds": ("histogram", "How long questions took."),
 }
-COUNTED = "recipients", "refused", "cached", "lastknown"  # in the log
 BUCKETS = [(float(le), le) for le in "0.005 0.025 0.1 0.5 1 2.5 5 +Inf".split()]  # seconds
+
+Labels = tuple[tuple[str, str], ...]
 
 
 class Counters:
@@ -1367,7 +1368,7 @@ class Counters:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # guards the values
-        self.values: dict[tuple[str, str], float] = collections.defaultdict(int)
+        self.values: dict[tuple[str, Labels], float] = collections.defaultdict(int)
         # An alarm sees a first one come only if there was a 0 before.
         for verdict in VERDICTS:
             self.add("recipients_total", 0, verdict=verdict)
@@ -1380,7 +1381,7 @@ class Counters:
 
     def add(self, name: str, number: float = 1, **labels: str) -> None:
         with self.lock:
-            self.values[name, label_text(**labels)] += number
+            self.values[name, tuple(labels.items())] += number
 
     def record_decision(self, decision: Decision, step: str, size: int, is_refused: bool) -> None:
         """Count a decision about a recipient, or about a message of `size` bytes."""
@@ -1394,28 +1395,26 @@ class Counters:
             self.add("refused_bytes_total", size, step=step)
 
     def record_question(self, backend: str, seconds: float, is_fault: bool) -> None:
-        label = label_text(backend=backend)
+        label = ("backend", backend)
         with self.lock:
-            self.values["backend_questions_total", label] += 1
-            self.values["backend_faults_total", label] += is_fault
-            for bound, le in BUCKETS:
-                bucket = label_text(backend=backend, le=le)
-                self.values["backend_seconds_bucket", bucket] += seconds <= bound
-            self.values["backend_seconds_count", label] += 1
-            self.values["backend_seconds_sum", label] += seconds
+            self.values["backend_questions_total", (label,)] += 1
+            self.values["backend_faults_total", (label,)] += is_fault
+            for bound, text in BUCKETS:
+                self.values["backend_seconds_bucket", (label, ("le", text))] += seconds <= bound
+            self.values["backend_seconds_count", (label,)] += 1
+            self.values["backend_seconds_sum", (label,)] += seconds
 
     def log_line(self) -> None:
         with self.lock:
             values = dict(self.values)
-
-        def total(name: str, labels: str = "") -> float:
-            return sum(n for key, n in values.items() if key[0] == name and labels in key[1])
-
-        sums = {name: total(name + "_total") for name in COUNTED}
-        sums.update({v: total("recipients_total", label_text(verdict=v)) for v in VERDICTS})
+        verdicts = {v: values["recipients_total", (("verdict", v),)] for v in VERDICTS}
+        refused = sum(number for (name, _), number in values.items() if name == "refused_total")
+        sums = {"recipients": sum(verdicts.values()), "refused": refused}
+        sums.update(cached=values["cached_total", ()], lastknown=values["lastknown_total", ()])
+        sums.update(verdicts)
         log.info("counters %s", " ".join(f"{name}={number}" for name, number in sums.items()))
 
-    def render(self, gauges: dict[tuple[str, str], float]) -> str:
+    def render(self, gauges: dict[tuple[str, Labels], float]) -> str:
         """Give all counters, and gauges, in Prometheus' text format."""
         with self.lock:
             values = {**self.values, **gauges}
@@ -1426,13 +1425,14 @@ class Counters:
             names = [family + suffix for suffix in ("", "_bucket", "_count", "_sum")]
             for (name, labels), number in values.items():
                 if name in names:
-                    lines.append(f"quota_milter_{name}{labels} {number}")
+                    lines.append(f"quota_milter_{name}{render_labels(labels)} {number}")
         return "\n".join(lines) + "\n"
 
 
-def label_text(**labels: str) -> str:
-    """Write labels as Prometheus reads them. No value needs an escape: URLs hold no quotes."""
-    text = ",".join(f'{name}="{value}"' for name, value in labels.items())
+def render_labels(labels: Labels) -> str:
+    """Write labels as Prometheus reads them."""
+    escaped = [(name, value.replace("\\", r"\\").replace('"', r"\"")) for name, value in labels]
+    text = ",".join(f'{name}="{value}"' for name, value in escaped)
     return "{" + text + "}" if labels else ""
 
 
@@ -1577,7 +1577,7 @@ def listen_socket(text: str) -> str:
 
 def parse_backend(text: str) -> tuple[list[Optional[str]], str]:
     """Read `[DOMAIN[,DOMAIN...]=]URL`. Raises ArgumentTypeError, which shows no password."""
-    match = re.fullmatch(r"(?:([^/:?#=\s]+)=)?(https?://[!#-\[\]-~]+)", text, re.IGNORECASE)
+    match = re.fullmatch(r"(?:([^/:?#=\s]+)=)?(https?://[!-~]+)", text, re.IGNORECASE)
     if not match:
         raise ArgumentTypeError("is not [DOMAIN[,DOMAIN...]=]http[s]://HOST[:PORT]/PATH")
     names: Sequence[Optional[str]] = match[1].split(",") if match[1] else [None]
@@ -1807,11 +1807,11 @@ class Service:
         file = self.policy.options.metrics
         if not file:
             return
-        gauges: dict[tuple[str, str], float] = {
-            (name, ""): number for name, number in self.ledger.gauges().items()
+        gauges: dict[tuple[str, Labels], float] = {
+            (name, ()): number for name, number in self.ledger.gauges().items()
         }
         for backend in self.policy.backends.values():
-            gauges["backend_up", label_text(backend=backend.name)] = int(not backend.is_down)
+            gauges["backend_up", (("backend", backend.name),)] = int(not backend.is_down)
         try:
             write_whole(file, self.counters.render(gauges))
         except OSError as error:
