@@ -508,7 +508,7 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
     if not is_whole and (response.length or len(line) >= ANSWER_LENGTH):
         raise BadAnswer("the answer is cut short or too long")
     grace = response.headers.get("Quota-Grace", "").strip().encode("ascii", "replace")
-    changed = response.headers.get("Last-Modified", "")[:ANSWER_LENGTH]
+    changed = response.headers.get("Last-Modified", "")[:64]  # a date is shorter
     answer = Answer.from_line(line, is_whole)
     return answer._replace(grace=read_number(grace) or 0, changed=changed)
 
