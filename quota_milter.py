@@ -5,12 +5,12 @@ USE
     quota_milter.py [@FILE] [options]              serve Postfix or Sendmail
     quota_milter.py --check [ADDRESS...] [options] ask now, print the verdicts
 
-    At each RCPT the milter asks the backend that has the mailbox over HTTP:
+    At each RCPT the milter sends an HTTP request to the backend that holds the mailbox:
     `GET URL?u=USER&d=DOMAIN`. A recipient who is over quota gets a temporary failure,
-    `452 4.2.2 Quota exceeded for ...`: the mail comes again when there is room. At the
-    end of the data the real size is known, and the decision is made once more. Mail
-    that was accepted counts as in flight until a new answer can include it, so that
-    many messages at once do not overfill a mailbox.
+    `452 4.2.2 Quota exceeded for ...`: the sending server keeps the mail and tries again.
+    At the end of the data the message is judged again by its size: the declared one, or
+    that of its body if it is larger. Accepted mail counts as in flight until an answer
+    can include it, so many messages at once do not overfill a mailbox.
 
     A file given as @FILE holds one option and its value a line, `#` comments. HUP reads
     the option files and the aliases again, USR1 logs the counters, TERM and INT end the
@@ -19,27 +19,29 @@ USE
     none serves the domain, or an unknown mailbox is let through.
 
 WHEN SOMETHING FAILS
-    If a backend does not answer within --timeout, its last answer is used for up to an
-    hour. After that --on-error decides, which lets mail through. A backend that cannot
+    If no backend answers within --timeout, the last answer is used for up to an hour.
+    After that --on-error decides; by default mail is let through. A backend that cannot
     be reached is left alone for --retry-after seconds. Each failure is logged.
 
 SECURITY
     The milter believes its backends, and trusts no address: each is escaped before it
     is asked about, answered or logged. It uses no proxies, follows no redirects, and
-    needs no privilege. A password in --backend belongs into an option file.
+    needs no privilege. Put a password for --backend in an option file: the command line
+    shows in the list of processes.
 
 HOW IT IS MADE
     QuotaMilter's callbacks ask the Policy about each recipient. It follows the Aliases
-    to a mailbox, and asks the Mailboxes of its domain. These look into the Ledger, then
-    ask their Backends in order. A Backend asks in threads, through its Client. What the
-    threads share (Ledger, Backends, Tables, Counters) has a lock, or is replaced whole.
+    to a mailbox, and asks the Mailboxes of its domain. These check the Ledger, then ask
+    their Backends in order. A Backend asks in threads, through its Client. libmilter
+    calls from many threads: Ledger, Backends and Counters have a lock each. Other things
+    that threads share are read or replaced in one step.
 """
 
 from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # HUP and USR1 must not kill the program while it starts
+if __name__ == "__main__":  # while it starts: HUP and USR1 end nothing, INT ends it in silence
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -83,36 +85,37 @@ VERSION = "3.0"
 DEFAULT_BACKEND = "http://127.0.0.1:8025/cgi-bin/quota.cgi"
 
 ANSWER_LENGTH = 4096  # bytes read of an answer: the longest line is far below
-TOO_LARGE = 1 << 63  # bytes; a negative sum that a server prints unsigned is this or more
+TOO_LARGE = 1 << 63  # bytes; a server that prints a negative sum as unsigned gives this or more
 ANSWERS = 50_000  # mailboxes whose answers are remembered, in some 25 MB
-PASSED_OVER = 8  # mailboxes with mail in flight, at most, in the search for one to forget
+MOST_SKIPPED = 8  # mailboxes with mail in flight, in the search for one to forget
 NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
-PATIENCE = 3  # mailboxes in a row that run out of time before their backend is left alone
-HEADERS = 1024  # bytes that mail servers add to a message on its way: 500 to 1,500
+MOST_TIMEOUTS = 3  # different mailboxes in a row without an answer: then the backend is down
+HEADER_BYTES = 1024  # bytes that mail servers add to a message on its way: 500 to 1,500
 TABLE_QUERIES = 8  # postmap processes at a time; each runs for some five milliseconds
 TABLE_RESULTS = 10_000  # names whose result a table remembers, in some 10 MB
 REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RFC 5321, 4.5.3.1.5)
 BACKLOG = 1024  # connections that wait to be accepted; libmilter's 20 are few for a burst
 LOG_LENGTH = 10_000  # lines that may wait to be written; what comes then is lost
-TICK = 1  # seconds between two looks at signals, alias files and metrics
+TICK = 1  # seconds between two looks at alias files, and at whether libmilter runs
 METRICS_EVERY = 15  # seconds, as Prometheus usually asks
 DAY = 86400  # seconds
-STOPPING = 1.7  # seconds that the end may take, whatever hangs: 2 with the rest
+STOPPING = 1.7  # seconds from TERM to a hard exit, whatever hangs; the promise is 2
 
 OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
 TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
-# Not 552: after RCPT a client may read that as "too many recipients" (RFC 5321, 4.5.3.1.10).
+# Not 552: after RCPT some clients read that as "too many recipients" and go on trying (RFC 5321,
+# 4.5.3.1.10), and this reply is to end the tries.
 INACTIVE = "550 5.2.2 Mailbox of {address} is full and not in use"
 
 REFUSED = ("overquota", "toolarge", "inactive")  # verdicts: there is no room for the message
-# The last four are without a question.
+# For the last four no backend is asked.
 VERDICTS = ("ok", *REFUSED, "unknown", "fault", "empty", "exempt", "alias", "nobackend")
 
 DOWN = "the backend is down and is left alone for a while"
-NO_TURN = "the question got no turn in time"
-OVERTAKEN = "no answer, while later questions were answered and others waited"
-HUNG = "this mailbox ran out of time and is left alone for a while"
+NO_TURN = "too many other questions: this one could not be sent in time"
+OVERTAKEN = "no answer in half of the time, while later questions were answered and others waited"
+HUNG = "the last question about this mailbox timed out: it is left alone for a while"
 HINTS = {  # what an administrator has usually got wrong
     401: ": is the password in --backend right?",
     403: ": may this address ask (QUOTA_ALLOW, the web server's rule)?",
@@ -140,7 +143,7 @@ def lower(text: str) -> str:
 
 
 def ascii_domain(text: str) -> str:
-    """Give a domain in lower case, beyond ASCII as A-labels (RFC 5890), without a last dot."""
+    """Return a domain in lower case, without a last dot, its labels as A-labels (RFC 5890)."""
     domain = lower(text[:-1] if text[-1:] == "." else text)
     if domain.isascii() or len(domain) > NAME_LENGTH:  # the codec is slow for very long names
         return domain
@@ -188,7 +191,7 @@ class Address(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What is the same for all spellings of the address; the name by which tables list it."""
+        """The same text for all spellings of the address; alias files and tables list it so."""
         return lower(f"{self.local}@{self.domain}" if self.domain else self.local)
 
     @property
@@ -197,7 +200,7 @@ class Address(NamedTuple):
         return self.local != "" and len(self.user) + len(self.domain) <= NAME_LENGTH
 
     def names(self) -> list[str]:
-        """Give the names by which tables list this address, the most specific first."""
+        """Return the names by which tables list this address, the most specific first."""
         bare = [lower(self.local), lower(self.user)]
         return [f"{name}@{self.domain}" for name in bare if self.domain] + bare
 
@@ -243,7 +246,7 @@ class Reply(NamedTuple):
         return self.code[0] == "5"
 
     def to(self, address: str) -> Reply:
-        """Put the address in, as printable ASCII without %, which libmilter reads as a format."""
+        """Put the address in, as printable ASCII; libmilter would take a % for a format."""
         text = self.text.replace("{address}", re.sub("[^ -~]|%", "?", address))
         return self._replace(text=text[:REPLY_LENGTH])
 
@@ -273,12 +276,12 @@ class Answer(NamedTuple):
         status, *fields = line.rstrip(b"\r\n").split(b" ")
         if status not in (b"OK", b"OVERQUOTA", b"UNKNOWN"):
             raise BadAnswer(f"no status in the answer {line[:80]!r}: is the URL right?")
-        # A lone number behind the user may be either of the two.
+        # A single number behind the user may be the usage or the quota.
         numbers = fields[-2:] if is_whole and len(fields) > 2 else [b"", b""]
         return cls(status.decode(), read_number(numbers[0]), read_number(numbers[1]))
 
     @property
-    def figure(self) -> Optional[int]:
+    def usage(self) -> Optional[int]:
         """The bytes used, if they are known.
 
         Some servers answer for a mailbox that does not exist yet with a quota and no size: 0 bytes.
@@ -288,7 +291,7 @@ class Answer(NamedTuple):
         return 0 if self.used is None and self.quota is not None else self.used
 
     @property
-    def most(self) -> int:
+    def capacity(self) -> int:
         """How many bytes the mailbox can ever hold, 0 if there is no limit."""
         return self.quota + self.grace if self.quota else 0
 
@@ -309,7 +312,10 @@ def read_date(text: str) -> Optional[float]:
 
 
 class Fault(Exception):
-    """A backend or a table gave no answer; the text says why, for the log."""
+    """A backend or a table gave no answer; the text says why, for the log.
+
+    The circuit breaker of a Backend ignores it, unless it is one of the next two.
+    """
 
 
 class BadAnswer(Fault):
@@ -359,25 +365,25 @@ class Question:
 
     def __init__(self, mailbox: Mailbox, asked: float, deadline: float) -> None:
         self.mailbox = mailbox
-        # On the monotonic clock: when a session wanted to know, and when all is over.
+        # On the monotonic clock: when the first session asked, and when the question must end.
         self.asked, self.deadline = asked, deadline
-        self.half = (deadline - asked) / 2  # seconds
+        self.half_time = (deadline - asked) / 2  # seconds
         self.begun = 0.0  # when a thread began to ask; 0: the question waits for its turn
-        self.next_review = asked + self.half  # when the sessions that wait look after it
+        self.next_review = asked + self.half_time  # when the sessions that wait call review()
         self.future: concurrent.futures.Future[Answer]  # for all sessions that want to know
         self.lock = threading.Lock()  # guards what follows
-        self.ended = ""  # why it was ended before there was an answer
+        self.end_reason = ""  # why it was ended before there was an answer
         self.socket: Optional[socket.socket] = None
 
     def seconds_left(self) -> float:
         return max(0.001, self.deadline - time.monotonic())  # 0 tells a socket not to wait
 
     def attach(self, sock: socket.socket) -> None:
-        """Note the connection, so that end() can shut it down. Raises OSError."""
+        """Note the connection, so that shut_down() finds it. Raises OSError."""
         # A duplicate: TLS detaches the socket object that it wraps.
         with self.lock:
-            if self.ended:
-                raise OSError(self.ended)
+            if self.end_reason:
+                raise OSError(self.end_reason)
             self.socket = sock.dup()
 
     def detach(self) -> None:
@@ -387,12 +393,12 @@ class Question:
                 self.socket.close()
             self.socket = None
 
-    def end(self, why: str) -> None:
+    def shut_down(self, why: str) -> None:
         """Shut the connection down: the thread that reads from it finds the end of file."""
         with self.lock:
-            self.ended = why
+            self.end_reason = why
             if self.socket:
-                with contextlib.suppress(OSError):  # the server was faster
+                with contextlib.suppress(OSError):  # the server has closed it already
                     self.socket.shutdown(socket.SHUT_RDWR)
 
 
@@ -429,13 +435,13 @@ class Connection(http.client.HTTPConnection):
 
 
 class TLSConnection(http.client.HTTPSConnection, Connection):
-    """The same with TLS: HTTPSConnection.connect() calls the one above, then wraps the socket."""
+    """The same with TLS: HTTPSConnection.connect() calls Connection's, then wraps the socket."""
 
 
 class Client:
     """Asks one URL, over a connection of its own for each question.
 
-    So nothing that a server sends too much or too late can become the answer to another question.
+    So bytes that come late, or too many, cannot be read as the answer to another question.
     """
 
     def __init__(self, url: str, context: ssl.SSLContext) -> None:
@@ -457,7 +463,7 @@ class Client:
             connection = TLSConnection(self.host, context=self.context)
         connection.client, connection.question = self, question
         try:
-            self.connect(connection)
+            self.open_connection(connection)
             # urllib's own opener would follow redirects, and use proxies of the environment.
             handler = urllib.request.AbstractHTTPHandler()
             request = self.request(*question.mailbox)
@@ -471,11 +477,10 @@ class Client:
             connection.close()
             question.detach()
 
-    def connect(self, connection: Connection) -> None:
+    def open_connection(self, connection: Connection) -> None:
         """Connect before the request, to tell a server out of reach from a bad answer.
 
-        A TLS handshake that says nothing ends with the share of time that connecting has.
-        Raises Unreachable.
+        The TLS handshake has the same timeout as the TCP connection. Raises Unreachable.
         """
         try:
             connection.connect()
@@ -502,7 +507,8 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
         why = line[:200].decode("ascii", "replace").strip() if line[:6] == b"ERROR " else ""
         hint = HINTS.get(response.status, "")
         raise BadAnswer(f"status {response.status} {why or response.reason[:80]}{hint}")
-    # The line is whole if its end is there, or all that the header announced, or the last chunk.
+    # The line is whole if it has its newline, or if all bytes of the answer have come: as many as
+    # Content-Length says, or the last chunk.
     ended = response.length == 0 or (response.chunked and response.chunk_left is None)
     is_whole = line.endswith(b"\n") or ended
     if not is_whole and (response.length or len(line) >= ANSWER_LENGTH):
@@ -517,24 +523,24 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
 
 
 class Backend:
-    """Asks a backend at most `max_queries` questions at a time, each for no longer than its time.
+    """Asks a backend at most `max_queries` questions at a time, each until its deadline.
 
-    All sessions that want to know of one mailbox wait for one question. A question gets its turn
-    in the first half of its time, or none. So each that begins has half of its time at least, and
-    one that runs out of time tells something of the backend. While others wait, a question that
-    has less time left than the last answer took gives its turn away: under overload all questions
-    would end too late.
+    All sessions that ask about a mailbox share one question and its deadline. A question that no
+    thread took up in the first half of its time is cancelled. So a question that was sent had at
+    least half of its time, and if it times out, that says something of the backend. While others
+    wait, a question with less time left than the last answer took is dropped unsent: otherwise,
+    under overload, all questions would be sent too late.
 
-    When the time is over, whoever waits ends the question: its connection is shut down, and its
-    thread is free. A mailbox whose question ran out of time is left alone for `retry_after`
-    seconds.
+    At the deadline a session that waits ends the question: it shuts the connection down, and the
+    thread that reads from it is free. The mailbox is left alone for `retry_after` seconds.
 
-    If others wait for a turn, a question is also ended early: it has been asked for half of its
-    time, and a later one was answered. The backend works then, and this mailbox hangs.
+    If other questions wait for a thread, a question is ended early when both are true: it was sent
+    half of its time ago, and a question that was sent later has its answer. Then the backend works,
+    and this mailbox hangs.
 
-    The circuit breaker: a backend that cannot be reached, or that lets questions about three
-    mailboxes in a row run out of time, is down. It is left alone for `retry_after` seconds. Then
-    one question tries it.
+    The circuit breaker: a backend is down if it cannot be reached, or if questions about three
+    mailboxes timed out since its last answer. It is left alone for `retry_after` seconds. Then one
+    question tries it.
 
     A question has ended exactly when it is no longer in `questions`.
     """
@@ -548,9 +554,9 @@ class Backend:
         self.lock = threading.Lock()  # guards what follows
         self.questions: dict[Mailbox, Question] = {}
         self.left_alone: dict[Mailbox, float] = {}  # mailboxes that ran out of time, until when
-        self.latest_answered = 0.0  # when the latest question that has an answer had begun
+        self.latest_answered = 0.0  # of the questions that have an answer: when the last one began
         self.answered_at = 0.0  # when the last answer came
-        self.answer_time = 0.0  # seconds that it took
+        self.answer_time = 0.0  # seconds that the last answer took
         self.timed_out: set[Mailbox] = set()  # since the last answer
         self.is_down = False
         self.retry_at = 0.0  # when a backend that is down is asked again
@@ -566,11 +572,13 @@ class Backend:
                 raise Fault(NO_TURN) from None
             except concurrent.futures.TimeoutError:
                 self.review(question, moment)
-                if moment >= deadline and not question.future.done():
-                    raise Fault(question.ended or "no answer in time") from None
+                # A thread that still looks a name up does not notice that its question has ended.
+                has_ended = question.end_reason or moment >= deadline
+                if has_ended and not question.future.done():
+                    raise Fault(question.end_reason or "no answer in time") from None
 
     def join(self, mailbox: Mailbox, deadline: float) -> Question:
-        """Give the question about a mailbox that is under way, or a new one. Raises Fault."""
+        """Return the question about a mailbox that is under way, or a new one. Raises Fault."""
         now = time.monotonic()
         with self.lock:
             question = self.questions.get(mailbox)
@@ -581,7 +589,7 @@ class Backend:
             if self.is_down:
                 if now < self.retry_at:
                     raise Fault(DOWN)
-                self.retry_at = now + self.retry_after  # one question tries it, others do not
+                self.retry_at = now + self.retry_after  # only this question tries the backend
             question = Question(mailbox, now, deadline)
             try:
                 question.future = self.pool.submit(self.fetch, question)
@@ -595,6 +603,8 @@ class Backend:
         """Let the Client ask, in a thread of the pool. Raises Fault."""
         fault: Optional[Fault] = None
         with self.lock:
+            if not self.is_under_way(question):  # the system had no thread for it at first
+                raise Fault(NO_TURN)
             if question.seconds_left() < self.answer_time and self.count_waiting():
                 del self.questions[question.mailbox]
                 raise Fault(NO_TURN)
@@ -602,7 +612,7 @@ class Backend:
         try:
             return self.client.fetch(question)._replace(source=self.name, at=question.begun)
         except Fault as error:
-            fault = Fault(question.ended) if question.ended else error
+            fault = Fault(question.end_reason) if question.end_reason else error
             raise fault from None
         finally:
             self.record(question, fault)
@@ -628,13 +638,18 @@ class Backend:
         """Say whether a question has not ended. The lock is held."""
         return self.questions.get(question.mailbox) is question
 
-    def end(self, question: Question, why: str) -> None:
-        """End a question that has begun. The lock is held."""
+    def end(self, question: Question, why: str, now: float) -> None:
+        """End a question that a thread asks, and leave its mailbox alone. The lock is held."""
         del self.questions[question.mailbox]
-        question.end(why)
+        question.shut_down(why)
+        self.left_alone = {m: until for m, until in self.left_alone.items() if until > now}
+        self.left_alone[question.mailbox] = now + self.retry_after
 
     def review(self, question: Question, moment: float) -> None:
-        """End a question that has no turn by half of its time, or no answer by its deadline."""
+        """End a question that has no turn by half of its time, or no answer by its deadline.
+
+        Between the two let others have its turn if it hangs.
+        """
         now = max(moment, time.monotonic())  # a timer may be a little early
         with self.lock:
             if not self.is_under_way(question) or now < question.next_review:
@@ -642,29 +657,23 @@ class Backend:
             if question.future.cancel():  # it had no turn until now
                 del self.questions[question.mailbox]
             elif now >= question.deadline:
-                self.end(question, f"no answer within {round(2 * question.half, 1):g} s")
-                self.leave_alone(question.mailbox, now)
+                self.end(question, f"no answer within {round(2 * question.half_time, 1):g} s", now)
                 self.record_timeout(question)
             else:
-                had_half = question.begun + question.half
+                had_half = question.begun + question.half_time
                 question.next_review = had_half if now < had_half else question.deadline
                 self.make_room(now)
 
     def make_room(self, now: float) -> None:
-        """End as many questions that hang as others wait for a turn. The lock is held."""
+        """End questions that hang, one for each question that waits. The lock is held."""
         hanging = [
             question
             for question in self.questions.values()
-            if 0 < question.begun <= now - question.half and question.begun < self.latest_answered
+            if 0 < question.begun <= now - question.half_time
+            and question.begun < self.latest_answered
         ]
         for question in hanging[: self.count_waiting()]:
-            self.end(question, OVERTAKEN)
-            self.leave_alone(question.mailbox, now)
-
-    def leave_alone(self, mailbox: Mailbox, now: float) -> None:
-        """Do not ask about a mailbox for a while. The lock is held."""
-        self.left_alone = {m: until for m, until in self.left_alone.items() if until > now}
-        self.left_alone[mailbox] = now + self.retry_after
+            self.end(question, OVERTAKEN, now)
 
     def record_answer(self, question: Question, now: float) -> None:
         """Close the breaker: the backend works. The lock is held."""
@@ -679,8 +688,8 @@ class Backend:
         """Count a question that ran out of time; a few open the breaker. The lock is held."""
         if self.answered_at < question.asked:
             self.timed_out.add(question.mailbox)
-            if self.is_down or len(self.timed_out) >= PATIENCE:
-                self.record_failure(question, f"{PATIENCE} mailboxes in a row gave no answer")
+            if self.is_down or len(self.timed_out) >= MOST_TIMEOUTS:
+                self.record_failure(question, f"{MOST_TIMEOUTS} mailboxes in a row gave no answer")
 
     def record_failure(self, question: Question, why: str) -> None:
         """Open the breaker, unless there was an answer since the question. The lock is held."""
@@ -702,7 +711,8 @@ class Account:
         self.answer = answer
         self.before = before  # bytes in flight when the answer's question was sent
         self.since = 0  # bytes accepted since then
-        self.recent: tuple[tuple[float, int], ...] = ()  # when single messages came, their bytes
+        # When each message of the last minutes came, and its bytes, whether it has arrived or not.
+        self.recent: tuple[tuple[float, int], ...] = ()
 
     @property
     def in_flight(self) -> int:
@@ -716,25 +726,26 @@ class Account:
     def learn(self, answer: Answer, window: float) -> None:
         """Replace the answer by a newer one; `window` is --in-flight in seconds.
 
-        A mailbox is expected to hold the answer's figure and what is in flight. A new answer
-        leaves that sum as it was, within two bounds: it is not below the new figure. And it is not
-        above the new figure and the mail of the `window` before the question, as older mail has
-        arrived or never will. This second bound holds only if the same backend gave both figures:
-        a stand-by's may be old. Mail accepted since the question comes on top, as the answer does
-        not include it. Without two figures all mail of the `window` is in flight.
+        A mailbox is expected to hold the usage that the last answer gave, and what is in flight. A
+        new answer does not change what is expected: the more usage it gives, the less is still in
+        flight, down to 0. And no more is in flight than was accepted in the `window` before the
+        question: older mail has arrived or never will. This bound holds only if the same backend
+        gave both answers, as the usage on a stand-by may be old. Mail that was accepted after the
+        question was sent comes on top: the answer does not include it. Without two usages to
+        compare, all mail of the `window` is in flight.
 
-        Example: the figure was 500 and a message of 100 was accepted. If the new figure is 500,
-        100 are still in flight, if it is 560, 40, and if it is 600 or 900, none. If it is 200 (the
-        user made room), 100 are in flight.
+        Example: the usage was 500 and a message of 100 was accepted. If the new usage is 500, 100
+        are still in flight; if it is 560, 40; if it is 600 or 900, none. If it is 200 (the user
+        made room), 100 are in flight.
         """
         since = self.sum_up(answer.at)
         lately = self.sum_up(answer.at - window, answer.at)
         old = self.answer
-        if old is None or old.figure is None or answer.figure is None:
+        if old is None or old.usage is None or answer.usage is None:
             self.before = lately
         else:
-            expected = old.figure + self.in_flight - since
-            self.before = max(0, expected - answer.figure)
+            expected = old.usage + self.in_flight - since
+            self.before = max(0, expected - answer.usage)
             if old.source == answer.source:
                 self.before = min(self.before, lately)
         self.answer, self.since = answer, since
@@ -744,8 +755,8 @@ class Ledger:
     """Remembers answers, and counts the mail that was accepted since.
 
     RCPT reserves nothing: a client that opens sessions and sends no mail must not fill anybody's
-    mailbox. At the end of the data the Policy decides and counts in one step, holding `lock`, so
-    that of many sessions no two use the same room.
+    mailbox. At the end of the data the Policy decides and counts in one step, holding `lock`. So no
+    two sessions count on the same free space.
     """
 
     def __init__(self, options: Namespace) -> None:
@@ -754,7 +765,7 @@ class Ledger:
         self.options = options  # a reload replaces them
 
     def look(self, mailbox: Mailbox) -> Finding:
-        """Give what is known of a mailbox now, which may be nothing."""
+        """Return what is known of a mailbox now, which may be nothing."""
         with self.lock:
             account = self.accounts.get(mailbox, Account())
             return Finding(account.answer, account.in_flight, cached=account.answer is not None)
@@ -762,7 +773,7 @@ class Ledger:
     def is_fresh(self, finding: Finding, sources: Iterable[str]) -> bool:
         """Say whether an answer may be used again without a new question.
 
-        An answer of a backend that is not in `sources` may not: a reload took the backend away.
+        An answer of a backend that is not in `sources` may not: a reload has removed the backend.
         While mail is in flight an answer is used no longer than --in-flight: only a new one shows
         what has arrived.
         """
@@ -775,7 +786,7 @@ class Ledger:
         return time.monotonic() - answer.at < ttl
 
     def last_known(self, mailbox: Mailbox) -> Finding:
-        """Give the last answer about a mailbox, if it is not too old to stand in for a new one."""
+        """Return the last answer about a mailbox if it may stand in for a new one."""
         finding = self.look(mailbox)
         earliest = time.monotonic() - max(LAST_KNOWN, self.options.cache_ttl)
         if finding.answer and finding.answer.at > earliest:
@@ -797,7 +808,7 @@ class Ledger:
         size *= self.options.frontends
         with self.lock:
             now = time.monotonic()
-            # What was forgotten since RCPT, as many other mailboxes came, is put back.
+            # If the account was forgotten since RCPT, as many other mailboxes came, it is put back.
             account = self.touch(mailbox, Account(at_rcpt.answer, at_rcpt.in_flight))
             account.since += size
             # learn() looks back from the time of a question, which is --timeout ago at most.
@@ -806,14 +817,14 @@ class Ledger:
             account.recent = (*recent, (now, size))
 
     def touch(self, mailbox: Mailbox, new: Account) -> Account:
-        """Give the account of a mailbox, which is `new` if there is none. The lock is held.
+        """Return the account of a mailbox, which is `new` if there is none. The lock is held.
 
         If there are too many, the one that was not used for longest is forgotten. Accounts with
-        mail in flight are passed over: that mail would be counted nowhere.
+        mail that may be in flight are skipped: that mail would be counted nowhere.
         """
         account = self.accounts.pop(mailbox, new)
         self.accounts[mailbox] = account
-        for _ in range(PASSED_OVER):
+        for _ in range(MOST_SKIPPED):
             if len(self.accounts) <= ANSWERS:
                 break
             oldest = next(iter(self.accounts))
@@ -823,7 +834,7 @@ class Ledger:
         return account
 
     def gauges(self) -> dict[str, int]:
-        """Give the figures for the metrics."""
+        """Return the figures for the metrics."""
         with self.lock:
             start = time.monotonic() - self.options.in_flight
             sizes = [n for a in self.accounts.values() for at, n in a.recent if at > start]
@@ -893,7 +904,7 @@ TARGET = re.compile(
         ( (?: "(?:\\.|[^"\\])*" | [^\s,"] )+ )    # one mailbox, no list""",
     re.VERBOSE,
 )
-NO_MAILBOX = ","  # a value that TARGET does not fit
+NO_MAILBOX = ","  # a value that names no single mailbox
 
 
 class AliasFile:
@@ -902,11 +913,11 @@ class AliasFile:
     def __init__(self, path: str) -> None:
         """Read the file. Raises OSError, ValueError."""
         self.name = path
-        self.seen = self.known = self.version()
+        self.last_stamp = self.read_stamp = self.stamp()
         self.table, self.bad_lines = self.read()
 
-    def version(self) -> object:
-        """Give what changes with the file."""
+    def stamp(self) -> object:
+        """Return what differs after each change of the file."""
         try:
             status = os.stat(self.name)
         except OSError as error:
@@ -916,13 +927,13 @@ class AliasFile:
     def refresh(self) -> None:
         """Read the file again if it has changed; if it cannot be read the old names stay.
 
-        It is called every second. A file that still changes between two calls is only half written.
+        It is called every second. A file is read when its stamp was the same twice in a row: before
+        that it may be only half written.
         """
-        before = self.seen
-        self.seen = self.version()
-        if self.seen == self.known or self.seen != before:
+        before, self.last_stamp = self.last_stamp, self.stamp()
+        if self.last_stamp == self.read_stamp or self.last_stamp != before:
             return
-        self.known = self.seen
+        self.read_stamp = self.last_stamp
         try:
             self.table, self.bad_lines = self.read()
         except (OSError, ValueError) as error:
@@ -950,7 +961,7 @@ class AliasFile:
         log.info(text, self.name, len(self.table))
 
     def find(self, names: Sequence[str], deadline: float) -> dict[str, str]:
-        """Give what the file has for some names."""
+        """Return what the file has for some names."""
         table = self.table
         return {name: table[name] for name in names if name in table}
 
@@ -987,9 +998,10 @@ def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 
 class Table:
-    """A Postfix table, which the session's own thread asks through `postmap -q`."""
+    """A Postfix table, which is asked with `postmap -q` in the session's own thread."""
 
     turns: ClassVar[threading.Semaphore] = threading.Semaphore(TABLE_QUERIES)  # of all tables
+    starting: ClassVar[threading.Lock] = threading.Lock()  # guards what follows
     running: ClassVar[set[subprocess.Popen[bytes]]] = set()
     is_closed: ClassVar[bool] = False  # the program ends
 
@@ -1000,13 +1012,13 @@ class Table:
         self.results: dict[tuple[str, ...], tuple[float, dict[str, str]]] = {}  # until when, what
 
     def find(self, names: Sequence[str], deadline: float) -> dict[str, str]:
-        """Give what the table has for some names, from memory or from postmap. Raises Fault."""
+        """Return what the table has for some names, from memory or from postmap. Raises Fault."""
         forms: Sequence[Callable[[str], str]] = external, str  # in Postfix' order
         if self.takes_whole_address:
             names, forms = names[:1], forms[:1]
         else:  # Postfix looks up a bare name without its detail only
             names = [name for name in names if "@" in name or name == names[-2]]
-        # postmap reads a key a line, as UTF-8: what is neither stands in no table.
+        # postmap reads one key a line, as UTF-8. A name that is no such line is in no table.
         keys = {form(name): name for name in names if name.isprintable() for form in forms}
         asked = tuple(keys)
         until, found = self.results.get(asked, (0.0, {}))
@@ -1026,7 +1038,7 @@ class Table:
         if not Table.turns.acquire(timeout=max(0, deadline - time.monotonic()) / 2):
             raise Fault(f"table {self.name}: too many others are asked")
         try:
-            # The keys go in on standard input: as an argument the user `-` would mean just that.
+            # The keys go in on standard input: as an argument the key `-` would mean that.
             asked = "".join(key + "\n" for key in keys).encode()
             status, output, errors = self.run_postmap(asked, deadline)
         except OSError as error:
@@ -1044,32 +1056,35 @@ class Table:
         return dict(line.split("\t", 1) for line in lines)
 
     def run_postmap(self, asked: bytes, deadline: float) -> tuple[int, bytes, bytes]:
-        """Run `postmap -q -`; give its status, its output and its errors. Raises OSError, Fault."""
+        """Run `postmap -q -`; return its status, output and errors. Raises OSError, Fault."""
         path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
         command = [shutil.which("postmap", path=path) or "postmap", "-q", "-", self.name]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
-        Table.running.add(process)
-        try:
+        with Table.starting:
             if Table.is_closed:
                 raise Fault("the program ends")
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+            Table.running.add(process)
+        try:
             output, errors = process.communicate(asked, max(0, deadline - time.monotonic()))
             return process.returncode, output, errors
         except subprocess.TimeoutExpired:
             raise Fault(f"table {self.name} gave no answer in time") from None
         finally:
-            # Only KILL ends it: a child of a libmilter thread has the other signals blocked.
+            # Only KILL ends it: libmilter's threads block TERM, and a child inherits that.
             process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
-            Table.running.discard(process)
+            with Table.starting:
+                Table.running.discard(process)
 
     @classmethod
     def close(cls) -> None:
-        """End all postmaps, which would outlive the program, and those that are just starting."""
-        cls.is_closed = True
-        for process in list(cls.running):
-            process.kill()
+        """End all postmaps, which would outlive the program, and start no others."""
+        with cls.starting:
+            cls.is_closed = True
+            for process in cls.running:
+                process.kill()
 
 
 def external(name: str) -> str:
@@ -1101,7 +1116,7 @@ class Aliases(NamedTuple):
         return None  # names that stand for each other
 
     def follow(self, address: Address, deadline: float) -> Optional[Address]:
-        """Give what an address stands for, which may be itself; None for no single mailbox.
+        """Return what an address stands for, which may be itself; None for no single mailbox.
 
         Raises Fault.
         """
@@ -1113,17 +1128,17 @@ class Aliases(NamedTuple):
             following = self.parse_address(text)
             if not following.domain:
                 following = following._replace(domain=address.domain)
-            # A name that stands for itself ends virtual(5). But aliases(5), which is read after
-            # it, may lead on: so the next, less specific rule is tried.
+            # In virtual(5) a name that stands for itself ends the search. Then aliases(5) is asked
+            # about it: so the next, less specific rule is tried.
             if following.name != address.name:
                 return following
         return address
 
     def rules(self, address: Address, deadline: float) -> list[str]:
-        """Give what an address stands for, the most specific rule first. Raises Fault."""
+        """Return what an address stands for, the most specific rule first. Raises Fault."""
         names = address.names()
         if address.domain and not self.mailboxes_of(address.domain):
-            names = names[:2]  # a name without a domain holds in our domains alone
+            names = names[:2]  # names without a domain apply to domains that have a backend
         catch_all = "@" + address.domain
         found = [source.find([*names, catch_all], deadline) for source in self.sources]
         values = {name: table[name] for table in reversed(found) for name in table}
@@ -1143,9 +1158,11 @@ class Message:
         self.declared = declared  # bytes (RFC 1870), 0 if it was not
         self.sender, self.is_authenticated = sender, is_authenticated
         self.counted = 0  # bytes of the body until now
-        self.passed: dict[Mailbox, Decision] = {}  # of the first recipient who was let through
-        self.copies: dict[Mailbox, set[str]] = collections.defaultdict(set)
-        self.others_passed = False  # a recipient who was not asked about, or could not be
+        # For each mailbox: the decision about the first recipient who was let through, and the
+        # names of all of them.
+        self.passed: dict[Mailbox, Decision] = {}
+        self.copies: dict[Mailbox, set[str]] = {}
+        self.others_passed = False  # a recipient without an answer was let through
 
     @property
     def size(self) -> int:
@@ -1159,18 +1176,19 @@ class Message:
             mailbox = decision.target.mailbox
             self.passed.setdefault(mailbox, decision)
             # john, john+a and an alias of john are three copies: the MTA sees three addresses.
-            self.copies[mailbox].add(decision.address.name)
+            self.copies.setdefault(mailbox, set()).add(decision.address.name)
 
     def wants_body(self) -> bool:
         """Say whether more of the body can matter.
 
-        It cannot if the size was declared, unless the first part of the body is already more than
-        that. It cannot either if the body is more than the largest of the mailboxes could hold.
+        It cannot if the part that has come fits into the declared size: a client that lies about it
+        is caught only by the first part, of 64 KB. And it cannot if no mailbox could ever hold what
+        has come.
         """
         if self.counted <= self.declared:
             return False
         answers = [decision.finding.answer for decision in self.passed.values()]
-        return any(answer and self.counted <= answer.most for answer in answers)
+        return any(answer and self.counted <= answer.capacity for answer in answers)
 
 
 class Policy:
@@ -1199,7 +1217,7 @@ class Policy:
         return Address.parse(text, self.options.recipient_delimiter, self.options.case_sensitive)
 
     def map_domains(self) -> dict[Optional[str], Mailboxes]:
-        """Map domains to their backends; None is for all that no option names."""
+        """Map domains to their backends; None is the key for all other domains."""
         context = self.options.cafile or ssl.create_default_context()
         by_domain: dict[Optional[str], list[Backend]] = collections.defaultdict(list)
         for domains, url in self.options.backend or [parse_backend(DEFAULT_BACKEND)]:
@@ -1214,14 +1232,14 @@ class Policy:
         return {domain: Mailboxes(found, self.ledger) for domain, found in by_domain.items()}
 
     def mailboxes_of(self, domain: str) -> Optional[Mailboxes]:
-        """Give the mailboxes of a domain, None if no backend serves it."""
+        """Return the mailboxes of a domain, None if no backend serves it."""
         return self.mailboxes.get(domain) or self.mailboxes.get(None)
 
     def decide(self, recipient: str, message: Message, resolved: str = "") -> Decision:
         """Decide about a recipient of a message, within --timeout.
 
-        `resolved` is the address that the MTA takes the recipient for, if that is another one. The
-        reply names the one that was given.
+        `resolved` is the address that the MTA has made of the recipient, if that is another one.
+        The reply names the one that was given.
         """
         start = time.monotonic()
         deadline = start + self.options.timeout
@@ -1235,7 +1253,7 @@ class Policy:
             mailboxes = self.mailboxes_of(target.domain) if target else None
             if target and mailboxes:
                 finding = mailboxes.find(target.mailbox, deadline)
-                copies = message.copies[target.mailbox] | {address.name}
+                copies = message.copies.get(target.mailbox, set()) | {address.name}
                 verdict = self.judge(finding, message.size, len(copies))
         except Fault as fault:  # a table
             verdict, finding = "fault", Finding(fault=str(fault))
@@ -1264,7 +1282,7 @@ class Policy:
     def judge(self, finding: Finding, size: int, copies: int) -> str:
         """Judge a message of `size` bytes (0: not known) by what is known of a mailbox.
 
-        The mailbox gets so many copies of it.
+        `copies` is how many copies of it the mailbox gets.
         """
         answer = finding.answer
         if answer is None:
@@ -1273,10 +1291,10 @@ class Policy:
             return "unknown"
         is_full = answer.status == "OVERQUOTA"
         if answer.quota and not self.options.ignore_size:
-            if size > answer.most:
+            if size > answer.capacity:
                 return "overquota" if finding.fault else "toolarge"
-            expected = (answer.figure or 0) + finding.in_flight
-            is_full = is_full or expected + size * copies > answer.most
+            expected = (answer.usage or 0) + finding.in_flight
+            is_full = is_full or expected + size * copies > answer.capacity
             # The grace is for one message: with mail in flight it counts as used up.
             is_full = is_full or (finding.in_flight > 0 and expected >= answer.quota)
         if not is_full:
@@ -1286,20 +1304,20 @@ class Policy:
     def is_inactive(self, finding: Finding, answer: Answer) -> bool:
         """Say whether a mailbox is full, and nothing has changed it for --inactive-after days.
 
-        A mailbox that only has too little room for this message is not meant.
+        A mailbox that merely has too little room for this message is not inactive.
         """
         days: float = self.options.inactive_after
-        has_room = answer.status == "OK" and (answer.figure or 0) < (answer.quota or 0)
+        has_room = answer.status == "OK" and (answer.usage or 0) < (answer.quota or 0)
         if not days or has_room or finding.in_flight or finding.fault:
             return False
         changed = read_date(answer.changed)
         return changed is not None and time.time() - changed > days * DAY
 
     def reply(self, verdict: str, finding: Finding, address: Address) -> Optional[Reply]:
-        """Give the reply to a verdict, None to let the recipient through.
+        """Return the reply to a verdict, None to let the recipient through.
 
-        Only a fresh answer refuses for good. While the backend fails, the last known one defers,
-        whatever the options say.
+        A permanent reply needs a fresh answer. While the backend fails, it becomes a temporary
+        one.
         """
         template = self.replies.get(verdict)
         if template and template.is_permanent and finding.fault:
@@ -1309,8 +1327,8 @@ class Policy:
     def end_of_data(self, message: Message) -> Optional[Decision]:
         """Decide about a whole message; None: it is accepted, and counts as in flight.
 
-        There is one reply for all recipients. So a message is accepted for all if one of them can
-        take it, or perhaps can, as he was not asked about.
+        SMTP has one reply for all recipients. So a message is accepted if at least one of them has
+        room for it, or was let through without an answer.
         """
         if self.options.ignore_size:
             return None
@@ -1325,7 +1343,7 @@ class Policy:
             is_accepted = message.others_passed or len(refusals) < len(message.passed)
             if is_accepted or self.options.dry_run:
                 for mailbox, decision in message.passed.items():
-                    size = (message.size + HEADERS) * len(message.copies[mailbox])
+                    size = (message.size + HEADER_BYTES) * len(message.copies[mailbox])
                     self.ledger.accept(mailbox, size, decision.finding)
         if is_accepted or not refusals:
             return None
@@ -1335,7 +1353,7 @@ class Policy:
         return first._replace(verdict=verdict, reply=reply, finding=finding, seconds=0)
 
     def since_rcpt(self, mailbox: Mailbox, at_rcpt: Finding) -> Finding:
-        """Give what is known of a mailbox now; another session may have asked since RCPT."""
+        """Return what is known of a mailbox now; another session may have asked since RCPT."""
         now = self.ledger.look(mailbox)
         if now.answer and now.answer != at_rcpt.answer:
             return now
@@ -1350,10 +1368,10 @@ FAMILIES = {  # of metrics: type and help
     "lastknown_total": ("counter", "Recipients decided by a last known answer, for a fault."),
     "refused_total": ("counter", "Refusals by step (rcpt, or data: whole messages) and verdict."),
     "refused_bytes_total": ("counter", "Bytes of what was refused, as far as known, by step."),
-    "in_flight_messages": ("gauge", "Deliveries under way to mailboxes."),
-    "in_flight_bytes": ("gauge", "Bytes under way to mailboxes."),
+    "in_flight_messages": ("gauge", "Deliveries accepted in the last --in-flight seconds."),
+    "in_flight_bytes": ("gauge", "Bytes accepted in the last --in-flight seconds."),
     "remembered_answers": ("gauge", "Answers in the cache."),
-    "backend_up": ("gauge", "Whether the backend is asked."),
+    "backend_up": ("gauge", "1 if the backend is asked, 0 while it is down."),
     "backend_questions_total": ("counter", "Questions to the backend."),
     "backend_faults_total": ("counter", "Questions that ended with a fault."),
     "backend_seconds": ("histogram", "How long questions took."),
@@ -1369,7 +1387,7 @@ class Counters:
     def __init__(self) -> None:
         self.lock = threading.Lock()  # guards the values
         self.values: dict[tuple[str, Labels], float] = collections.defaultdict(int)
-        # An alarm sees a first one come only if there was a 0 before.
+        # Prometheus' increase() misses a first event where there was no 0 before.
         for verdict in VERDICTS:
             self.add("recipients_total", 0, verdict=verdict)
         for step in "rcpt", "data":
@@ -1415,7 +1433,7 @@ class Counters:
         log.info("counters %s", " ".join(f"{name}={number}" for name, number in sums.items()))
 
     def render(self, gauges: dict[tuple[str, Labels], float]) -> str:
-        """Give all counters, and gauges, in Prometheus' text format."""
+        """Return all counters, and gauges, in Prometheus' text format."""
         with self.lock:
             values = {**self.values, **gauges}
         lines = []
@@ -1459,9 +1477,9 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
     """One connection of the MTA, which may bring many messages.
 
     pymilter negotiates away the steps that have no method here: HELO, headers and others cost
-    nothing. DATA has a method although that only continues. An MTA sends the macros of DATA in any
-    case, and over an inet socket two packets without a reply between them wait for 40 ms (Nagle's
-    algorithm there, delayed acknowledgement here). For the same reason every step has a reply.
+    nothing. DATA has a method although that does nothing. Without it the MTA would still send the
+    macros of DATA, and then the next step without a reply between: over an inet socket that costs
+    40 ms (Nagle's algorithm there, delayed acknowledgement here).
     """
 
     def __init__(self, service: Service) -> None:
@@ -1484,7 +1502,7 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
         policy = self.service.policy
         try:
             decision = policy.decide(recipient, self.message, self.resolved(recipient))
-        except Exception:  # a fault of ours lets him through, and so the whole message
+        except Exception:  # a bug here lets him through, and so the whole message
             self.message.others_passed = True
             raise
         if decision.reply is None:
@@ -1492,10 +1510,10 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
         return self.finish(decision, "rcpt", policy)
 
     def resolved(self, recipient: str) -> str:
-        """Give the address that the MTA will deliver to, "" if it is the given one or not known.
+        """Return the address that the MTA will deliver to, "" if it is the given one or not known.
 
-        Postfix takes john%example.com and example.com!john for john@example.com. Sendmail's
-        virtusertable makes a local user of an address: a bare name, and the mailer `local`.
+        Postfix makes john@example.com of john%example.com and example.com!john. Sendmail's
+        virtusertable may make a local user of an address: a bare name, and the mailer `local`.
         """
         address = self.macro("{rcpt_addr}")
         if address and "@" not in address:
@@ -1503,11 +1521,11 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
                 return ""
             _, at, domain = without_brackets(recipient).rpartition("@")
             address += at + domain
-        # Postfix folds it to lower case, which --case-sensitive does not want.
+        # Postfix writes it in lower case: where only that differs, the given one is kept.
         return "" if lower(address) == lower(without_brackets(recipient)) else address
 
     def macro(self, name: str) -> str:
-        """Give a macro of the MTA, "" if it has none or one that is not UTF-8."""
+        """Return a macro of the MTA, "" if it has none or one that is not UTF-8."""
         try:
             return self.getsymval(name) or ""
         except (UnicodeError, Milter.error):
@@ -1557,7 +1575,7 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
 
 
 def matching(pattern: str, what: str, kind: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """Make a reader of what a pattern fits. It raises ArgumentTypeError."""
+    """Return a reader of text that fits a pattern, else it raises ArgumentTypeError."""
 
     def read_value(text: str) -> Any:
         if re.fullmatch(pattern, text):
@@ -1626,19 +1644,19 @@ OPTIONS: list[tuple[str, str, Callable[[str], Any], Any, str]] = [
     # option may be repeated), help
     ("listen", "SOCKET", listen_socket, "inet:8894@127.0.0.1", "inet:PORT@HOST or unix:/PATH"),
     ("backend", "[DOMAIN[,DOMAIN...]=]URL", parse_backend, [], f"to ask ({DEFAULT_BACKEND})"),
-    ("timeout", "SECONDS", TIMEOUT, 5, "whole budget of a question"),
-    ("retry-after", "SECONDS", NUMBER, 10, "how long a backend that failed is not asked"),
+    ("timeout", "SECONDS", TIMEOUT, 5, "for one recipient: aliases and all backends"),
+    ("retry-after", "SECONDS", NUMBER, 10, "how long a backend or mailbox that failed rests"),
     ("max-queries", "N", COUNT, 16, "questions to one backend at a time"),
     ("cache-ttl", "SECONDS", NUMBER, 60, "how long an answer is used again; 0: never"),
-    ("on-error", "accept|tempfail", ERROR_WORDS, "accept", "if a backend gives a fault"),
+    ("on-error", "accept|tempfail", ERROR_WORDS, "accept", "if no backend answers"),
     ("overquota-reply", "REPLY", REPLY, OVERQUOTA, "for a full mailbox"),
     ("toolarge-reply", "REPLY", REPLY, TOOLARGE, "for what the quota cannot hold"),
     ("unknown-reply", "REPLY", REPLY, None, "for UNKNOWN (let through)"),
     ("ignore-size", "", bool, False, "sizes do not matter, only the status does"),
-    ("in-flight", "SECONDS", NUMBER, 60, "how long mail is under way; 0: not at all"),
+    ("in-flight", "SECONDS", NUMBER, 60, "how long accepted mail counts; 0: not at all"),
     ("frontends", "N", COUNT, 1, "frontends that share the mail"),
-    ("inactive-after", "DAYS", NUMBER, 0, "a full mailbox is dead; 0: off"),
-    ("inactive-reply", "REPLY", REPLY, INACTIVE, "for a dead mailbox"),
+    ("inactive-after", "DAYS", NUMBER, 0, "refuse for good if full and unchanged; 0: off"),
+    ("inactive-reply", "REPLY", REPLY, INACTIVE, "for a full mailbox that is not in use"),
     ("recipient-delimiter", "CHARS", DELIMITERS, "+", "john+lists is john; empty: off"),
     ("case-sensitive", "", bool, False, "do not fold the user to lower case"),
     ("exempt", "ADDRESS", EXEMPT, [], "user or user@domain that is never asked about"),
@@ -1661,7 +1679,7 @@ class OptionParser(argparse.ArgumentParser):
     """Raises BadOptions rather than end the program: a reload must not."""
 
     def error(self, message: str) -> NoReturn:
-        """Give the reason in one line, without the password of a URL."""
+        """Return the reason in one line, without the password of a URL."""
         message = re.sub(r"(unrecognized arguments: [^\s=:]*).*", r"\1", message, flags=re.DOTALL)
         raise BadOptions(re.sub(r"//\S*@", "//...@", " ".join(message.split())))
 
@@ -1706,7 +1724,7 @@ def read_options(arguments: Sequence[str]) -> Namespace:
 
 
 def option_lines(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Give arguments and where they stand, for @FILE those of its lines. Raises BadOptions."""
+    """Return arguments and where they stand, for @FILE those of its lines. Raises BadOptions."""
     for is_file, group in itertools.groupby(words, lambda word: word[:1] == "@"):
         if not is_file:
             yield "", list(group)
@@ -1769,7 +1787,7 @@ class Service:
         self.policy = Policy(options, self.ledger, self.counters)
         self.reload_wanted = threading.Event()
 
-    def keep_house(self) -> None:
+    def do_housekeeping(self) -> None:
         """Do what is due every second, for ever, and what a HUP asks for."""
         metrics_due = 0.0  # on the monotonic clock
         while True:
@@ -1789,8 +1807,8 @@ class Service:
     def reload(self) -> None:
         """Read options and aliases again into a new Policy; bad ones change nothing.
 
-        Open sessions stay, and so do the answers, what is in flight and the counters. Questions
-        under way end with the backends of before.
+        Open sessions stay, and so do the answers, what is in flight and the counters. The breakers
+        of the backends begin anew. Questions under way finish in the old backends.
         """
         try:
             options = read_options(self.arguments)
@@ -1848,7 +1866,10 @@ def log_to(syslog: bool) -> Iterator[None]:
 
 
 def prepare_socket(where: str) -> str:
-    """Check that a socket can be listened on, remove a stale one, give its path. Raises OSError."""
+    """Check that a socket can be listened on and remove a stale one; return its path.
+
+    Raises OSError.
+    """
     kind, _, path = where.partition(":")
     port, _, host = path.partition("@")
     family = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get(kind, socket.AF_UNIX)
@@ -1874,10 +1895,11 @@ def serve(service: Service, where: str) -> int:
     """Serve the MTA at a socket until TERM or INT; return the exit status. Raises OSError."""
     path = prepare_socket(where)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # without a free one libmilter spins
-    # libmilter waits for HUP, TERM and INT in a thread of its own, and would end at each. The
-    # kernel gives a signal to the main thread first, where Python's handlers run. In a handler that
-    # interrupts another one, only SimpleQueue.put() is safe.
+    # Without a free file descriptor libmilter loops.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # libmilter waits for HUP, TERM and INT in a thread of its own, and would end at each of them.
+    # The kernel prefers the main thread, so Python's handlers get them. A handler may interrupt
+    # another one: only SimpleQueue.put() is safe there.
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1:
         signal.signal(number, lambda number, frame: signals.put(number))
@@ -1888,7 +1910,7 @@ def serve(service: Service, where: str) -> int:
         target=Milter.runmilter, args=("quota_milter", where, 0, False), daemon=True
     )
     libmilter.start()
-    threading.Thread(target=service.keep_house, daemon=True).start()
+    threading.Thread(target=service.do_housekeeping, daemon=True).start()
     dry_run = " dry_run=yes" if service.policy.options.dry_run else ""
     log.info("listen=%s state=started version=%s%s", where, VERSION, dry_run)
     caught = 0
@@ -1901,8 +1923,10 @@ def serve(service: Service, where: str) -> int:
             service.reload_wanted.set()
         elif caught == signal.SIGUSR1:
             service.counters.log_line()
-    # Without such a signal libmilter ended by itself: one of many HUPs may reach its thread.
-    status = 0 if caught in (signal.SIGTERM, signal.SIGINT) else 1
+    status = 0
+    if caught not in (signal.SIGTERM, signal.SIGINT):
+        status = 1
+        log.error("listen=%s state=failed reason=%s", where, '"libmilter ended: a HUP reached it?"')
     # A log that nobody reads must not hold up the end.
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(status))
     signal.setitimer(signal.ITIMER_REAL, STOPPING)
