@@ -86,7 +86,7 @@ class Problem(Exception):
 
 
 class NoSuchUser(Exception):
-    """Ends a question about a user who is not known: not by the system, or not by Dovecot."""
+    """Ends a question: the system, or Dovecot, does not know the user."""
 
 
 def log(text: str) -> None:
@@ -143,7 +143,9 @@ class Question:
     def own_limit(self) -> Optional[int]:
         """Look up user@domain, user or @domain in QUOTA_USERS: a limit in bytes. Raises Problem."""
         path, at_domain = self.setting("QUOTA_USERS"), b"@" + self.domain
-        text = read_users(path) if path else b""
+        if not path:
+            return None
+        text = read_users(path)
         for name in self.user + at_domain, self.user, at_domain:
             if b" " in name or name[:1] == b"#":
                 continue  # it would find another name, or a comment
@@ -342,7 +344,8 @@ def respond(env: Env) -> Response:
     return f"{http_status} {REASONS[http_status]}", fields, b"" if method == b"HEAD" else line
 
 
-if __name__ == "__main__" and b"GATEWAY_INTERFACE" in os.environb:
+IS_CGI = b"GATEWAY_INTERFACE" in os.environb or b"REQUEST_METHOD" in os.environb
+if __name__ == "__main__" and IS_CGI:
     status, fields, body = respond(os.environb)
     head = "".join(f"{name}: {value}\n" for name, value in [("Status", status), *fields])
     os.write(1, head.encode() + b"\n" + body)
@@ -380,7 +383,7 @@ HANGS = "500 Internal Server Error", TEXT, b"ERROR the mailbox hangs\n"
 
 
 class Server:
-    """Answers connections, one request of each, in threads that each wait for the next one."""
+    """Answers one request of each connection, in threads that all wait for connections."""
 
     def __init__(self, settings: Env) -> None:
         """Check who may ask. Raises Problem."""
@@ -388,7 +391,7 @@ class Server:
         self.networks = parse_networks(self.allow)
         self.settings = {**settings, b"QUOTA_ALLOW": b""}  # for the questions of those who may ask
         self.under_way: dict[bytes, float] = {}  # first lines of requests, and when they began
-        self.kept: dict[bytes, tuple[float, Response]] = {}  # slow answers, and until when
+        self.kept: dict[bytes, tuple[float, Response]] = {}  # slow answers, used until then
 
     def run(self, listener: socket.socket) -> None:
         """Answer one connection after the other."""
@@ -464,7 +467,7 @@ def serve(where: str) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # they wait for sigwait() below
     host, _, port = where.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
-    is_ipv6 = ":" in host
+    is_ipv6 = ":" in host  # [::] is for IPv4, too
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
         server = Server(dict(os.environb))
