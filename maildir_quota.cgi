@@ -33,10 +33,8 @@ is passed there. The script opens no message and never writes.
 # ruff: noqa: E402 - a CGI's cost is its start: it ends before the imports that it does not need.
 from __future__ import annotations
 
-import errno
 import os
 import stat
-import sys
 import time
 
 TYPE_CHECKING = False  # the import of `typing` would make the start longer
@@ -106,7 +104,7 @@ def measure_maildir(
     folders = find_folders(path, keeper.follows_links)
     question.changed = last_change(folders)
     header, entries = keeper.split_lines(text)
-    kept = [keeper.parse_limits(header)] if text else []
+    kept = [(keeper.limit(header, b"S"), keeper.limit(header, b"C"))] if text else []
     if keeper.has_sum:
         limits = [*first, *kept, *last, NO_LIMITS][0]
     elif first or last or kept:
@@ -155,14 +153,11 @@ class Courier:
             entries.pop()  # it is empty, or somebody is still writing it
         return header, entries
 
-    def parse_limits(self, header: bytes) -> Amount:
-        """Read the limits in the first line of `maildirsize`: the digits before an S or a C."""
-        found = {b"S": 0, b"C": 0}
-        for item in header.replace(b"S", b"S,").replace(b"C", b"C,").split(b","):
-            digits = item[len(item[:-1].rstrip(DIGITS)) : -1]
-            if 0 < len(digits) <= LONGEST_NUMBER:
-                found[item[-1:]] = int(digits)
-        return found[b"S"], found[b"C"]
+    def limit(self, header: bytes, letter: bytes) -> int:
+        """Read a limit in the first line of `maildirsize`: the digits before the last S or C."""
+        before = header.rpartition(letter)[0]
+        digits = before[len(before.rstrip(DIGITS)) :]
+        return int(digits) if 0 < len(digits) <= LONGEST_NUMBER else 0
 
 
 class Dovecot(Courier):
@@ -179,14 +174,14 @@ class Dovecot(Courier):
         header, *entries = text.split(b"\n")[:-1] or [b""]
         return header, entries
 
-    def parse_limits(self, header: bytes) -> Amount:
-        """Read the limits in the first line: items of digits and a letter."""
-        found = {b"S": 0, b"C": 0}
+    def limit(self, header: bytes, letter: bytes) -> int:
+        """Read a limit in the first line: the last item of digits and S or C that is not 0."""
+        limit = 0
         for item in header.split(b","):
             digits = item[:-1]
-            if digits.isdigit() and len(digits) <= LONGEST_NUMBER and int(digits) > 0:
-                found[item[-1:]] = int(digits)
-        return found[b"S"], found[b"C"]
+            if item[-1:] == letter and digits.isdigit() and len(digits) <= LONGEST_NUMBER:
+                limit = int(digits) or limit
+        return limit
 
 
 class Count(Dovecot):
@@ -273,6 +268,8 @@ def find_folders(path: bytes, follows_links: bool) -> list[bytes]:
                 if entry.name[:1] == b"." and entry.is_dir(follow_symlinks=follows_links):
                     folders.append(entry.path)
             except OSError as error:
+                import errno
+
                 if error.errno != errno.ELOOP:  # links in a circle lead to no folder
                     raise
     return folders
@@ -562,6 +559,8 @@ class Question:
 
     def explain(self, error: OSError, name: str) -> None:
         """Raise Problem unless the error means that there is no mailbox at a setting's path."""
+        import errno  # here, as it is wanted seldom, and each import makes the start longer
+
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
             detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
             raise Problem(500, f"cannot read the mailbox: {error.strerror}", detail)
@@ -617,22 +616,18 @@ def parse_network(text: str) -> tuple[int, int]:
     return int.from_bytes(b"\1" + packed, "big"), free
 
 
-def parse_networks(allow: bytes) -> list[tuple[int, int]]:
-    """Return the networks of QUOTA_ALLOW. Raises Problem."""
+def is_allowed(peer: str, allow: bytes) -> bool:
+    """Say whether an address is in QUOTA_ALLOW, or that is not set. Raises Problem."""
     try:
-        return [parse_network(text) for text in allow.decode().replace(",", " ").split()]
+        networks = [parse_network(text) for text in allow.decode().replace(",", " ").split()]
     except (OSError, ValueError):
         why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
         raise Problem(500, why, allow) from None
-
-
-def is_in(peer: str, networks: list[tuple[int, int]]) -> bool:
-    """Say whether an address is in one of these networks."""
     try:
         number, _ = parse_network(peer.partition("%")[0])
     except (OSError, ValueError):
-        return False  # it is the peer of a unix socket, or nothing
-    return any(number >> free == network >> free for network, free in networks)
+        number = -1  # it is the peer of a unix socket, or nothing
+    return not allow or any(number >> free == network >> free for network, free in networks)
 
 
 def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
@@ -641,7 +636,7 @@ def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
     What is no file counts as missing: to open a FIFO would wait for its writer.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise FileNotFoundError(errno.ENOENT, "not a file", path)
+        raise FileNotFoundError("not a file: " + os.fsdecode(path))
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         return file.read(most), os.fstat(file.fileno())
 
@@ -687,8 +682,8 @@ def respond(env: Env) -> Response:
     method = env.get(b"REQUEST_METHOD", b"GET")
     fields = [("Content-Type", "text/plain"), ("Cache-Control", "no-store")]  # no proxy may keep it
     try:
-        allow, peer = question.setting("QUOTA_ALLOW"), env.get(b"REMOTE_ADDR", b"")
-        if allow and not is_in(peer.decode("latin-1"), parse_networks(allow)):
+        peer = env.get(b"REMOTE_ADDR", b"").decode("latin-1")
+        if not is_allowed(peer, question.setting("QUOTA_ALLOW")):
             raise Problem(403, "this address is not in QUOTA_ALLOW")
         if method not in (b"GET", b"HEAD"):
             fields.append(("Allow", "GET, HEAD"))
@@ -725,6 +720,7 @@ if __name__ == "__main__" and IS_CGI:
 # A CGI has ended here: what follows is for the other ways to run the script.
 import signal
 import socket
+import sys
 import threading
 import traceback
 from urllib.parse import quote
@@ -757,9 +753,7 @@ class Server:
     """Answers one request of each connection, in threads that all wait for connections."""
 
     def __init__(self, settings: Env) -> None:
-        """Check who may ask. Raises Problem."""
         self.allow = Question(settings).setting("QUOTA_ALLOW")
-        self.networks = parse_networks(self.allow)
         self.settings = {**settings, b"QUOTA_ALLOW": b""}  # for the questions of those who may ask
         self.under_way: dict[bytes, float] = {}  # first lines of requests, and when they began
         self.kept: dict[bytes, tuple[float, Response]] = {}  # slow answers, used until then
@@ -774,11 +768,10 @@ class Server:
                 continue
             try:
                 with connection:
-                    if self.allow and not is_in(peer[0], self.networks):
-                        send(connection, STRANGER)
+                    if is_allowed(peer[0], self.allow):
+                        send(connection, self.answer(receive(connection)))
                     else:
-                        request = receive(connection)
-                        send(connection, self.answer(request.partition(b"\n")[0]))
+                        send(connection, STRANGER)
             except OSError:
                 pass  # the client has left, or was too slow
             except Exception:
@@ -802,17 +795,20 @@ class Server:
         query = rest.rpartition(b" ")[0].partition(b"?")[2]
         try:
             env = {**self.settings, b"REQUEST_METHOD": method, b"QUERY_STRING": query}
-            status, fields, body = respond(env)
+            response = respond(env)
         finally:
             self.under_way.pop(line, None)
         ended = time.monotonic()
-        if ended > began + SLOW and status == "200 OK":
-            self.kept[line] = ended + KEPT, (status, fields, body)
-        return status, fields, body
+        if ended > began + SLOW and response[0] == "200 OK":
+            self.kept[line] = ended + KEPT, response
+        return response
 
 
 def receive(connection: socket.socket) -> bytes:
-    """Receive a whole request: half of one may name another mailbox. Raises OSError."""
+    """Receive a request and return its first line. Raises OSError.
+
+    It is received whole: half of one may name another mailbox.
+    """
     request, deadline = b"", time.monotonic() + REQUEST_SECONDS
     while len(request) < REQUEST_LENGTH and b"\n\n" not in request.replace(b"\r", b""):
         connection.settimeout(max(0, deadline - time.monotonic()))
@@ -820,7 +816,7 @@ def receive(connection: socket.socket) -> bytes:
         if not piece:
             raise ConnectionError("half a request")
         request += piece
-    return request
+    return request.partition(b"\n")[0]
 
 
 def send(connection: socket.socket, response: Response) -> None:
@@ -842,6 +838,7 @@ def serve(where: str) -> int:
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
         server = Server(dict(os.environb))
+        is_allowed(host, server.allow)  # or a bad QUOTA_ALLOW would be an error of each question
         is_loopback = host.startswith("127.") or host in ("::1", "localhost")
         if not is_loopback and not server.allow:
             raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
