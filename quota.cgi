@@ -480,7 +480,7 @@ def serve(where: str) -> int:
     except (OSError, OverflowError, RuntimeError, ValueError, Problem) as error:
         log(f"--serve {where}: {error}")
         return 1 if isinstance(error, OSError) else 2  # an address may come later
-    log("serving on " + where)
+    log("serving on " + host + " port " + port)
     signal.sigwait(ends)
     return 0
 
