@@ -1,60 +1,40 @@
 #!/usr/bin/python3 -IS
 """maildir_quota.cgi - say whether a user's Maildir is over its quota, or ask Dovecot.
 
-USE
-    As a CGI script: copy it into cgi-bin, make it executable and ask
+    GET /cgi-bin/maildir_quota.cgi?u=john&d=example.com   as a CGI script
+    maildir_quota.cgi --serve [[HOST:]PORT]   without a web server (127.0.0.1:8025)
+    maildir_quota.cgi USER[@DOMAIN]           in a shell
+    application                               for a WSGI server
 
-        GET /cgi-bin/maildir_quota.cgi?u=john&d=example.com
+The answer is one line: `OK john 1048576 209715200`, status, user, bytes used
+and quota in bytes (0: no limit). The status is OK, OVERQUOTA or UNKNOWN. An
+error is `ERROR why` with an HTTP status from 400 on (in a shell on standard
+error, with status 1) and never a verdict; its detail goes to standard error.
 
-    The answer is one line of text/plain: `OK john 1048576 209715200`,
-    `OVERQUOTA john 209715200 209715200` or `UNKNOWN john 0 209715200`: status,
-    user, bytes used, quota in bytes (0: no limit).
-
-    maildir_quota.cgi --serve [[HOST:]PORT]  the same without a web server
-                                             (127.0.0.1:8025 by default)
-    maildir_quota.cgi USER[@DOMAIN]          the same line in a shell
-    application                              the same for a WSGI server
-
-VERDICT
-    With QUOTA_DOVEADM Dovecot itself is asked, whatever its mailboxes are. Else
-    as the server that keeps the Maildir will treat the next message:
+With QUOTA_DOVEADM Dovecot itself is asked, whatever its mailboxes are. Else the
+verdict is how the server that keeps the Maildir will treat the next message:
     courier        deliverquota: sizes in names (`,S=`), the file `maildirsize`
     dovecot        Dovecot's `maildir` driver: the same, trash counts
     dovecot-count  Dovecot's `count` driver: virtual sizes in names (`,W=`)
-    The first two are over their quota at the limit of bytes or of messages in
-    `maildirsize`; messages are counted where that is missing, broken, or says
-    "over" and may be out of date. `count` has no `maildirsize` and no limit but
-    the settings below. QUOTA_KEEPER=auto tells them apart: see find_keeper().
+The first two are over their quota at the limit of bytes or of messages in
+`maildirsize`; messages are counted where that is missing, broken, or says
+"over" and may be out of date. `count` has no `maildirsize` and no limit but
+the settings. QUOTA_KEEPER=auto tells them apart: see find_keeper().
 
-SETTINGS
-    The constants below; an environment variable of the same name beats them.
+SETTINGS are the constants below; an environment variable of the same name beats
+them.
 
-DIAGNOSTICS
-    400  no user, a name that no mailbox can have, or no domain where the path
-         needs one
-    403  the client's address is not in QUOTA_ALLOW
-    405  neither GET nor HEAD
-    500  a bad setting, a Maildir that cannot be read or is none, or Dovecot
-         did not answer
-    Each with one line, `ERROR why`, which is never a verdict (in a shell on
-    standard error, with status 1); the detail goes to standard error.
-
-SECURITY
-    Whoever may ask learns who has a mailbox and how large it is: let only the
-    frontends ask. Names are checked before they become part of a path. Under a
-    web server the command line is ignored: a query without `=` is passed there.
-    The script reads `maildirsize`, lists folders, opens no message and never
-    writes. The key of Dovecot's service is sent to that service only.
+SECURITY: whoever may ask learns who has a mailbox and how large it is, so let
+only the frontends ask (QUOTA_ALLOW). Names are checked before they become part
+of a path. Under a web server the command line is ignored: a query without `=`
+is passed there. The script opens no message and never writes.
 """
 
 # ruff: noqa: E402 - a CGI's cost is its start: it ends before the imports that it does not need.
 from __future__ import annotations
 
-import _thread
-import errno
 import os
 import stat
-import sys
 import time
 
 TYPE_CHECKING = False  # the import of `typing` would make the start longer
@@ -78,64 +58,66 @@ QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/3
 QUOTA_GRACE = "auto"  # what the message that fills the mailbox may take beyond its quota: 1M, 10%
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
-DOVEADM_SECONDS = 3  # for Dovecot's answer, and 1 for the connection: the milter waits 5
+DOVEADM_SECONDS = 3  # for each step of Dovecot's answer: the milter waits 5
 DOVEADM_LENGTH = 65536  # bytes of its answer
 TRUSTED_LENGTH = 5120  # bytes from which on the servers rebuild a maildirsize rather than read it
 TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize that says "over" is believed
 SAME_TIME = 60  # seconds; what one delivery writes is never further apart
+NO_LIMITS = 0, 0
 LONGEST_NUMBER = 20  # digits; a longer one does not fit the servers' 64 bits
 DIGITS = b"0123456789"
 
 
 def measure(question: Question) -> None:
-    """Measure the mailbox of a user. Raises Problem."""
+    """Measure the mailbox of a user. Raises NoSuchUser, Problem."""
     if question.setting("QUOTA_DOVEADM"):
         ask_dovecot(question)
         return
-    own, text = question.own_limit(), question.setting("QUOTA_LIMIT")
-    default = parse_limit("QUOTA_LIMIT", text) if text else None
-    question.quota = next(limit for limit in (own, default, 0) if limit is not None)
+    own, default = question.own_limit(), question.setting("QUOTA_LIMIT")
+    first = [] if own is None else [(own, 0)]
+    last = [(parse_limit("QUOTA_LIMIT", default), 0)] if default else []
+    question.quota = [*first, *last, NO_LIMITS][0][0]
     question.set_grace(b"0")
     path = control = question.path("QUOTA_MAILDIR")
-    if question.setting("QUOTA_CONTROL"):
-        control = question.path("QUOTA_CONTROL")
-    if path is None or control is None:
-        return
     try:
-        measure_maildir(path, control, own, default, question)
+        if question.setting("QUOTA_CONTROL"):
+            control = question.path("QUOTA_CONTROL")
+            if modified(control) is None:
+                question.check_folder("QUOTA_CONTROL")
+        measure_maildir(path, control, first, last, question)
     except OSError as error:
         question.explain(error, "QUOTA_MAILDIR")
 
 
 def measure_maildir(
-    path: bytes, control: bytes, own: Optional[int], default: Optional[int], question: Question
+    path: bytes, control: bytes, first: list[Amount], last: list[Amount], question: Question
 ) -> None:
     """Measure the Maildir at `path`, whose `maildirsize` is in the folder `control`.
 
-    `own` and `default` are the limits of QUOTA_USERS and QUOTA_LIMIT in bytes. Raises Problem, and
-    OSError where there is no Maildir or it cannot be read.
+    Limits that are in `first` come before that of `maildirsize`, and those in `last` behind it.
+    Raises Problem, and OSError where there is no Maildir or it cannot be read.
     """
     named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
     trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
-    if modified(control) is None:
-        question.check_folder("QUOTA_CONTROL")
     text, written_at = (b"", NEVER) if named == b"dovecot-count" else read_maildirsize(control)
     keeper = KEEPERS.get(named) or find_keeper(path, control, written_at)
     folders = find_folders(path, keeper.follows_links)
     question.changed = last_change(folders)
     header, entries = keeper.split_lines(text)
-    # The user's own limit comes first, and that of an old `maildirsize` last.
-    if own is None and text and (keeper.has_sum or default is None):
-        limits = keeper.parse_limits(header)
-    elif own is None and default is None and not keeper.has_sum:
-        raise Problem(500, "only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
+    kept = [(keeper.limit(header, b"S"), keeper.limit(header, b"C"))] if text else []
+    if keeper.has_sum:
+        limits = [*first, *kept, *last, NO_LIMITS][0]
+    elif first or last or kept:
+        limits = [*first, *last, *kept][0]  # an old `maildirsize` is the last resort
     else:
-        limits = question.quota, 0
+        raise Problem(500, "only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
     total = None
     if keeper.has_sum and 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text:
         total = add_up(entries)
     may_be_stale = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
-    if total is None or (may_be_stale and is_over(total, limits, keeper.doubts_beyond)):
+    if total and may_be_stale and is_over(total, limits, keeper.doubts_beyond):
+        total = None
+    if total is None or min(total) < 0:
         skip_trash = trash == b"skip" or (trash == b"auto" and not keeper.counts_trash)
         total = count(folders, keeper, skip_trash)
         if is_over(total, limits):
@@ -167,18 +149,15 @@ class Courier:
     def split_lines(self, text: bytes) -> tuple[bytes, list[bytes]]:
         """Split `maildirsize` into its first line and the others."""
         header, *entries = text.split(b"\n")
-        if entries and parse_entry(entries[-1]) is None:
+        if entries and add_up(entries[-1:]) is None:
             entries.pop()  # it is empty, or somebody is still writing it
         return header, entries
 
-    def parse_limits(self, header: bytes) -> Amount:
-        """Read the limits in the first line of `maildirsize`: the digits before an S or a C."""
-        found = {b"S": 0, b"C": 0}
-        for item in header.replace(b"S", b"S,").replace(b"C", b"C,").split(b","):
-            digits = item[len(item[:-1].rstrip(DIGITS)) : -1]
-            if 0 < len(digits) <= LONGEST_NUMBER:
-                found[item[-1:]] = int(digits)
-        return found[b"S"], found[b"C"]
+    def limit(self, header: bytes, letter: bytes) -> int:
+        """Read a limit in the first line of `maildirsize`: the digits before the last S or C."""
+        before = header.rpartition(letter)[0]
+        digits = before[len(before.rstrip(DIGITS)) :]
+        return int(digits) if 0 < len(digits) <= LONGEST_NUMBER else 0
 
 
 class Dovecot(Courier):
@@ -195,14 +174,14 @@ class Dovecot(Courier):
         header, *entries = text.split(b"\n")[:-1] or [b""]
         return header, entries
 
-    def parse_limits(self, header: bytes) -> Amount:
-        """Read the limits in the first line: items of digits and a letter."""
-        found = {b"S": 0, b"C": 0}
+    def limit(self, header: bytes, letter: bytes) -> int:
+        """Read a limit in the first line: the last item of digits and S or C that is not 0."""
+        limit = 0
         for item in header.split(b","):
             digits = item[:-1]
-            if digits.isdigit() and len(digits) <= LONGEST_NUMBER and int(digits) > 0:
-                found[item[-1:]] = int(digits)
-        return found[b"S"], found[b"C"]
+            if item[-1:] == letter and digits.isdigit() and len(digits) <= LONGEST_NUMBER:
+                limit = int(digits) or limit
+        return limit
 
 
 class Count(Dovecot):
@@ -230,12 +209,11 @@ def find_keeper(path: bytes, control: bytes, written_at: float) -> Courier:
         return KEEPERS[b"courier"]
     if written_at == NEVER:
         return KEEPERS[b"dovecot-count"]
-    newer = written_at + SAME_TIME
+    newer, latest = written_at + SAME_TIME, time.time() + SAME_TIME
     if uidlist is not None and uidlist > newer:
-        latest = time.time() + SAME_TIME  # digits beyond that are no time
         for entry in list_messages(find_folders(path, True)):
-            digits = entry.name[: len(entry.name) - len(entry.name.lstrip(DIGITS))]
-            if newer < int(digits or b"0") < latest:
+            digits = entry.name.partition(b".")[0]
+            if digits.isdigit() and newer < int(digits) < latest:
                 return KEEPERS[b"dovecot-count"]
     return KEEPERS[b"dovecot"]
 
@@ -267,29 +245,15 @@ def read_maildirsize(control: bytes) -> tuple[bytes, float]:
 
 
 def add_up(entries: list[bytes]) -> Optional[Amount]:
-    """Add up lines of `bytes messages`; None where one is something else or a sum is negative."""
+    """Add up lines of `bytes messages`, whatever follows; None where one is something else."""
     size = messages = 0
-    for line in entries:
-        entry = parse_entry(line)
-        if entry is None:
-            return None
-        size, messages = size + entry[0], messages + entry[1]
-    return (size, messages) if min(size, messages) >= 0 else None
-
-
-def parse_entry(line: bytes) -> Optional[Amount]:
-    """Read `bytes messages` as C's scanf does, whatever follows; None where it is no entry."""
-    numbers = []
-    for _ in range(2):
-        line = line.lstrip()
-        sign = line[: line[:1] in (b"-", b"+")]
-        rest = line[len(sign) :].lstrip(DIGITS)
-        digits = line[len(sign) : len(line) - len(rest)]
-        if not digits or digits[:-LONGEST_NUMBER].strip(b"0"):
-            return None
-        numbers.append(int(sign + digits[-LONGEST_NUMBER:]))
-        line = rest
-    return numbers[0], numbers[1]
+    try:
+        for line in entries:
+            first, second, *_ = line.replace(b"_", b"x").split()  # int() would accept 1_000
+            size, messages = size + int(first), messages + int(second)
+    except ValueError:
+        return None
+    return size, messages
 
 
 # ---- messages ----
@@ -304,6 +268,8 @@ def find_folders(path: bytes, follows_links: bool) -> list[bytes]:
                 if entry.name[:1] == b"." and entry.is_dir(follow_symlinks=follows_links):
                     folders.append(entry.path)
             except OSError as error:
+                import errno
+
                 if error.errno != errno.ELOOP:  # links in a circle lead to no folder
                     raise
     return folders
@@ -396,8 +362,7 @@ def ask_dovecot(question: Question) -> None:
     try:
         [[kind, rows, _]] = json.loads(text)
         if kind == "error" and rows["exitCode"] == 67:  # EX_NOUSER
-            question.status = b"UNKNOWN"
-            return
+            raise NoSuchUser
         if kind != "doveadmResponse":
             raise ValueError
         question.status, figures = b"OK", []
@@ -416,14 +381,20 @@ def ask_dovecot(question: Question) -> None:
     question.set_grace(b"10%")
 
 
+def parse_digits(text: str) -> int:
+    """Read a number as int() does, but no sign, space or underscore. Raises ValueError."""
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError
+    return int(text)
+
+
 def post_to_doveadm(query: str, question: Question) -> bytes:
     """Return what Dovecot's doveadm service answers to a query. Raises Problem."""
     import base64
+    import contextlib
     import http.client
-    import socket
-    import threading
 
-    url = os.fsdecode(question.setting("QUOTA_DOVEADM"))
+    url = question.setting("QUOTA_DOVEADM").decode("latin-1")
     host = url.removeprefix("http://").removesuffix("/doveadm/v1")
     if not host or url != f"http://{host}/doveadm/v1":
         why = "QUOTA_DOVEADM is not like http://127.0.0.1:8080/doveadm/v1: no https, no other path"
@@ -431,19 +402,12 @@ def post_to_doveadm(query: str, question: Question) -> bytes:
     key = base64.b64encode(read_key(question.setting("QUOTA_DOVEADM_KEY"))).decode()
     fields = {"Authorization": "X-Dovecot-API " + key, "Content-Type": "application/json"}
     try:
-        connection = http.client.HTTPConnection(host, timeout=1)
-        connection.connect()
-        connection.sock.settimeout(None)  # it would be for each piece of an answer
-        timer = threading.Timer(DOVEADM_SECONDS, connection.sock.shutdown, [socket.SHUT_RDWR])
-        timer.start()
-        try:
+        connection = http.client.HTTPConnection(host, timeout=DOVEADM_SECONDS)
+        with contextlib.closing(connection):
             # With `Connection: close` Dovecot would answer nothing at all to a wrong key.
             connection.request("POST", "/doveadm/v1", query, fields)
             response = connection.getresponse()
             text = response.read(DOVEADM_LENGTH)
-        finally:
-            timer.cancel()
-            connection.close()
     except (OSError, OverflowError, ValueError, http.client.HTTPException) as error:
         raise Problem(500, "Dovecot cannot be asked: see QUOTA_DOVEADM", repr(error)) from None
     if response.status == 401:
@@ -473,6 +437,7 @@ def read_key(path: bytes) -> bytes:
 HEX = b"0123456789abcdefABCDEF"
 PLACEHOLDERS = "%n user, %d domain, %u user@domain, %h home, %1n or %1.2n a part, %% percent"
 TWICE = "in systemd and uWSGI each % is written twice"
+IPV4_IN_IPV6 = 10 * b"\0" + b"\xff\xff"  # what ::ffff:192.0.2.25 begins with
 END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
 REASONS = {200: "OK", 400: "Bad Request", 403: "Forbidden", 405: "Method Not Allowed"}
 REASONS[500] = "Internal Server Error"
@@ -488,10 +453,14 @@ class Problem(Exception):
         self.status, self.detail = status, detail
 
 
+class NoSuchUser(Exception):
+    """Ends a question: the system, or Dovecot, does not know the user."""
+
+
 def log(text: str) -> None:
     """Write a line to standard error, if that is possible."""
     try:
-        os.write(2, f"quota: {text}\n".encode())
+        os.write(2, b"quota: " + text.encode() + b"\n")
     except OSError:
         pass  # it is closed, or a disk is full
 
@@ -501,8 +470,7 @@ class Question:
 
     def __init__(self, env: Env) -> None:
         self.env = env  # of a CGI (RFC 3875): settings stand there, too
-        self.user = b""
-        self.domain: Optional[bytes] = None
+        self.user = self.domain = b""  # a domain may be missing
         self.status = b"OK"
         self.used = self.quota = self.grace = 0  # bytes; a quota of 0 is none
         self.changed = 0.0  # seconds since the epoch: mail came, was read or went; 0: not known
@@ -514,28 +482,8 @@ class Question:
         """
         value = self.env.get(name.encode(), str(globals()[name]).encode())
         if choices and value not in choices:
-            raise Problem(500, f"{name} is not one of {b', '.join(choices).decode()}", value)
+            raise Problem(500, name + " is not one of " + b", ".join(choices).decode(), value)
         return value
-
-    def networks(self) -> list[tuple[int, int]]:
-        """Return the networks of QUOTA_ALLOW. Raises Problem."""
-        allow = self.setting("QUOTA_ALLOW")
-        try:
-            return [parse_network(text) for text in allow.decode().replace(",", " ").split()]
-        except (OSError, ValueError):
-            why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
-            raise Problem(500, why, allow) from None
-
-    def check_peer(self, peer: str) -> None:
-        """Raise Problem where QUOTA_ALLOW is set and this address is not in it."""
-        if self.setting("QUOTA_ALLOW"):
-            networks = self.networks()
-            try:
-                number, _ = parse_network(peer.partition("%")[0])
-            except (OSError, ValueError):
-                networks = []  # it is the peer of a unix socket, or nothing
-            if not any(number >> free == network >> free for network, free in networks):
-                raise Problem(403, "this address is not in QUOTA_ALLOW")
 
     def read_query(self) -> None:
         """Read user and domain from the query. Raises Problem."""
@@ -546,9 +494,9 @@ class Question:
                 fields.setdefault(unquote(name), unquote(value))
         if b"u" not in fields:
             raise Problem(400, "no user (u=) given")
-        self.user, self.domain = fields[b"u"], fields.get(b"d")
+        self.user, self.domain = fields[b"u"], fields.get(b"d", b"")
         check_name("user", self.user)
-        if self.domain is not None:
+        if b"d" in fields:
             check_name("domain", self.domain)
 
     def set_grace(self, auto: bytes) -> None:
@@ -562,60 +510,57 @@ class Question:
 
     def own_limit(self) -> Optional[int]:
         """Look up user@domain, user or @domain in QUOTA_USERS: a limit in bytes. Raises Problem."""
-        path, user, domain = self.setting("QUOTA_USERS"), self.user, self.domain
+        path, at_domain = self.setting("QUOTA_USERS"), b"@" + self.domain
         if not path:
             return None
         text = read_users(path)
-        # A name with a colon, or alone, is a mistake that is to be seen.
-        ends = [end for end in (b" ", b":", b"\n") if end in text]
-        for name in [user] if domain is None else [user + b"@" + domain, user, b"@" + domain]:
+        for name in self.user + at_domain, self.user, at_domain:
             if b" " in name or name[:1] == b"#":
                 continue  # it would find another name, or a comment
             begin = b"\n" + name.translate(FOLDED)
-            for end in ends:
+            for end in b" ", b":", b"\n":  # the last two are mistakes that are to be seen
                 place = text.find(begin + end)
                 if place >= 0:
-                    rest = text[place + len(begin) : text.index(b"\n", place + 1)]
                     number = text.count(b"\n", 0, place) + 1
-                    return parse_limit(f"QUOTA_USERS: line {number}", rest.partition(b"#")[0])
+                    limit = text[place + len(begin) : text.index(b"\n", place + 1)]
+                    return parse_limit(f"QUOTA_USERS: line {number}", limit.partition(b"#")[0])
         return None
 
-    def path(self, name: str) -> Optional[bytes]:
-        """Put user and domain into the path that is a setting. None: no user has such a home (%h).
+    def path(self, name: str) -> bytes:
+        """Put user and domain into the path that is a setting.
 
-        Raises Problem where the path needs a domain and there is none, or is a bad setting.
+        Raises NoSuchUser where nobody has the home that is needed (%h), and Problem where the path
+        needs a domain and there is none, or is a bad setting.
         """
         template = self.setting(name)
         if not template.startswith((b"/", b"%h")):
             raise Problem(500, name + " does not begin with /", template)
+        path, *parts = template.replace(b"%%", b"\0").split(b"%")
+        uncut = {part[:1] for part in parts}  # the letters of placeholders without digits
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
-        path, *parts = template.replace(b"%%", b"\0").split(b"%")
+        if b"h" in uncut:
+            values[b"h"] = home_of(self.user)
         for part in parts:
-            digits = part[: len(part) - len(part.lstrip(b"0123456789."))]
-            letter, text = part[len(digits) : len(digits) + 1], part[len(digits) + 1 :]
+            rest = part.lstrip(b"0123456789.")
+            letter, digits = rest[:1], part[: len(part) - len(rest)]
             skip, _, width = digits.rpartition(b".")
-            if letter == b"h":
-                values[letter] = home_of(self.user)
-                if values[letter] is None:
-                    self.status = b"UNKNOWN"
-                    return None
             if letter not in values or b"." in skip or not skip and width[:1] == b"0":
-                why = f"{name} has a placeholder that does not exist; known are {PLACEHOLDERS}"
+                why = name + " has a placeholder that does not exist; known are " + PLACEHOLDERS
                 raise Problem(500, why, template)
-            value = values[letter]
-            if value is None:
+            if not values[letter]:
                 raise Problem(400, "no domain (d=) given")
-            begin, length = int(skip or b"0"), int(width or b"0") or len(value)
-            path += value[begin : begin + length] + text
-        if not {b"n", b"u", b"h"}.intersection(part[:1] for part in parts):
-            raise Problem(500, f"{name} names no user (%n, %u or %h): {TWICE}", template)
+            path += values[letter][int(skip or b"0") :][: int(width or b"0") or None] + rest[1:]
+        if not uncut & {b"n", b"u", b"h"}:
+            raise Problem(500, name + " names no user (%n, %u or %h): " + TWICE, template)
         if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):  # %1.2n of a..b
             raise Problem(400, "no mailbox has such a user")
         return path.replace(b"\0", b"%")
 
     def explain(self, error: OSError, name: str) -> None:
         """Raise Problem unless the error means that there is no mailbox at a setting's path."""
+        import errno  # here, as it is wanted seldom, and each import makes the start longer
+
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
             detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
             raise Problem(500, f"cannot read the mailbox: {error.strerror}", detail)
@@ -624,8 +569,8 @@ class Question:
     def check_folder(self, name: str) -> None:
         """Raise Problem where the folder before the first placeholder of a path does not exist."""
         fixed = self.setting(name).replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
-        if not os.path.exists(fixed.rpartition(b"/")[0] or b"/"):
-            raise Problem(500, f"{name} begins with a folder that does not exist: {TWICE}", fixed)
+        if not os.path.exists(os.path.dirname(fixed)):
+            raise Problem(500, name + " begins with a folder that does not exist: " + TWICE, fixed)
 
 
 def check_name(what: str, name: bytes) -> None:
@@ -640,16 +585,9 @@ def unquote(text: bytes) -> bytes:
     """Decode a form-encoded name or value, as urllib.parse.unquote_plus does."""
     first, *parts = text.replace(b"+", b" ").split(b"%")
     for part in parts:
-        is_code = len(part) > 1 and part[0] in HEX and part[1] in HEX
+        is_code = len(part) > 1 and not part[:2].strip(HEX)
         first += bytes((int(part[:2], 16),)) + part[2:] if is_code else b"%" + part
     return first
-
-
-def parse_digits(text: str) -> int:
-    """Read a number as int() does, but no sign, space or underscore. Raises ValueError."""
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"not a number: {text!r}")
-    return int(text)
 
 
 def parse_limit(name: str, text: bytes) -> int:
@@ -665,19 +603,31 @@ def parse_limit(name: str, text: bytes) -> int:
 def parse_network(text: str) -> tuple[int, int]:
     """Return an address or network as a number, and how many of its last bits do not count.
 
-    An IPv4 address gets a bit that no IPv6 address has. Raises OSError, ValueError.
+    A bit ahead of the address tells IPv4 from IPv6. Raises OSError, ValueError.
     """
     from _socket import AF_INET, AF_INET6, inet_pton  # `socket` or `ipaddress` would take longer
 
     address, slash, length = text.partition("/")
     family, bits = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
-    number = int.from_bytes(inet_pton(family, address), "big")
-    free = bits - parse_digits(length) if slash else 0
-    if free < 0:
-        raise ValueError(f"more than {bits} bits: {text}")
-    if number >> 32 == 0xFFFF and free <= 32:  # ::ffff:192.0.2.25 is an IPv4 address
-        family, number = AF_INET, number & 0xFFFFFFFF
-    return number | (family == AF_INET) << 128, free
+    free = bits - int(length.encode()) if slash else 0
+    if not 0 <= free <= bits:
+        raise ValueError("no length of a prefix: " + length)
+    packed = inet_pton(family, address).removeprefix(IPV4_IN_IPV6)
+    return int.from_bytes(b"\1" + packed, "big"), free
+
+
+def is_allowed(peer: str, allow: bytes) -> bool:
+    """Say whether an address is in QUOTA_ALLOW, or that is not set. Raises Problem."""
+    try:
+        networks = [parse_network(text) for text in allow.decode().replace(",", " ").split()]
+    except (OSError, ValueError):
+        why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
+        raise Problem(500, why, allow) from None
+    try:
+        number, _ = parse_network(peer.partition("%")[0])
+    except (OSError, ValueError):
+        number = -1  # it is the peer of a unix socket, or nothing
+    return not allow or any(number >> free == network >> free for network, free in networks)
 
 
 def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
@@ -686,13 +636,12 @@ def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
     What is no file counts as missing: to open a FIFO would wait for its writer.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise FileNotFoundError(errno.ENOENT, "not a file", path)
+        raise FileNotFoundError("not a file: " + os.fsdecode(path))
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         return file.read(most), os.fstat(file.fileno())
 
 
 users_read: dict[object, bytes] = {}  # the text of QUOTA_USERS, by what changes with the file
-users_lock = _thread.allocate_lock()  # the import of `threading` would make the start longer
 
 
 def read_users(path: bytes) -> bytes:
@@ -701,13 +650,11 @@ def read_users(path: bytes) -> bytes:
     It is read once for each change.
     """
     try:
-        with users_lock:
-            status = os.stat(path)
-            stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
-            if stamp not in users_read:
-                users_read.clear()
-                users_read[stamp] = b"\n" + read_file(path, -1)[0].translate(FOLDED)
-            text = users_read[stamp]
+        status = os.stat(path)
+        stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
+        text = users_read.get(stamp) or b"\n" + read_file(path, -1)[0].translate(FOLDED)
+        users_read.clear()
+        users_read[stamp] = text
     except OSError as error:
         raise Problem(500, "the file QUOTA_USERS cannot be read", error) from None
     if text[-1:] != b"\n":
@@ -715,8 +662,8 @@ def read_users(path: bytes) -> bytes:
     return text
 
 
-def home_of(user: bytes) -> Optional[bytes]:
-    """Return the home directory of a system user, None where there is none. Raises Problem."""
+def home_of(user: bytes) -> bytes:
+    """Return the home directory of a system user. Raises NoSuchUser, Problem."""
     import pwd
 
     try:
@@ -726,16 +673,18 @@ def home_of(user: bytes) -> Optional[bytes]:
             pwd.getpwuid(0)  # is there no such user, or nothing that could say so?
         except KeyError:
             raise Problem(500, "the users of the system cannot be looked up") from None
-        return None
+        raise NoSuchUser from None
 
 
 def respond(env: Env) -> Response:
     """Answer a question."""
-    question, http_status = Question(env), 200
+    question, http_status, line = Question(env), 200, b""
     method = env.get(b"REQUEST_METHOD", b"GET")
     fields = [("Content-Type", "text/plain"), ("Cache-Control", "no-store")]  # no proxy may keep it
     try:
-        question.check_peer(env.get(b"REMOTE_ADDR", b"").decode("latin-1"))
+        peer = env.get(b"REMOTE_ADDR", b"").decode("latin-1")
+        if not is_allowed(peer, question.setting("QUOTA_ALLOW")):
+            raise Problem(403, "this address is not in QUOTA_ALLOW")
         if method not in (b"GET", b"HEAD"):
             fields.append(("Allow", "GET, HEAD"))
             raise Problem(405, "only GET and HEAD are answered")
@@ -743,6 +692,13 @@ def respond(env: Env) -> Response:
         if question.setting("QUOTA_UNKNOWN", b"off", b"1", b"0", b"") == b"1":
             question.status = b"UNKNOWN"  # unless its mailbox is found
         measure(question)
+    except NoSuchUser:
+        question.status = b"UNKNOWN"
+    except Problem as problem:
+        http_status, line = problem.status, b"ERROR " + str(problem).encode() + b"\n"
+        if http_status == 500:
+            log(f"{problem}: user {question.user!a}, {str(problem.detail)!a}")
+    if http_status == 200:
         figures = question.status, question.user, question.used, question.quota
         line = b"%s %s %d %d\n" % figures
         if question.grace:
@@ -750,10 +706,6 @@ def respond(env: Env) -> Response:
         if 0 < question.changed < END_OF_9999:
             date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(question.changed))
             fields.append(("Last-Modified", date))
-    except Problem as problem:
-        http_status, line = problem.status, f"ERROR {problem}\n".encode()
-        if http_status == 500:
-            log(f"{problem}: user {question.user!a}, {str(problem.detail)!a}")
     fields.append(("Content-Length", str(len(line))))
     return f"{http_status} {REASONS[http_status]}", fields, b"" if method == b"HEAD" else line
 
@@ -766,17 +718,12 @@ if __name__ == "__main__" and IS_CGI:
     os._exit(0)  # an orderly end would take as long as the answer
 
 # A CGI has ended here: what follows is for the other ways to run the script.
-import argparse
-import contextlib
-import io
-import resource
 import signal
 import socket
-import socketserver
-import string
+import sys
 import threading
-from http.server import BaseHTTPRequestHandler
-from urllib.parse import quote, urlencode
+import traceback
+from urllib.parse import quote
 
 
 def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
@@ -793,154 +740,138 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 # ---- --serve: HTTP without a web server ----
 
 REQUEST_SECONDS = 10  # for a whole request
-REQUEST_LENGTH = 65537  # bytes of it: one more than http.server accepts in a line
-THREADS = 1000  # connections at a time, of two files each: the usual hard limit is 4096 or more
+REQUEST_LENGTH = 65536  # bytes of it
+THREADS = 200  # connections at a time
 PATIENCE = 5  # seconds to measure a mailbox: then it hangs for all others who ask
-HANGS = "500 Internal Server Error", [("Content-Type", "text/plain")], b"ERROR the mailbox hangs\n"
 SLOW, KEPT = 1, 60  # seconds: an answer that took longer than the first is used for the second
-MOST_KEPT = 1000  # answers
-
-under_way: dict[str, float] = {}  # requests (method and query), and when they began
-kept: dict[str, tuple[float, Response]] = {}  # slow answers, and until when they are used
-
-
-def answer(request: str) -> Response:
-    """Answer a request, which is a method and a query.
-
-    A mailbox whose disk hangs holds few threads: only those that began within PATIENCE. A mailbox
-    that takes longer to measure than the milter waits is known from its second question on.
-    """
-    began = time.monotonic()
-    until, response = kept.get(request, (0, HANGS))
-    if began < until:
-        return response
-    if under_way.setdefault(request, began) + PATIENCE < began:
-        log(f"the mailbox hangs: {request}")
-        return HANGS
-    method, _, query = request.encode().partition(b" ")
-    env = {**os.environb, b"REQUEST_METHOD": method, b"QUERY_STRING": query}
-    try:
-        response = respond({**env, b"QUOTA_ALLOW": b""})  # the Server has looked who asks
-    finally:
-        under_way.pop(request, None)
-    ended = time.monotonic()
-    if ended > began + SLOW and response[0] == "200 OK":
-        if len(kept) > MOST_KEPT:
-            kept.clear()
-        kept[request] = ended + KEPT, response
-    return response
+TEXT = [("Content-Type", "text/plain")]
+STRANGER = "403 Forbidden", TEXT, b"ERROR this address is not in QUOTA_ALLOW\n"
+HANGS = "500 Internal Server Error", TEXT, b"ERROR the mailbox hangs\n"
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers the one request of a connection."""
+class Server:
+    """Answers one request of each connection, in threads that all wait for connections."""
 
-    wbufsize = -1  # an answer leaves in one piece
-    error_content_type, error_message_format = "text/plain", "ERROR %(message)s\n"
+    def __init__(self, settings: Env) -> None:
+        self.allow = Question(settings).setting("QUOTA_ALLOW")
+        self.settings = {**settings, b"QUOTA_ALLOW": b""}  # for the questions of those who may ask
+        self.under_way: dict[bytes, float] = {}  # first lines of requests, and when they began
+        self.kept: dict[bytes, tuple[float, Response]] = {}  # slow answers, used until then
 
-    def setup(self) -> None:
-        """Receive the whole request: the base class has a time limit for each piece only."""
-        super().setup()
-        request, deadline = b"", time.monotonic() + REQUEST_SECONDS
-        while len(request) < REQUEST_LENGTH and b"\n\r\n" not in request and b"\n\n" not in request:
-            self.connection.settimeout(max(0, deadline - time.monotonic()))
-            piece = self.connection.recv(REQUEST_LENGTH)
-            if not piece:
-                raise ConnectionError("half a request, which may name another mailbox")
-            request += piece
-        # The base class reads latin-1, in which some bytes of UTF-8 are spaces.
-        self.rfile = io.BytesIO(quote(request, safe=string.punctuation + " \r\n\t").encode())
+    def run(self, listener: socket.socket) -> None:
+        """Answer one connection after the other."""
+        while True:
+            try:
+                connection, peer = listener.accept()
+            except OSError:
+                time.sleep(0.1)  # no descriptor is free
+                continue
+            try:
+                with connection:
+                    if is_allowed(peer[0], self.allow):
+                        send(connection, self.answer(receive(connection)))
+                    else:
+                        send(connection, STRANGER)
+            except OSError:
+                pass  # the client has left, or was too slow
+            except Exception:
+                traceback.print_exc()
 
-    def do_GET(self) -> None:
-        """Answer a request."""
-        status, fields, body = answer(self.command + " " + self.path.partition("?")[2])
-        self.send_response_only(int(status[:3]))
-        for name, value in fields:
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+    def answer(self, line: bytes) -> Response:
+        """Answer a request, given its first line.
 
-    do_HEAD = do_POST = do_GET
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Log no requests: the frontends do."""
-
-
-class Server(socketserver.ThreadingTCPServer):
-    """Gives each connection that is allowed a thread."""
-
-    allow_reuse_address = daemon_threads = True
-    request_queue_size = 1024
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Turn away strangers, and everybody while all threads are busy."""
+        A mailbox whose disk hangs holds few threads: only those that began within PATIENCE. A
+        mailbox that takes longer to measure than the milter waits is known from its second
+        question on.
+        """
+        began = time.monotonic()
+        until, response = self.kept.get(line, (0, HANGS))
+        if began < until:
+            return response
+        if self.under_way.setdefault(line, began) + PATIENCE < began:
+            log(f"the mailbox hangs: {line!a}")
+            return HANGS
+        method, _, rest = line.partition(b" ")
+        query = rest.rpartition(b" ")[0].partition(b"?")[2]
         try:
-            Question(os.environb).check_peer(client_address[0])
-        except Problem as problem:
-            head = "HTTP/1.0 403 Forbidden\r\nContent-Type: text/plain\r\n\r\n"
-            with contextlib.suppress(OSError):  # the stranger has left, or has not spoken yet
-                request.sendall(f"{head}ERROR {problem}\n".encode())
-                request.recv(REQUEST_LENGTH, socket.MSG_DONTWAIT)  # what is unread makes a reset
-            return False
-        return threading.active_count() <= THREADS
+            env = {**self.settings, b"REQUEST_METHOD": method, b"QUERY_STRING": query}
+            response = respond(env)
+        finally:
+            self.under_way.pop(line, None)
+        ended = time.monotonic()
+        if ended > began + SLOW and response[0] == "200 OK":
+            self.kept[line] = ended + KEPT, response
+        return response
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print an error, unless it is that the client has left."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handle_error(request, client_address)
+
+def receive(connection: socket.socket) -> bytes:
+    """Receive a request and return its first line. Raises OSError.
+
+    It is received whole: half of one may name another mailbox.
+    """
+    request, deadline = b"", time.monotonic() + REQUEST_SECONDS
+    while len(request) < REQUEST_LENGTH and b"\n\n" not in request.replace(b"\r", b""):
+        connection.settimeout(max(0, deadline - time.monotonic()))
+        piece = connection.recv(REQUEST_LENGTH)
+        if not piece:
+            raise ConnectionError("half a request")
+        request += piece
+    return request.partition(b"\n")[0]
+
+
+def send(connection: socket.socket, response: Response) -> None:
+    """Send an answer, and wait for nothing. Raises OSError."""
+    status, fields, body = response
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields)
+    connection.setblocking(False)
+    connection.sendall(f"HTTP/1.0 {status}\r\n{head}\r\n".encode() + body)
+    connection.recv(REQUEST_LENGTH)  # or what is unread, as of a stranger, makes a reset
 
 
 def serve(where: str) -> int:
     """Answer over HTTP at [HOST:]PORT until TERM or INT, and return the exit status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ends = signal.SIGTERM, signal.SIGINT
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # they wait for sigwait() below
+    host, _, port = where.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    is_ipv6 = ":" in host  # [::] is for IPv4, too
+    family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
-        host, _, port = where.rpartition(":")
-        host, number = host.strip("[]") or "127.0.0.1", range(1 << 16).index(parse_digits(port))
-        found = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)
-        Server.address_family, address = found[0][0], str(found[0][4][0])
-        is_loopback = address == "::1" or address.startswith("127.")
-        if not Question(os.environb).networks() and not is_loopback:
+        server = Server(dict(os.environb))
+        is_allowed(host, server.allow)  # or a bad QUOTA_ALLOW would be an error of each question
+        is_loopback = host.startswith("127.") or host in ("::1", "localhost")
+        if not is_loopback and not server.allow:
             raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        with Server((address, number), Handler) as server:
-            log("serving on {} port {}".format(*server.server_address))
-            server.serve_forever()
-    except KeyboardInterrupt:
-        return 0
-    except (OSError, ValueError, Problem) as error:
+        listener = socket.create_server(
+            (host, int(port)), family=family, backlog=1024, dualstack_ipv6=is_ipv6
+        )
+        for _ in range(THREADS):
+            threading.Thread(target=server.run, args=(listener,), daemon=True).start()
+    except (OSError, OverflowError, RuntimeError, ValueError, Problem) as error:
         log(f"--serve {where}: {error}")
         return 1 if isinstance(error, OSError) else 2  # an address may come later
+    log("serving on " + host + " port " + port)
+    signal.sigwait(ends)
     return 0
 
 
 # ---- the command line ----
 
 
-def show(mailbox: bytes) -> int:
-    """Print the answer about USER[@DOMAIN] and return the exit status."""
-    user, at, domain = mailbox.rpartition(b"@")
-    query = urlencode({"u": user, "d": domain} if at else {"u": domain}).encode()
-    status, _, line = respond({**os.environb, b"QUERY_STRING": query, b"QUOTA_ALLOW": b""})
+def main(arguments: list[str]) -> int:
+    """Do what the command line asks for and return the exit status."""
+    if arguments[:1] == ["--serve"]:
+        return serve(" ".join(arguments[1:]) or "127.0.0.1:8025")
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        os.write(1, str(__doc__).encode())
+        return 0 if arguments == ["--help"] else 2
+    # USER@DOMAIN becomes u=USER&d=DOMAIN.
+    query = "u=" + "&d=".join(map(quote, os.fsencode(arguments[0]).rsplit(b"@", 1)))
+    status, _, line = respond({**os.environb, b"QUERY_STRING": query.encode(), b"QUOTA_ALLOW": b""})
     is_error = status != "200 OK"
     os.write(2 if is_error else 1, line)
     return int(is_error)
 
 
-def main(argv: Optional[list[str]] = None) -> int:
-    """Do what the command line asks for and return the exit status."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s (USER[@DOMAIN] | --serve [[HOST:]PORT])",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("mailbox", nargs="?")
-    wanted.add_argument("--serve", nargs="?", const="127.0.0.1:8025")
-    options = parser.parse_args(argv)
-    if options.serve is None:
-        return show(os.fsencode(options.mailbox))
-    return serve(options.serve)
-
-
 if __name__ == "__main__":
-    os._exit(main())  # an orderly end would wait for threads that a disk holds
+    os._exit(main(sys.argv[1:]))  # an orderly end would wait for threads that a disk holds
