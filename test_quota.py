@@ -3438,8 +3438,8 @@ REQUESTS = [
     (b"GET /?u=john HTTP/1.1\nContent-Length: 24\n\nGET /?u=mary HTTP/1.1\n\n", 200, JOHN),
     (b"HEAD /?u=john HTTP/1.0\r\n\r\n", 200, ""),
     (b"POST /?u=john HTTP/1.1\nContent-Length: 2\n\nu=", 405, NOT_ALLOWED),
-    (b"PATCH /?u=john HTTP/1.0\n\n", 405, NOT_ALLOWED),
-    (b"get /?u=john HTTP/1.0\n\n", 405, NOT_ALLOWED),
+    (b"BREW /?u=john HTTP/1.0\n\n", 501, None),
+    (b"get /?u=john HTTP/1.0\n\n", 501, None),
     (b"GET /?u=..%2Fsecret HTTP/1.0\n\n", 400, f"{NO_USER}\n"),
     (b"GET / HTTP/1.0\n\n", 400, "ERROR no user (u=) given\n"),
     # Raw UTF-8, in which some bytes are spaces to Latin-1.
@@ -3449,7 +3449,7 @@ REQUESTS = [
     (b"GET /?u=a b&d=x.org HTTP/1.0\n\n", 200, "OK a b 0 101\n"),
     (b"GET /?u=john\n\n", 400, "ERROR no user (u=) given\n"),
     (b"GET /?u=" + b"x" * 70_000 + b" HTTP/1.0\r\n\r\n", 400, None),
-    (b"\x16\x03\x01\x00\xff garbage\r\n\r\n", 405, NOT_ALLOWED),
+    (b"\x16\x03\x01\x00\xff garbage\r\n\r\n", 501, None),
     (b"GET /?u=john HTTP/1.1\r\n" + b"X: y\r\n" * 1000 + b"\r\n", 200, JOHN),
 ]
 
