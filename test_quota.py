@@ -4201,7 +4201,8 @@ def test_readme_and_help_give_every_option_with_its_default_in_the_same_order():
     shown = {name: default.strip("`") for name, default in re.findall(row, README, re.MULTILINE)}
     module = milter_module()
     names = [*(option[0] for option in module.OPTIONS), "version"]
-    text = run_milter("--help")[1].partition("\noptions:")[2]
+    # The title of the options is another one before Python 3.10.
+    text = re.split("\n(?:options|optional arguments):", run_milter("--help")[1])[1]
     helps = dict(re.findall(r"^  --([a-z-]+)(.*?)(?=^  -|\Z)", text, re.MULTILINE | re.DOTALL))
     assert list(shown) == list(helps) == names
     for name, _, _, default, _ in module.OPTIONS:
