@@ -1,28 +1,29 @@
 #!/usr/bin/python3 -IS
-"""maildir_quota.cgi - say whether a user's Maildir is over its quota, or ask Dovecot.
+"""maildir_quota.cgi - say whether a user's Maildir is over its quota, by its files or Dovecot.
 
     GET /cgi-bin/maildir_quota.cgi?u=john&d=example.com   as a CGI script
     maildir_quota.cgi --serve [[HOST:]PORT]   without a web server (127.0.0.1:8025)
     maildir_quota.cgi USER[@DOMAIN]           in a shell
     application                               for a WSGI server
 
-The answer is one line: `OK john 1048576 209715200`, status, user, bytes used
+The answer is one line, `OK john 1048576 209715200`: status, user, bytes used
 and quota in bytes (0: no limit). The status is OK, OVERQUOTA or UNKNOWN. An
-error is `ERROR why` with an HTTP status from 400 on (in a shell on standard
+error is `ERROR why` with an HTTP status of 400 or more (in a shell on standard
 error, with status 1) and never a verdict; its detail goes to standard error.
 
-With QUOTA_DOVEADM Dovecot itself is asked, whatever its mailboxes are. Else the
-verdict is how the server that keeps the Maildir will treat the next message:
+With QUOTA_DOVEADM Dovecot itself is asked, whatever the format of its mailboxes.
+Else the status foretells what the server that keeps the Maildir, QUOTA_KEEPER,
+will do with the next message:
     courier        deliverquota: sizes in names (`,S=`), the file `maildirsize`
-    dovecot        Dovecot's `maildir` driver: the same, trash counts
+    dovecot        Dovecot's `maildir` driver: as courier, but trash counts
     dovecot-count  Dovecot's `count` driver: virtual sizes in names (`,W=`)
-The first two are over their quota at the limit of bytes or of messages in
-`maildirsize`; messages are counted where that is missing, broken, or says
-"over" and may be out of date. `count` has no `maildirsize` and no limit but
-the settings. QUOTA_KEEPER=auto tells them apart: see find_keeper().
+For the first two a mailbox is over its quota when it reaches the limit of bytes
+or of messages in `maildirsize`. Messages are counted if that file is missing or
+broken, or if it says "over" and may be old. `count` has no `maildirsize` and no
+limit but the settings. QUOTA_KEEPER=auto tells them apart: see find_keeper().
 
-SETTINGS are the constants below; an environment variable of the same name beats
-them.
+SETTINGS are the constants below; an environment variable of the same name
+overrides them.
 
 SECURITY: whoever may ask learns who has a mailbox and how large it is, so let
 only the frontends ask (QUOTA_ALLOW). Names are checked before they become part
@@ -30,7 +31,7 @@ of a path. Under a web server the command line is ignored: a query without `=`
 is passed there. The script opens no message and never writes.
 """
 
-# ruff: noqa: E402 - a CGI's cost is its start: it ends before the imports that it does not need.
+# ruff: noqa: E402 - most of a CGI's time is its start: imports it does not need come after its end.
 from __future__ import annotations
 
 import os
@@ -50,19 +51,19 @@ QUOTA_LIMIT = ""  # where there is no other: bytes, or with K, M, G, T (powers o
 QUOTA_MAILDIR = "%h/Maildir"  # %n user, %d domain, %u user@domain, %h the user's home, %% percent
 QUOTA_USERS = ""  # a file of lines `user limit`, `user@domain limit`, `@domain limit`
 QUOTA_KEEPER = "auto"  # the server: courier, dovecot (its maildir driver) or dovecot-count
-QUOTA_TRASH = "auto"  # count it as Dovecot, skip it as Courier, or as whichever keeps the Maildir
+QUOTA_TRASH = "auto"  # count (as Dovecot), skip (as Courier), auto (as QUOTA_KEEPER)
 QUOTA_CONTROL = ""  # where Dovecot has its CONTROL files, if not in the Maildir: %n, %d, %u, %h
 QUOTA_DOVEADM = ""  # ask Dovecot instead: http://127.0.0.1:8080/doveadm/v1
 QUOTA_DOVEADM_KEY = ""  # a file whose first line is Dovecot's doveadm_api_key
-QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/32; none: all
-QUOTA_GRACE = "auto"  # what the message that fills the mailbox may take beyond its quota: 1M, 10%
+QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/32; empty: all
+QUOTA_GRACE = "auto"  # how far the last message may exceed the quota: 1M, 10%; auto: as the server
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
-DOVEADM_SECONDS = 3  # for each step of Dovecot's answer: the milter waits 5
+DOVEADM_SECONDS = 3  # to connect, and for each piece of Dovecot's answer; the milter waits 5
 DOVEADM_LENGTH = 65536  # bytes of its answer
 TRUSTED_LENGTH = 5120  # bytes from which on the servers rebuild a maildirsize rather than read it
 TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize that says "over" is believed
-SAME_TIME = 60  # seconds; what one delivery writes is never further apart
+SAME_TIME = 60  # seconds; the files that one delivery writes have times no further apart
 NO_LIMITS = 0, 0
 LONGEST_NUMBER = 20  # digits; a longer one does not fit the servers' 64 bits
 DIGITS = b"0123456789"
@@ -94,8 +95,9 @@ def measure_maildir(
 ) -> None:
     """Measure the Maildir at `path`, whose `maildirsize` is in the folder `control`.
 
-    Limits that are in `first` come before that of `maildirsize`, and those in `last` behind it.
-    Raises Problem, and OSError where there is no Maildir or it cannot be read.
+    The limit in `first` (QUOTA_USERS) comes before that of `maildirsize`, and the one in `last`
+    (QUOTA_LIMIT) after it; but that of an old `maildirsize` comes last of all. Raises Problem, and
+    OSError where there is no Maildir or it cannot be read.
     """
     named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
     trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
@@ -108,14 +110,14 @@ def measure_maildir(
     if keeper.has_sum:
         limits = [*first, *kept, *last, NO_LIMITS][0]
     elif first or last or kept:
-        limits = [*first, *last, *kept][0]  # an old `maildirsize` is the last resort
+        limits = [*first, *last, *kept][0]
     else:
         raise Problem(500, "only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
     total = None
     if keeper.has_sum and 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text:
         total = add_up(entries)
     may_be_stale = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
-    if total and may_be_stale and is_over(total, limits, keeper.doubts_beyond):
+    if total is not None and may_be_stale and is_over(total, limits, keeper.doubts_beyond):
         total = None
     if total is None or min(total) < 0:
         skip_trash = trash == b"skip" or (trash == b"auto" and not keeper.counts_trash)
@@ -128,7 +130,7 @@ def measure_maildir(
 
 
 def is_over(total: Amount, limits: Amount, beyond: int = 0) -> bool:
-    """Say whether bytes or messages have reached a limit (0: none), or so many `beyond` it."""
+    """Say whether bytes or messages have reached a limit (0: none), or exceed it by `beyond`."""
     return any(0 < limit <= have - beyond for have, limit in zip(total, limits))
 
 
@@ -139,10 +141,10 @@ class Courier:
     """The rule of Courier's deliverquota, which maildrop, Exim and Postfix' VDA share."""
 
     has_sum = True  # `maildirsize` has a line for each delivery
-    doubts_beyond = 0  # bytes or messages: a sum so far beyond a limit is doubted where it is old
+    doubts_beyond = 0  # bytes or messages by which an old sum exceeds a limit when it is doubted
     follows_links = False  # to folders
     counts_trash = False  # the folder .Trash and messages with the flag T
-    hidden = b"."  # what names begin with that are no messages
+    hidden = b"."  # files whose names begin so are not messages
     size_field = b",S="  # where in its name a message's size is
     grace = b"0"  # by default
 
@@ -166,11 +168,11 @@ class Dovecot(Courier):
     doubts_beyond = 1
     follows_links = True
     counts_trash = True
-    hidden = b".."  # one dot hides no message from this driver
+    hidden = b".."  # this driver counts names with one dot, too
     grace = b"10%"
 
     def split_lines(self, text: bytes) -> tuple[bytes, list[bytes]]:
-        """Split `maildirsize`, without a last line that does not end."""
+        """Split `maildirsize`, without an unfinished last line."""
         header, *entries = text.split(b"\n")[:-1] or [b""]
         return header, entries
 
@@ -200,8 +202,8 @@ def find_keeper(path: bytes, control: bytes, written_at: float) -> Courier:
 
     Only Dovecot writes `dovecot-uidlist`. Its maildir driver appends to `maildirsize` at each
     delivery, its count driver never does: there a `maildirsize` older than the mail was left
-    behind. Reading alone changes the times of files, and other programs deliver without Dovecot's
-    list, so list and mail must both be newer.
+    behind. Neither time alone is proof: reading changes that of `dovecot-uidlist`, and other
+    programs deliver without it. So both must be newer.
     """
     times = [modified(control + name + b"/dovecot-uidlist") for name in (b"", b"/.INBOX")]
     uidlist = times[0] or times[1]
@@ -276,11 +278,12 @@ def find_folders(path: bytes, follows_links: bool) -> list[bytes]:
 
 
 def last_change(folders: list[bytes]) -> float:
-    """Return when a message last came, was read or went, in seconds since the epoch.
+    """Return when a message was last delivered, read or removed, in seconds since the epoch.
 
     Each of these renames a file in `new` or `cur`. Other files change without it: a refused
-    delivery, too, may have `maildirsize` written again. Raises OSError, and Problem where the first
-    folder is no Maildir. One with `maildirsize` alone is: Dovecot was asked before the first mail.
+    delivery, too, may have `maildirsize` written again. Raises OSError, and Problem if the first
+    folder is not a Maildir. One with `maildirsize` alone is a Maildir: Dovecot makes that file if
+    it is asked before the first mail.
     """
     times = [modified(folder + part) for folder in folders for part in (b"/new", b"/cur")]
     times.append(0)
@@ -292,7 +295,7 @@ def last_change(folders: list[bytes]) -> float:
 def list_messages(folders: list[bytes]) -> Iterator[os.DirEntry[bytes]]:
     """List the files in `new` and `cur` of folders. Raises OSError.
 
-    A reader moves messages from `new` to `cur`: in this order one is seen twice rather than never.
+    `new` is first: a message that is moved to `cur` meanwhile is seen twice rather than never.
     """
     for folder in folders:
         for part in b"/new", b"/cur":
@@ -309,7 +312,8 @@ def count(folders: list[bytes], keeper: Courier, skip_trash: bool, once: bool = 
 
     A message that vanishes meanwhile is left out; one that cannot be read is an error. A message
     that is renamed meanwhile (moved to `cur`, marked as read) may be seen under both names. With
-    `once`, files of one unique name in a folder count once, which takes more memory.
+    `once`, files in a folder whose names are the same up to the colon count once, which takes more
+    memory.
     """
     skip_flagged = skip_trash and not keeper.counts_trash
     size = messages = 0
@@ -339,7 +343,7 @@ def size_of(entry: os.DirEntry[bytes], field: bytes) -> int:
     """
     _, given, rest = entry.name.partition(field)
     digits = rest.partition(b":")[0].partition(b",")[0]
-    # A size without digits is 0 to the servers; a virtual size that ends the name is none.
+    # The servers read a size without digits as 0. Dovecot ignores `,W=` at the end of the name.
     if given and not digits.lstrip(DIGITS) and (rest or field == b",S="):
         return int(digits or b"0")
     return entry.stat().st_size
@@ -357,7 +361,7 @@ def ask_dovecot(question: Question) -> None:
     try:
         name = b"@".join(filter(None, [question.user, question.domain])).decode()
     except UnicodeDecodeError:
-        raise Problem(400, "Dovecot has no names that are not UTF-8") from None
+        raise Problem(400, "Dovecot's names of users are UTF-8") from None
     text = post_to_doveadm(json.dumps([["quotaGet", {"user": name}, "q"]]), question)
     try:
         [[kind, rows, _]] = json.loads(text)
@@ -374,10 +378,10 @@ def ask_dovecot(question: Question) -> None:
             if row["type"] == "STORAGE":  # in kilobytes
                 room = limit - value if limit else float("inf")
                 figures.append((room, value << 10, limit << 10))
-        # Of several roots the one with the least room counts.
+        # Of several quota roots the one with the least room counts.
         _, question.used, question.quota = min(figures)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        raise Problem(500, "Dovecot does not tell this quota", text[:200]) from None
+        raise Problem(500, "Dovecot's answer has no quota of bytes", text[:200]) from None
     question.set_grace(b"10%")
 
 
@@ -441,12 +445,12 @@ IPV4_IN_IPV6 = 10 * b"\0" + b"\xff\xff"  # what ::ffff:192.0.2.25 begins with
 END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
 REASONS = {200: "OK", 400: "Bad Request", 403: "Forbidden", 405: "Method Not Allowed"}
 REASONS[500] = "Internal Server Error"
-# Of QUOTA_USERS: capitals do not matter, and a line may come from DOS or have tabs.
+# For QUOTA_USERS: capitals do not matter, and tabs and the CR of DOS are spaces.
 FOLDED = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\t\r", b"abcdefghijklmnopqrstuvwxyz  ")
 
 
 class Problem(Exception):
-    """Ends a question: HTTP status, a line for the client that names no path, a detail to log."""
+    """Ends a question: HTTP status, a line for the client without paths, a detail for the log."""
 
     def __init__(self, status: int, why: str, detail: object = "") -> None:
         super().__init__(why)
@@ -460,7 +464,7 @@ class NoSuchUser(Exception):
 def log(text: str) -> None:
     """Write a line to standard error, if that is possible."""
     try:
-        os.write(2, b"quota: " + text.encode() + b"\n")
+        os.write(2, b"quota: " + text.encode("utf-8", "backslashreplace") + b"\n")
     except OSError:
         pass  # it is closed, or a disk is full
 
@@ -469,16 +473,17 @@ class Question:
     """A question with its settings, and the answer as far as it is known."""
 
     def __init__(self, env: Env) -> None:
-        self.env = env  # of a CGI (RFC 3875): settings stand there, too
+        self.env = env  # variables of a CGI (RFC 3875), and settings
         self.user = self.domain = b""  # a domain may be missing
         self.status = b"OK"
         self.used = self.quota = self.grace = 0  # bytes; a quota of 0 is none
-        self.changed = 0.0  # seconds since the epoch: mail came, was read or went; 0: not known
+        # Seconds since the epoch: when mail was last delivered, read or removed; 0: not known.
+        self.changed = 0.0
 
     def setting(self, name: str, *choices: bytes) -> bytes:
         """Return a setting: from the environment, else the constant at the top of the file.
 
-        Raises Problem where there are choices and it is none of them.
+        Raises Problem if there are choices and it is none of them.
         """
         value = self.env.get(name.encode(), str(globals()[name]).encode())
         if choices and value not in choices:
@@ -516,9 +521,9 @@ class Question:
         text = read_users(path)
         for name in self.user + at_domain, self.user, at_domain:
             if b" " in name or name[:1] == b"#":
-                continue  # it would find another name, or a comment
+                continue  # it would match another name's line, or a comment
             begin = b"\n" + name.translate(FOLDED)
-            for end in b" ", b":", b"\n":  # the last two are mistakes that are to be seen
+            for end in b" ", b":", b"\n":  # parse_limit() reports the last two
                 place = text.find(begin + end)
                 if place >= 0:
                     number = text.count(b"\n", 0, place) + 1
@@ -529,17 +534,17 @@ class Question:
     def path(self, name: str) -> bytes:
         """Put user and domain into the path that is a setting.
 
-        Raises NoSuchUser where nobody has the home that is needed (%h), and Problem where the path
-        needs a domain and there is none, or is a bad setting.
+        Raises NoSuchUser if the home of an unknown user is needed (%h), and Problem if a domain is
+        needed and there is none, or for a bad setting.
         """
         template = self.setting(name)
         if not template.startswith((b"/", b"%h")):
             raise Problem(500, name + " does not begin with /", template)
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
-        uncut = {part[:1] for part in parts}  # the letters of placeholders without digits
+        whole = {part[:1] for part in parts}  # the letters of placeholders without digits
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
-        if b"h" in uncut:
+        if b"h" in whole:
             values[b"h"] = home_of(self.user)
         for part in parts:
             rest = part.lstrip(b"0123456789.")
@@ -551,15 +556,17 @@ class Question:
             if not values[letter]:
                 raise Problem(400, "no domain (d=) given")
             path += values[letter][int(skip or b"0") :][: int(width or b"0") or None] + rest[1:]
-        if not uncut & {b"n", b"u", b"h"}:
+        if not whole & {b"n", b"u", b"h"}:
             raise Problem(500, name + " names no user (%n, %u or %h): " + TWICE, template)
-        if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):  # %1.2n of a..b
+        if path.split(b"/").count(b"..") > template.split(b"/").count(
+            b".."
+        ):  # as of a..b and %1.2n
             raise Problem(400, "no mailbox has such a user")
         return path.replace(b"\0", b"%")
 
     def explain(self, error: OSError, name: str) -> None:
         """Raise Problem unless the error means that there is no mailbox at a setting's path."""
-        import errno  # here, as it is wanted seldom, and each import makes the start longer
+        import errno  # here, as it is rarely needed: each import makes the start longer
 
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
             detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
@@ -567,14 +574,14 @@ class Question:
         self.check_folder(name)
 
     def check_folder(self, name: str) -> None:
-        """Raise Problem where the folder before the first placeholder of a path does not exist."""
+        """Raise Problem if the folder before the first placeholder of a path does not exist."""
         fixed = self.setting(name).replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
-        if not os.path.exists(os.path.dirname(fixed)):
+        if not os.path.exists(os.path.dirname(fixed) or b"/"):  # there is none before %h
             raise Problem(500, name + " begins with a folder that does not exist: " + TWICE, fixed)
 
 
 def check_name(what: str, name: bytes) -> None:
-    """Raise Problem where a user or domain cannot be a file's name or would break the answer."""
+    """Raise Problem if a user or domain cannot be a file's name or would break the answer."""
     if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name:
         raise Problem(400, "no mailbox has such a " + what)
     if any(c < " " or "\x7f" <= c <= "\x9f" for c in name.decode("utf-8", "surrogateescape")):
@@ -591,7 +598,7 @@ def unquote(text: bytes) -> bytes:
 
 
 def parse_limit(name: str, text: bytes) -> int:
-    """Read a limit like 200M in bytes. Raises Problem where it is none."""
+    """Read a limit like 200M in bytes. Raises Problem if it is none."""
     text = text.strip().upper()
     power = b"KMGT".find(text[-1:]) + 1
     digits = text[:-1] if power else text
@@ -601,25 +608,27 @@ def parse_limit(name: str, text: bytes) -> int:
 
 
 def parse_network(text: str) -> tuple[int, int]:
-    """Return an address or network as a number, and how many of its last bits do not count.
+    """Return the address of a network as a number, and how many of its last bits are the host's.
 
-    A bit ahead of the address tells IPv4 from IPv6. Raises OSError, ValueError.
+    A leading 1 tells IPv4 from IPv6. Raises OSError, ValueError.
     """
     from _socket import AF_INET, AF_INET6, inet_pton  # `socket` or `ipaddress` would take longer
 
     address, slash, length = text.partition("/")
     family, bits = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
-    free = 0
+    host_bits = 0
     if slash:
-        free = bits - int(length)
-        if free < 0 or not length.encode().isdigit():  # int() takes more than digits: 2_4
-            raise ValueError("no length of a prefix: " + length)
+        host_bits = bits - int(length)
+        if host_bits < 0 or not length.encode().isdigit():  # int() takes more than digits: 2_4
+            raise ValueError("bad length of a prefix: " + length)
     packed = inet_pton(family, address).removeprefix(IPV4_IN_IPV6)
-    return int.from_bytes(b"\1" + packed, "big"), free
+    return int.from_bytes(b"\1" + packed, "big"), host_bits
 
 
 def is_allowed(peer: str, allow: bytes) -> bool:
-    """Say whether an address is in QUOTA_ALLOW, or that is not set. Raises Problem."""
+    """Say whether QUOTA_ALLOW has an address, or is empty. Raises Problem."""
+    if not allow:
+        return True
     try:
         networks = [parse_network(text) for text in allow.decode().replace(",", " ").split()]
     except (OSError, ValueError):
@@ -628,14 +637,14 @@ def is_allowed(peer: str, allow: bytes) -> bool:
     try:
         number, _ = parse_network(peer.partition("%")[0])
     except (OSError, ValueError):
-        number = -1  # it is the peer of a unix socket, or nothing
-    return not allow or any(number >> free == network >> free for network, free in networks)
+        return False  # it is the peer of a unix socket, or nothing
+    return any(number >> bits == network >> bits for network, bits in networks)
 
 
 def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
-    """Return at most so many bytes of a file (-1: all), and its status. Raises OSError.
+    """Return at most `most` bytes of a file (-1: all), and its status. Raises OSError.
 
-    What is no file counts as missing: to open a FIFO would wait for its writer.
+    Anything but a regular file counts as missing: a FIFO or a device is not opened.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise FileNotFoundError("not a file: " + os.fsdecode(path))
@@ -643,11 +652,11 @@ def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
         return file.read(most), os.fstat(file.fileno())
 
 
-users_read: dict[object, bytes] = {}  # the text of QUOTA_USERS, by what changes with the file
+users_read: dict[object, bytes] = {}  # the text of QUOTA_USERS, by path, inode, size and time
 
 
 def read_users(path: bytes) -> bytes:
-    """Return the text of QUOTA_USERS, folded, and after a newline. Raises Problem.
+    """Return the text of QUOTA_USERS, in lower case, with a newline in front. Raises Problem.
 
     It is read once for each change.
     """
@@ -719,7 +728,7 @@ if __name__ == "__main__" and IS_CGI:
     status, fields, body = respond(os.environb)
     head = "".join(f"{name}: {value}\n" for name, value in [("Status", status), *fields])
     os.write(1, head.encode() + b"\n" + body)
-    os._exit(0)  # an orderly end would take as long as the answer
+    os._exit(0)  # a normal exit would take as long as the answer
 
 # A CGI has ended here: what follows is for the other ways to run the script.
 import contextlib
@@ -733,10 +742,10 @@ from urllib.parse import quote
 
 def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
     """Answer one request of a WSGI server (PEP 3333: its strings are bytes in latin-1)."""
-    env = {**os.environb, b"REMOTE_ADDR": b""}
+    env = {**os.environb, b"REMOTE_ADDR": b""}  # no address is inherited from the server's start
     for name, value in environ.items():
         if isinstance(value, str):
-            env[name.encode("latin-1")] = value.encode("latin-1")
+            env[name.encode("latin-1")] = value.encode("latin-1", "replace")
     status, fields, body = respond(env)
     start_response(status, fields)
     return [body]
@@ -744,20 +753,22 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 
 # ---- --serve: HTTP without a web server ----
 #
-# http.server is not used: it parses the header fields of a request, which nobody needs, and takes
-# some bytes of UTF-8 for spaces, so that another mailbox would be asked about. With it a question
-# takes half as long again.
+# http.server is not used. It parses the header fields of a request, which nobody needs, and splits
+# at the bytes 85 and A0, which are in names in UTF-8: another mailbox would be asked about. With it
+# a question takes half as long again.
 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65536  # bytes of it
 THREADS = 200  # connections at a time
-PATIENCE = 5  # seconds to measure a mailbox: then it hangs for all others who ask
-SLOW, KEPT = 1, 60  # seconds: an answer that took longer than the first is used for the second
+PATIENCE = 5  # seconds; if a mailbox takes longer, those who ask meanwhile hear that it hangs
+SLOW = 1  # seconds; an answer that took longer is kept
+KEPT = 60  # seconds for which it is used again
 MOST_KEPT = 1000  # answers
 TEXT = [("Content-Type", "text/plain")]
 STRANGER = "403 Forbidden", TEXT, b"ERROR this address is not in QUOTA_ALLOW\n"
 NOT_IMPLEMENTED = "501 Not Implemented", TEXT, b"ERROR there is no such method\n"
 HANGS = "500 Internal Server Error", TEXT, b"ERROR the mailbox hangs\n"
+FAILED = "500 Internal Server Error", TEXT, b"ERROR the script failed\n"
 
 
 class Server:
@@ -767,7 +778,7 @@ class Server:
         self.allow = Question(settings).setting("QUOTA_ALLOW")
         self.settings = {**settings, b"QUOTA_ALLOW": b""}  # for the questions of those who may ask
         self.under_way: dict[bytes, float] = {}  # first lines of requests, and when they began
-        self.kept: dict[bytes, tuple[float, Response]] = {}  # slow answers, used until then
+        self.kept: dict[bytes, tuple[float, Response]] = {}  # slow answers, and until when
 
     def run(self, listener: socket.socket) -> None:
         """Answer one connection after the other."""
@@ -785,15 +796,12 @@ class Server:
                         send(connection, STRANGER)
             except OSError:
                 pass  # the client has left, or was too slow
-            except Exception:
-                traceback.print_exc()
 
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
 
-        A mailbox whose disk hangs holds few threads: only those that began within PATIENCE. A
-        mailbox that takes longer to measure than the milter waits is known from its second
-        question on.
+        If the disk of a mailbox hangs, only questions that came within PATIENCE hold threads. A
+        slow answer is kept, so that a milter that could not wait for it gets it the next time.
         """
         method, _, rest = line.partition(b" ")
         if method not in (b"GET", b"HEAD", b"POST"):
@@ -809,6 +817,9 @@ class Server:
         try:
             env = {**self.settings, b"REQUEST_METHOD": method, b"QUERY_STRING": query}
             response = respond(env)
+        except Exception:  # a bug, or a limit of the system
+            log(traceback.format_exc())
+            return FAILED
         finally:
             self.under_way.pop(line, None)
         ended = time.monotonic()
@@ -822,7 +833,7 @@ class Server:
 def receive(connection: socket.socket) -> bytes:
     """Receive a request and return its first line. Raises OSError.
 
-    It is received whole: half of one may name another mailbox.
+    It is received whole: the first line of half a request could name another mailbox.
     """
     request, deadline = b"", time.monotonic() + REQUEST_SECONDS
     while len(request) < REQUEST_LENGTH and b"\n\n" not in request.replace(b"\r", b""):
@@ -835,7 +846,7 @@ def receive(connection: socket.socket) -> bytes:
 
 
 def send(connection: socket.socket, response: Response) -> None:
-    """Send an answer, which waits for nothing: the client's system takes it. Raises OSError."""
+    """Send an answer without waiting: it fits into the buffer of the socket. Raises OSError."""
     status, fields, body = response
     head = "".join(f"{name}: {value}\r\n" for name, value in fields)
     connection.setblocking(False)
@@ -855,7 +866,7 @@ def serve(where: str) -> int:
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
         server = Server(dict(os.environb))
-        is_allowed(host, server.allow)  # or a bad QUOTA_ALLOW would be an error of each question
+        is_allowed(host, server.allow)  # a bad QUOTA_ALLOW is reported now, not at each question
         is_loopback = host.startswith("127.") or host in ("::1", "localhost")
         if not is_loopback and not server.allow:
             raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
@@ -866,7 +877,7 @@ def serve(where: str) -> int:
             threading.Thread(target=server.run, args=(listener,), daemon=True).start()
     except (OSError, OverflowError, RuntimeError, ValueError, Problem) as error:
         log(f"--serve {where}: {error}")
-        return 1 if isinstance(error, OSError) else 2  # an address may come later
+        return 1 if isinstance(error, OSError) else 2  # 1: the address may come later
     log("serving on " + host + " port " + port)
     signal.sigwait(ends)
     return 0
@@ -892,4 +903,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))  # an orderly end would wait for threads that a disk holds
+    os._exit(main(sys.argv[1:]))  # a normal exit would wait for threads that hang

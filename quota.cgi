@@ -6,14 +6,14 @@
     quota.cgi USER[@DOMAIN]           in a shell
     application                       for a WSGI server
 
-The answer is one line: `OK john 1048576 209715200`, status, user, bytes used
+The answer is one line, `OK john 1048576 209715200`: status, user, bytes used
 and quota in bytes (0: no limit). The status is OK, OVERQUOTA (the file is larger
-than the limit) or UNKNOWN. An error is `ERROR why` with an HTTP status from 400
-on (in a shell on standard error, with status 1) and never a verdict; its detail
-goes to standard error.
+than the limit) or UNKNOWN. An error is `ERROR why` with an HTTP status of 400 or
+more (in a shell on standard error, with status 1) and never a verdict; its
+detail goes to standard error.
 
-SETTINGS are the constants below; an environment variable of the same name beats
-them.
+SETTINGS are the constants below; an environment variable of the same name
+overrides them.
 
 SECURITY: whoever may ask learns who has a mailbox and how large it is, so let
 only the frontends ask (QUOTA_ALLOW). Names are checked before they become part
@@ -22,7 +22,7 @@ is passed there. The script opens no mailbox and never writes: it needs search
 permission on the mail folder and none on the files.
 """
 
-# ruff: noqa: E402 - a CGI's cost is its start: it ends before the imports that it does not need.
+# ruff: noqa: E402 - most of a CGI's time is its start: imports it does not need come after its end.
 from __future__ import annotations
 
 import os
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 QUOTA_LIMIT = "200M"  # bytes, or with K, M, G, T (powers of 1024); 0: no limit
 QUOTA_MAILBOX = "/var/mail/%n"  # %n user, %d domain, %u user@domain, %h the user's home, %% percent
 QUOTA_USERS = ""  # a file of lines `user limit`, `user@domain limit`, `@domain limit`
-QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/32; none: all
-QUOTA_GRACE = "auto"  # what the message that fills the mailbox may take beyond its quota: 1M, 10%
+QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/32; empty: all
+QUOTA_GRACE = "auto"  # how far the last message may exceed the quota: 1M, 10%; auto: as the server
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
 
@@ -71,12 +71,12 @@ IPV4_IN_IPV6 = 10 * b"\0" + b"\xff\xff"  # what ::ffff:192.0.2.25 begins with
 END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
 REASONS = {200: "OK", 400: "Bad Request", 403: "Forbidden", 405: "Method Not Allowed"}
 REASONS[500] = "Internal Server Error"
-# Of QUOTA_USERS: capitals do not matter, and a line may come from DOS or have tabs.
+# For QUOTA_USERS: capitals do not matter, and tabs and the CR of DOS are spaces.
 FOLDED = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\t\r", b"abcdefghijklmnopqrstuvwxyz  ")
 
 
 class Problem(Exception):
-    """Ends a question: HTTP status, a line for the client that names no path, a detail to log."""
+    """Ends a question: HTTP status, a line for the client without paths, a detail for the log."""
 
     def __init__(self, status: int, why: str, detail: object = "") -> None:
         super().__init__(why)
@@ -90,7 +90,7 @@ class NoSuchUser(Exception):
 def log(text: str) -> None:
     """Write a line to standard error, if that is possible."""
     try:
-        os.write(2, b"quota: " + text.encode() + b"\n")
+        os.write(2, b"quota: " + text.encode("utf-8", "backslashreplace") + b"\n")
     except OSError:
         pass  # it is closed, or a disk is full
 
@@ -99,16 +99,17 @@ class Question:
     """A question with its settings, and the answer as far as it is known."""
 
     def __init__(self, env: Env) -> None:
-        self.env = env  # of a CGI (RFC 3875): settings stand there, too
+        self.env = env  # variables of a CGI (RFC 3875), and settings
         self.user = self.domain = b""  # a domain may be missing
         self.status = b"OK"
         self.used = self.quota = self.grace = 0  # bytes; a quota of 0 is none
-        self.changed = 0.0  # seconds since the epoch: mail came, was read or went; 0: not known
+        # Seconds since the epoch: when mail was last delivered, read or removed; 0: not known.
+        self.changed = 0.0
 
     def setting(self, name: str, *choices: bytes) -> bytes:
         """Return a setting: from the environment, else the constant at the top of the file.
 
-        Raises Problem where there are choices and it is none of them.
+        Raises Problem if there are choices and it is none of them.
         """
         value = self.env.get(name.encode(), str(globals()[name]).encode())
         if choices and value not in choices:
@@ -146,9 +147,9 @@ class Question:
         text = read_users(path)
         for name in self.user + at_domain, self.user, at_domain:
             if b" " in name or name[:1] == b"#":
-                continue  # it would find another name, or a comment
+                continue  # it would match another name's line, or a comment
             begin = b"\n" + name.translate(FOLDED)
-            for end in b" ", b":", b"\n":  # the last two are mistakes that are to be seen
+            for end in b" ", b":", b"\n":  # parse_limit() reports the last two
                 place = text.find(begin + end)
                 if place >= 0:
                     number = text.count(b"\n", 0, place) + 1
@@ -159,17 +160,17 @@ class Question:
     def path(self, name: str) -> bytes:
         """Put user and domain into the path that is a setting.
 
-        Raises NoSuchUser where nobody has the home that is needed (%h), and Problem where the path
-        needs a domain and there is none, or is a bad setting.
+        Raises NoSuchUser if the home of an unknown user is needed (%h), and Problem if a domain is
+        needed and there is none, or for a bad setting.
         """
         template = self.setting(name)
         if not template.startswith((b"/", b"%h")):
             raise Problem(500, name + " does not begin with /", template)
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
-        uncut = {part[:1] for part in parts}  # the letters of placeholders without digits
+        whole = {part[:1] for part in parts}  # the letters of placeholders without digits
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
-        if b"h" in uncut:
+        if b"h" in whole:
             values[b"h"] = home_of(self.user)
         for part in parts:
             rest = part.lstrip(b"0123456789.")
@@ -181,15 +182,17 @@ class Question:
             if not values[letter]:
                 raise Problem(400, "no domain (d=) given")
             path += values[letter][int(skip or b"0") :][: int(width or b"0") or None] + rest[1:]
-        if not uncut & {b"n", b"u", b"h"}:
+        if not whole & {b"n", b"u", b"h"}:
             raise Problem(500, name + " names no user (%n, %u or %h): " + TWICE, template)
-        if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):  # %1.2n of a..b
+        if path.split(b"/").count(b"..") > template.split(b"/").count(
+            b".."
+        ):  # as of a..b and %1.2n
             raise Problem(400, "no mailbox has such a user")
         return path.replace(b"\0", b"%")
 
     def explain(self, error: OSError, name: str) -> None:
         """Raise Problem unless the error means that there is no mailbox at a setting's path."""
-        import errno  # here, as it is wanted seldom, and each import makes the start longer
+        import errno  # here, as it is rarely needed: each import makes the start longer
 
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
             detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
@@ -197,14 +200,14 @@ class Question:
         self.check_folder(name)
 
     def check_folder(self, name: str) -> None:
-        """Raise Problem where the folder before the first placeholder of a path does not exist."""
+        """Raise Problem if the folder before the first placeholder of a path does not exist."""
         fixed = self.setting(name).replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
-        if not os.path.exists(os.path.dirname(fixed)):
+        if not os.path.exists(os.path.dirname(fixed) or b"/"):  # there is none before %h
             raise Problem(500, name + " begins with a folder that does not exist: " + TWICE, fixed)
 
 
 def check_name(what: str, name: bytes) -> None:
-    """Raise Problem where a user or domain cannot be a file's name or would break the answer."""
+    """Raise Problem if a user or domain cannot be a file's name or would break the answer."""
     if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name:
         raise Problem(400, "no mailbox has such a " + what)
     if any(c < " " or "\x7f" <= c <= "\x9f" for c in name.decode("utf-8", "surrogateescape")):
@@ -221,7 +224,7 @@ def unquote(text: bytes) -> bytes:
 
 
 def parse_limit(name: str, text: bytes) -> int:
-    """Read a limit like 200M in bytes. Raises Problem where it is none."""
+    """Read a limit like 200M in bytes. Raises Problem if it is none."""
     text = text.strip().upper()
     power = b"KMGT".find(text[-1:]) + 1
     digits = text[:-1] if power else text
@@ -231,25 +234,27 @@ def parse_limit(name: str, text: bytes) -> int:
 
 
 def parse_network(text: str) -> tuple[int, int]:
-    """Return an address or network as a number, and how many of its last bits do not count.
+    """Return the address of a network as a number, and how many of its last bits are the host's.
 
-    A bit ahead of the address tells IPv4 from IPv6. Raises OSError, ValueError.
+    A leading 1 tells IPv4 from IPv6. Raises OSError, ValueError.
     """
     from _socket import AF_INET, AF_INET6, inet_pton  # `socket` or `ipaddress` would take longer
 
     address, slash, length = text.partition("/")
     family, bits = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
-    free = 0
+    host_bits = 0
     if slash:
-        free = bits - int(length)
-        if free < 0 or not length.encode().isdigit():  # int() takes more than digits: 2_4
-            raise ValueError("no length of a prefix: " + length)
+        host_bits = bits - int(length)
+        if host_bits < 0 or not length.encode().isdigit():  # int() takes more than digits: 2_4
+            raise ValueError("bad length of a prefix: " + length)
     packed = inet_pton(family, address).removeprefix(IPV4_IN_IPV6)
-    return int.from_bytes(b"\1" + packed, "big"), free
+    return int.from_bytes(b"\1" + packed, "big"), host_bits
 
 
 def is_allowed(peer: str, allow: bytes) -> bool:
-    """Say whether an address is in QUOTA_ALLOW, or that is not set. Raises Problem."""
+    """Say whether QUOTA_ALLOW has an address, or is empty. Raises Problem."""
+    if not allow:
+        return True
     try:
         networks = [parse_network(text) for text in allow.decode().replace(",", " ").split()]
     except (OSError, ValueError):
@@ -258,14 +263,14 @@ def is_allowed(peer: str, allow: bytes) -> bool:
     try:
         number, _ = parse_network(peer.partition("%")[0])
     except (OSError, ValueError):
-        number = -1  # it is the peer of a unix socket, or nothing
-    return not allow or any(number >> free == network >> free for network, free in networks)
+        return False  # it is the peer of a unix socket, or nothing
+    return any(number >> bits == network >> bits for network, bits in networks)
 
 
 def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
-    """Return at most so many bytes of a file (-1: all), and its status. Raises OSError.
+    """Return at most `most` bytes of a file (-1: all), and its status. Raises OSError.
 
-    What is no file counts as missing: to open a FIFO would wait for its writer.
+    Anything but a regular file counts as missing: a FIFO or a device is not opened.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise FileNotFoundError("not a file: " + os.fsdecode(path))
@@ -273,11 +278,11 @@ def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
         return file.read(most), os.fstat(file.fileno())
 
 
-users_read: dict[object, bytes] = {}  # the text of QUOTA_USERS, by what changes with the file
+users_read: dict[object, bytes] = {}  # the text of QUOTA_USERS, by path, inode, size and time
 
 
 def read_users(path: bytes) -> bytes:
-    """Return the text of QUOTA_USERS, folded, and after a newline. Raises Problem.
+    """Return the text of QUOTA_USERS, in lower case, with a newline in front. Raises Problem.
 
     It is read once for each change.
     """
@@ -349,7 +354,7 @@ if __name__ == "__main__" and IS_CGI:
     status, fields, body = respond(os.environb)
     head = "".join(f"{name}: {value}\n" for name, value in [("Status", status), *fields])
     os.write(1, head.encode() + b"\n" + body)
-    os._exit(0)  # an orderly end would take as long as the answer
+    os._exit(0)  # a normal exit would take as long as the answer
 
 # A CGI has ended here: what follows is for the other ways to run the script.
 import contextlib
@@ -363,10 +368,10 @@ from urllib.parse import quote
 
 def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
     """Answer one request of a WSGI server (PEP 3333: its strings are bytes in latin-1)."""
-    env = {**os.environb, b"REMOTE_ADDR": b""}
+    env = {**os.environb, b"REMOTE_ADDR": b""}  # no address is inherited from the server's start
     for name, value in environ.items():
         if isinstance(value, str):
-            env[name.encode("latin-1")] = value.encode("latin-1")
+            env[name.encode("latin-1")] = value.encode("latin-1", "replace")
     status, fields, body = respond(env)
     start_response(status, fields)
     return [body]
@@ -374,20 +379,22 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 
 # ---- --serve: HTTP without a web server ----
 #
-# http.server is not used: it parses the header fields of a request, which nobody needs, and takes
-# some bytes of UTF-8 for spaces, so that another mailbox would be asked about. With it a question
-# takes half as long again.
+# http.server is not used. It parses the header fields of a request, which nobody needs, and splits
+# at the bytes 85 and A0, which are in names in UTF-8: another mailbox would be asked about. With it
+# a question takes half as long again.
 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65536  # bytes of it
 THREADS = 200  # connections at a time
-PATIENCE = 5  # seconds to measure a mailbox: then it hangs for all others who ask
-SLOW, KEPT = 1, 60  # seconds: an answer that took longer than the first is used for the second
+PATIENCE = 5  # seconds; if a mailbox takes longer, those who ask meanwhile hear that it hangs
+SLOW = 1  # seconds; an answer that took longer is kept
+KEPT = 60  # seconds for which it is used again
 MOST_KEPT = 1000  # answers
 TEXT = [("Content-Type", "text/plain")]
 STRANGER = "403 Forbidden", TEXT, b"ERROR this address is not in QUOTA_ALLOW\n"
 NOT_IMPLEMENTED = "501 Not Implemented", TEXT, b"ERROR there is no such method\n"
 HANGS = "500 Internal Server Error", TEXT, b"ERROR the mailbox hangs\n"
+FAILED = "500 Internal Server Error", TEXT, b"ERROR the script failed\n"
 
 
 class Server:
@@ -397,7 +404,7 @@ class Server:
         self.allow = Question(settings).setting("QUOTA_ALLOW")
         self.settings = {**settings, b"QUOTA_ALLOW": b""}  # for the questions of those who may ask
         self.under_way: dict[bytes, float] = {}  # first lines of requests, and when they began
-        self.kept: dict[bytes, tuple[float, Response]] = {}  # slow answers, used until then
+        self.kept: dict[bytes, tuple[float, Response]] = {}  # slow answers, and until when
 
     def run(self, listener: socket.socket) -> None:
         """Answer one connection after the other."""
@@ -415,15 +422,12 @@ class Server:
                         send(connection, STRANGER)
             except OSError:
                 pass  # the client has left, or was too slow
-            except Exception:
-                traceback.print_exc()
 
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
 
-        A mailbox whose disk hangs holds few threads: only those that began within PATIENCE. A
-        mailbox that takes longer to measure than the milter waits is known from its second
-        question on.
+        If the disk of a mailbox hangs, only questions that came within PATIENCE hold threads. A
+        slow answer is kept, so that a milter that could not wait for it gets it the next time.
         """
         method, _, rest = line.partition(b" ")
         if method not in (b"GET", b"HEAD", b"POST"):
@@ -439,6 +443,9 @@ class Server:
         try:
             env = {**self.settings, b"REQUEST_METHOD": method, b"QUERY_STRING": query}
             response = respond(env)
+        except Exception:  # a bug, or a limit of the system
+            log(traceback.format_exc())
+            return FAILED
         finally:
             self.under_way.pop(line, None)
         ended = time.monotonic()
@@ -452,7 +459,7 @@ class Server:
 def receive(connection: socket.socket) -> bytes:
     """Receive a request and return its first line. Raises OSError.
 
-    It is received whole: half of one may name another mailbox.
+    It is received whole: the first line of half a request could name another mailbox.
     """
     request, deadline = b"", time.monotonic() + REQUEST_SECONDS
     while len(request) < REQUEST_LENGTH and b"\n\n" not in request.replace(b"\r", b""):
@@ -465,7 +472,7 @@ def receive(connection: socket.socket) -> bytes:
 
 
 def send(connection: socket.socket, response: Response) -> None:
-    """Send an answer, which waits for nothing: the client's system takes it. Raises OSError."""
+    """Send an answer without waiting: it fits into the buffer of the socket. Raises OSError."""
     status, fields, body = response
     head = "".join(f"{name}: {value}\r\n" for name, value in fields)
     connection.setblocking(False)
@@ -485,7 +492,7 @@ def serve(where: str) -> int:
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
         server = Server(dict(os.environb))
-        is_allowed(host, server.allow)  # or a bad QUOTA_ALLOW would be an error of each question
+        is_allowed(host, server.allow)  # a bad QUOTA_ALLOW is reported now, not at each question
         is_loopback = host.startswith("127.") or host in ("::1", "localhost")
         if not is_loopback and not server.allow:
             raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
@@ -496,7 +503,7 @@ def serve(where: str) -> int:
             threading.Thread(target=server.run, args=(listener,), daemon=True).start()
     except (OSError, OverflowError, RuntimeError, ValueError, Problem) as error:
         log(f"--serve {where}: {error}")
-        return 1 if isinstance(error, OSError) else 2  # an address may come later
+        return 1 if isinstance(error, OSError) else 2  # 1: the address may come later
     log("serving on " + host + " port " + port)
     signal.sigwait(ends)
     return 0
@@ -522,4 +529,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))  # an orderly end would wait for threads that a disk holds
+    os._exit(main(sys.argv[1:]))  # a normal exit would wait for threads that hang

@@ -3132,6 +3132,9 @@ def test_the_home_of_a_system_user_is_known(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pwd, "getpwnam", lambda _: types.SimpleNamespace(pw_dir=str(tmp_path)))
     assert ask(MBOX_CGI, **settings).line == "OVERQUOTA john 10 9"
+    (tmp_path / "box").unlink()
+    assert ask(MBOX_CGI, **settings).line == "OK john 0 9", "a home without a mailbox"
+    assert ask(MAILDIR_CGI, QUOTA_LIMIT=9).line == "OK john 0 9"
     monkeypatch.setattr(pwd, "getpwnam", fails)
     monkeypatch.setattr(pwd, "getpwuid", fails)
     assert ask(MBOX_CGI, **settings).status == 500, "no UNKNOWN"
