@@ -370,7 +370,8 @@ class Question:
         self.half_time = (deadline - asked) / 2  # seconds
         self.begun = 0.0  # when a thread began to ask; 0: the question waits for its turn
         self.next_review = asked + self.half_time  # when the sessions that wait call review()
-        self.future: concurrent.futures.Future[Answer]  # for all sessions that want to know
+        # For all sessions that want to know.
+        self.future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
         self.lock = threading.Lock()  # guards what follows
         self.end_reason = ""  # why it was ended before there was an answer
         self.socket: Optional[socket.socket] = None
@@ -526,10 +527,10 @@ class Backend:
     """Asks a backend at most `max_queries` questions at a time, each until its deadline.
 
     All sessions that ask about a mailbox share one question and its deadline. A question that no
-    thread took up in the first half of its time is cancelled. So a question that was sent had at
-    least half of its time, and if it times out, that says something of the backend. While others
-    wait, a question with less time left than the last answer took is dropped unsent: otherwise,
-    under overload, all questions would be sent too late.
+    thread took up in the first half of its time is ended. So a question that was sent had at least
+    half of its time, and if it times out, that says something of the backend. The oldest question
+    is sent next. But if answers are so slow that the oldest may run out of time, the newest is:
+    otherwise, under overload, all questions would be sent too late.
 
     At the deadline a session that waits ends the question: it shuts the connection down, and the
     thread that reads from it is free. The mailbox is left alone for `retry_after` seconds.
@@ -553,6 +554,7 @@ class Backend:
         self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
         self.lock = threading.Lock()  # guards what follows
         self.questions: dict[Mailbox, Question] = {}
+        self.waiting: list[Question] = []  # those that no thread has taken up, the newest last
         self.left_alone: dict[Mailbox, float] = {}  # mailboxes that ran out of time, until when
         self.latest_answered = 0.0  # of the questions that have an answer: when the last one began
         self.answered_at = 0.0  # when the last answer came
@@ -568,14 +570,10 @@ class Backend:
             moment = min(deadline, question.next_review)
             try:
                 return question.future.result(max(0, moment - time.monotonic()))
-            except concurrent.futures.CancelledError:
-                raise Fault(NO_TURN) from None
             except concurrent.futures.TimeoutError:
                 self.review(question, moment)
-                # A thread that still looks a name up does not notice that its question has ended.
-                has_ended = question.end_reason or moment >= deadline
-                if has_ended and not question.future.done():
-                    raise Fault(question.end_reason or "no answer in time") from None
+                if moment >= deadline and not question.future.done():
+                    raise Fault("no answer in time") from None
 
     def join(self, mailbox: Mailbox, deadline: float) -> Question:
         """Return the question about a mailbox that is under way, or a new one. Raises Fault."""
@@ -592,58 +590,54 @@ class Backend:
                 self.retry_at = now + self.retry_after  # only this question tries the backend
             question = Question(mailbox, now, deadline)
             try:
-                question.future = self.pool.submit(self.fetch, question)
+                self.pool.submit(self.take_turn)
             except RuntimeError as error:  # the system's limit of threads
                 raise Fault(f"no thread for a question: {error}") from None
             self.questions[mailbox] = question
+            self.waiting.append(question)
             self.make_room(now)
             return question
 
-    def fetch(self, question: Question) -> Answer:
-        """Let the Client ask, in a thread of the pool. Raises Fault."""
-        fault: Optional[Fault] = None
+    def take_turn(self) -> None:
+        """Send a question that waits and set its answer, in a thread of the pool."""
         with self.lock:
-            if not self.is_under_way(question):  # the system had no thread for it at first
-                raise Fault(NO_TURN)
-            if question.seconds_left() < self.answer_time and self.count_waiting():
-                del self.questions[question.mailbox]
-                raise Fault(NO_TURN)
+            if not self.waiting:  # the question was ended meanwhile
+                return
+            is_late = self.waiting[0].seconds_left() < 2 * self.answer_time
+            question = self.waiting.pop(-1 if is_late else 0)
             question.begun = time.monotonic()
+        fault: Optional[Fault] = None
         try:
-            return self.client.fetch(question)._replace(source=self.name, at=question.begun)
+            answer = self.client.fetch(question)._replace(source=self.name, at=question.begun)
         except Fault as error:
-            fault = Fault(question.end_reason) if question.end_reason else error
-            raise fault from None
-        finally:
-            self.record(question, fault)
-
-    def record(self, question: Question, fault: Optional[Fault]) -> None:
-        """Note how a question went; its turn is free for another one."""
+            fault = error
         now = time.monotonic()
         self.counters.record_question(self.name, now - question.begun, fault is not None)
         with self.lock:
-            if self.is_under_way(question):
-                del self.questions[question.mailbox]
-                if isinstance(fault, Unreachable):
-                    self.record_failure(question, str(fault))
-                elif fault is None or isinstance(fault, BadAnswer):
-                    self.record_answer(question, now)
-                self.make_room(now)
-
-    def count_waiting(self) -> int:
-        """Count the questions that wait for a turn. The lock is held."""
-        return max(0, len(self.questions) - self.max_queries)
+            if not self.is_under_way(question):  # what came may be cut short
+                return
+            del self.questions[question.mailbox]
+            if isinstance(fault, Unreachable):
+                self.record_failure(question, str(fault))
+            elif fault is None or isinstance(fault, BadAnswer):
+                self.record_answer(question, now)
+            self.make_room(now)
+        if fault:
+            question.future.set_exception(fault)
+        else:
+            question.future.set_result(answer)
 
     def is_under_way(self, question: Question) -> bool:
         """Say whether a question has not ended. The lock is held."""
         return self.questions.get(question.mailbox) is question
 
-    def end(self, question: Question, why: str, now: float) -> None:
-        """End a question that a thread asks, and leave its mailbox alone. The lock is held."""
+    def end(self, question: Question, why: str) -> None:
+        """End a question without an answer. The lock is held."""
         del self.questions[question.mailbox]
+        if not question.begun:
+            self.waiting.remove(question)
         question.shut_down(why)
-        self.left_alone = {m: until for m, until in self.left_alone.items() if until > now}
-        self.left_alone[question.mailbox] = now + self.retry_after
+        question.future.set_exception(Fault(why))
 
     def review(self, question: Question, moment: float) -> None:
         """End a question that has no turn by half of its time, or no answer by its deadline.
@@ -654,10 +648,11 @@ class Backend:
         with self.lock:
             if not self.is_under_way(question) or now < question.next_review:
                 return
-            if question.future.cancel():  # it had no turn until now
-                del self.questions[question.mailbox]
+            if not question.begun:
+                self.end(question, NO_TURN)
             elif now >= question.deadline:
-                self.end(question, f"no answer within {round(2 * question.half_time, 1):g} s", now)
+                self.end(question, f"no answer within {round(2 * question.half_time, 1):g} s")
+                self.leave_alone(question.mailbox, now)
                 self.record_timeout(question)
             else:
                 had_half = question.begun + question.half_time
@@ -665,15 +660,21 @@ class Backend:
                 self.make_room(now)
 
     def make_room(self, now: float) -> None:
-        """End questions that hang, one for each question that waits. The lock is held."""
+        """End questions that hang, one for each question beyond `max_queries`. The lock is held."""
         hanging = [
             question
             for question in self.questions.values()
             if 0 < question.begun <= now - question.half_time
             and question.begun < self.latest_answered
         ]
-        for question in hanging[: self.count_waiting()]:
-            self.end(question, OVERTAKEN, now)
+        for question in hanging[: max(0, len(self.questions) - self.max_queries)]:
+            self.end(question, OVERTAKEN)
+            self.leave_alone(question.mailbox, now)
+
+    def leave_alone(self, mailbox: Mailbox, now: float) -> None:
+        """Do not ask about a mailbox for a while. The lock is held."""
+        self.left_alone = {m: until for m, until in self.left_alone.items() if until > now}
+        self.left_alone[mailbox] = now + self.retry_after
 
     def record_answer(self, question: Question, now: float) -> None:
         """Close the breaker: the backend works. The lock is held."""
