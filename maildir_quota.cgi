@@ -59,7 +59,7 @@ QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/3
 QUOTA_GRACE = "auto"  # how far the last message may exceed the quota: 1M, 10%; auto: as the server
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
-DOVEADM_SECONDS = 3  # to connect, and for each piece of Dovecot's answer; the milter waits 5
+DOVEADM_SECONDS = 3  # to connect, and for each piece of the answer; it comes in one piece
 DOVEADM_LENGTH = 65536  # bytes of its answer
 TRUSTED_LENGTH = 5120  # bytes from which on the servers rebuild a maildirsize rather than read it
 TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize that says "over" is believed
@@ -622,6 +622,8 @@ def parse_network(text: str) -> tuple[int, int]:
         if host_bits < 0 or not length.encode().isdigit():  # int() takes more than digits: 2_4
             raise ValueError("bad length of a prefix: " + length)
     packed = inet_pton(family, address).removeprefix(IPV4_IN_IPV6)
+    if host_bits > 8 * len(packed):
+        raise ValueError("all of IPv4, and more: " + text)
     return int.from_bytes(b"\1" + packed, "big"), host_bits
 
 
@@ -877,7 +879,8 @@ def serve(where: str) -> int:
             threading.Thread(target=server.run, args=(listener,), daemon=True).start()
     except (OSError, OverflowError, RuntimeError, ValueError, Problem) as error:
         log(f"--serve {where}: {error}")
-        return 1 if isinstance(error, OSError) else 2  # 1: the address may come later
+        # 1: an address or threads may come later.
+        return 1 if isinstance(error, (OSError, RuntimeError)) else 2
     log("serving on " + host + " port " + port)
     signal.sigwait(ends)
     return 0

@@ -248,6 +248,8 @@ def parse_network(text: str) -> tuple[int, int]:
         if host_bits < 0 or not length.encode().isdigit():  # int() takes more than digits: 2_4
             raise ValueError("bad length of a prefix: " + length)
     packed = inet_pton(family, address).removeprefix(IPV4_IN_IPV6)
+    if host_bits > 8 * len(packed):
+        raise ValueError("all of IPv4, and more: " + text)
     return int.from_bytes(b"\1" + packed, "big"), host_bits
 
 
@@ -503,7 +505,8 @@ def serve(where: str) -> int:
             threading.Thread(target=server.run, args=(listener,), daemon=True).start()
     except (OSError, OverflowError, RuntimeError, ValueError, Problem) as error:
         log(f"--serve {where}: {error}")
-        return 1 if isinstance(error, OSError) else 2  # 1: the address may come later
+        # 1: an address or threads may come later.
+        return 1 if isinstance(error, (OSError, RuntimeError)) else 2
     log("serving on " + host + " port " + port)
     signal.sigwait(ends)
     return 0

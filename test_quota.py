@@ -2308,7 +2308,8 @@ def test_a_question_gets_its_turn_in_the_first_half_of_its_time_or_not_at_all(si
 
 def test_a_question_that_was_overtaken_makes_room_for_others_after_half_its_time(site):
     held = Gate(FREE)
-    site.backend.answers = {"hangs": HANG, "quick": FULL, "held": held, "waits": FULL}
+    cut = [(b"HTTP/1.0 200 OK\r\n\r\nOK hangs", 600)]  # no answer, though its connection ends
+    site.backend.answers = {"hangs": cut, "quick": FULL, "held": held, "waits": FULL}
     milter = site.milter("--max-queries", "2", "--timeout", "4", *TEMPFAIL)
     with contextlib.ExitStack() as stack:
         sessions = {}
@@ -3250,6 +3251,7 @@ def test_the_last_change_is_a_header_field(changed, tmp_path):
 BAD_ALLOWS = [
     *["localhost", "192.0.2.1 192.0.2.0/33", "192.0.2", "192.0.2.0/", "192.0.2.0/-1"],
     *["192.0.2.0/255.255.255.0", "192.0.2.0/\u0662\u0664", "2001:db8::/129", "j\u00f6rg"],
+    *["::ffff:192.0.2.0/24", "::ffff:192.0.2.25/32", "192.0.2.0/2_4"],
 ]
 ALLOW = [
     # (QUOTA_ALLOW, who gets an answer, who gets a 403; for a bad setting all get a 500)
