@@ -1906,7 +1906,7 @@ def serve(service: Service, where: str) -> int:
         signal.signal(number, lambda number, frame: signals.put(number))
     Milter.factory = lambda: QuotaMilter(service)
     Milter.setbacklog(BACKLOG)
-    Milter.set_exception_policy(Milter.CONTINUE)  # a fault of ours refuses nothing
+    Milter.set_exception_policy(Milter.CONTINUE)  # a bug here refuses nothing
     libmilter = threading.Thread(
         target=Milter.runmilter, args=("quota_milter", where, 0, False), daemon=True
     )
@@ -1914,20 +1914,7 @@ def serve(service: Service, where: str) -> int:
     threading.Thread(target=service.do_housekeeping, daemon=True).start()
     dry_run = " dry_run=yes" if service.policy.options.dry_run else ""
     log.info("listen=%s state=started version=%s%s", where, VERSION, dry_run)
-    caught = 0
-    while libmilter.is_alive() and caught not in (signal.SIGTERM, signal.SIGINT):
-        try:
-            caught = signals.get(timeout=TICK)
-        except queue.Empty:
-            continue
-        if caught == signal.SIGHUP:
-            service.reload_wanted.set()
-        elif caught == signal.SIGUSR1:
-            service.counters.log_line()
-    status = 0
-    if caught not in (signal.SIGTERM, signal.SIGINT):
-        status = 1
-        log.error("listen=%s state=failed reason=%s", where, '"libmilter ended: a HUP reached it?"')
+    status = wait_for_end(service, signals, libmilter)
     # A log that nobody reads must not hold up the end.
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(status))
     signal.setitimer(signal.ITIMER_REAL, STOPPING)
@@ -1938,6 +1925,25 @@ def serve(service: Service, where: str) -> int:
     service.counters.log_line()
     log.info("listen=%s state=stopped", where)
     return status
+
+
+def wait_for_end(
+    service: Service, signals: queue.SimpleQueue[int], libmilter: threading.Thread
+) -> int:
+    """Do what signals ask for until TERM or INT; return the exit status."""
+    while libmilter.is_alive():
+        try:
+            caught = signals.get(timeout=TICK)
+        except queue.Empty:
+            continue
+        if caught in (signal.SIGTERM, signal.SIGINT):
+            return 0
+        if caught == signal.SIGHUP:
+            service.reload_wanted.set()
+        else:
+            service.counters.log_line()
+    log.error('state=failed reason="libmilter ended by itself: did a HUP reach its thread?"')
+    return 1
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
