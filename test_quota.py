@@ -2306,6 +2306,26 @@ def test_a_question_gets_its_turn_in_the_first_half_of_its_time_or_not_at_all(si
         assert other.rcpt("second")[:3] == "452", "what was never asked counts against nobody"
 
 
+def test_after_a_stall_of_all_questions_those_that_wait_get_their_turn(site):
+    """They have less time left than the last answer took, but the next ones come at once."""
+    stall = Gate(FULL)
+    site.backend.answers = {"first": stall, "second": stall}
+    site.backend.default = FULL
+    milter = site.milter("--max-queries", "2", "--timeout", "6", *TEMPFAIL)
+    with contextlib.ExitStack() as stack:
+        sessions = []
+        for user in "first", "second", "third", "fourth", "fifth", "sixth":
+            if user == "third":
+                wait_for(lambda: len(site.backend.requests) == 2, "the first questions")
+                time.sleep(3.5)
+            sessions.append(stack.enter_context(milter.session()))
+            sessions[-1].mail()
+            sessions[-1].ask(user)
+        time.sleep(1.5)
+        stall.is_open.set()
+        assert {session.reply()[:3] for session in sessions[2:]} == {"452"}
+
+
 @pytest.mark.parametrize("pause", [1, 2.5])
 def test_a_question_that_was_overtaken_makes_room_for_others_after_half_its_time(pause, site):
     held = Gate(FREE)
