@@ -53,6 +53,7 @@ import concurrent.futures
 import contextlib
 import email.utils
 import errno
+import functools
 import http.client
 import itertools
 import logging
@@ -1101,7 +1102,7 @@ class Aliases(NamedTuple):
 
     sources: Sequence[Union[AliasFile, Table]]
     parse_address: Callable[[str], Address]
-    mailboxes_of: Callable[[str], Optional[Mailboxes]]  # of a domain; None: it has no backend
+    domains: frozenset[Optional[str]]  # those that have a backend; with None all have one
 
     def resolve(self, address: Address, deadline: float) -> Optional[Address]:
         """Follow an address to its mailbox; None if it leads to none or to many. Raises Fault."""
@@ -1138,7 +1139,7 @@ class Aliases(NamedTuple):
     def rules(self, address: Address, deadline: float) -> list[str]:
         """Return what an address stands for, the most specific rule first. Raises Fault."""
         names = address.names()
-        if address.domain and not self.mailboxes_of(address.domain):
+        if address.domain and self.domains.isdisjoint((address.domain, None)):
             names = names[:2]  # names without a domain apply to domains that have a backend
         catch_all = "@" + address.domain
         found = [source.find([*names, catch_all], deadline) for source in self.sources]
@@ -1202,6 +1203,12 @@ class Policy:
         }
         if options.on_error == "tempfail":
             self.replies["fault"] = CANNOT_CHECK
+        # Not a method: nothing refers back to the Policy, so an old one goes at once at a reload.
+        self.parse_address = functools.partial(
+            Address.parse,
+            delimiters=options.recipient_delimiter,
+            case_sensitive=options.case_sensitive,
+        )
         self.exempt = {self.parse_address(e).name for e in ["postmaster", *options.exempt]}
         self.backends: dict[str, Backend] = {}  # by URL
         self.mailboxes = self.map_domains()
@@ -1212,10 +1219,7 @@ class Policy:
         for source in sources:
             if isinstance(source, AliasFile):
                 source.log_state()
-        self.aliases = Aliases(sources, self.parse_address, self.mailboxes_of)
-
-    def parse_address(self, text: str) -> Address:
-        return Address.parse(text, self.options.recipient_delimiter, self.options.case_sensitive)
+        self.aliases = Aliases(sources, self.parse_address, frozenset(self.mailboxes))
 
     def map_domains(self) -> dict[Optional[str], Mailboxes]:
         """Map domains to their backends; None is the key for all other domains."""

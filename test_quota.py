@@ -44,6 +44,7 @@ import time
 import tracemalloc
 import types
 import urllib.parse
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -2617,6 +2618,22 @@ def test_an_hour_of_last_known_answers_takes_no_memory():
 
 
 # ---- HUP: options and aliases again ----
+
+
+def test_an_old_policy_goes_at_once_with_its_aliases(site):
+    """Else each HUP would add a million names until Python's garbage collection comes by."""
+    file = site.write("aliases", "sales: john\n")
+    ours = Ours(lambda user, backend: ("OK", 0, LIMIT), f"--aliases={file}")
+    ours.rcpt("sales", 1)
+    gc.collect()
+    gc.disable()
+    try:
+        old = weakref.ref(ours.policy)
+        ours.reload()
+        assert old() is None
+    finally:
+        gc.enable()
+
 
 RELOADED = [
     # (a line of the option file, recipient, parameters; the reply without the line and with it)
