@@ -1265,6 +1265,7 @@ class Burst(NamedTuple):
     refused: int
     delivered: int
     bounced: int
+    reasons: list[str]  # the log's, of some that bounced
 
 
 class TwoRows(Server):
@@ -1316,8 +1317,8 @@ class TwoRows(Server):
             bounces = re.findall(r".* status=bounced .*", log)
             if delivered + len(bounces) < accepted:
                 return None
-            print(*bounces[:9], sep="\n")  # a test that fails shows why
-            return Burst(accepted, messages - accepted, delivered, len(bounces))
+            refused = messages - accepted
+            return Burst(accepted, refused, delivered, len(bounces), bounces[:3])
 
         burst = wait_for(settled, "the end of the burst", 300)
         assert isinstance(burst, Burst)

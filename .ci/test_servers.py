@@ -1488,7 +1488,7 @@ def test_a_burst_makes_no_bounce_and_fills_the_mailboxes(format, sized):
     ):
         ports = rows.frontend({"none": "", "milter": by_milter(milter.port)})
         burst = rows.burst([ports["milter"]], mailboxes, messages, sized)
-        assert (burst.bounced, burst.delivered, burst.refused) == (0, fit, messages - fit)
+        assert (burst.bounced, burst.delivered, burst.refused) == (0, fit, messages - fit), burst
         burst = rows.burst([ports["none"]], mailboxes, messages, sized)
         assert burst.refused == 0 and burst.bounced > messages // 2, burst
 
