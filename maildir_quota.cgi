@@ -75,9 +75,9 @@ def measure(question: Question) -> None:
         ask_dovecot(question)
         return
     own, default = question.own_limit(), question.setting("QUOTA_LIMIT")
-    first = [] if own is None else [(own, 0)]
-    last = [(parse_limit("QUOTA_LIMIT", default), 0)] if default else []
-    question.quota = [*first, *last, NO_LIMITS][0][0]
+    user_limits = [] if own is None else [(own, 0)]
+    defaults = [(parse_limit("QUOTA_LIMIT", default), 0)] if default else []
+    question.quota = [*user_limits, *defaults, NO_LIMITS][0][0]
     question.set_grace(b"0")
     path = control = question.path("QUOTA_MAILDIR")
     try:
@@ -85,19 +85,24 @@ def measure(question: Question) -> None:
             control = question.path("QUOTA_CONTROL")
             if modified(control) is None:
                 question.check_folder("QUOTA_CONTROL")
-        measure_maildir(path, control, first, last, question)
+        measure_maildir(path, control, user_limits, defaults, question)
     except OSError as error:
         question.explain(error, "QUOTA_MAILDIR")
 
 
 def measure_maildir(
-    path: bytes, control: bytes, first: list[Amount], last: list[Amount], question: Question
+    path: bytes,
+    control: bytes,
+    user_limits: list[Amount],
+    defaults: list[Amount],
+    question: Question,
 ) -> None:
     """Measure the Maildir at `path`, whose `maildirsize` is in the folder `control`.
 
-    The limit in `first` (QUOTA_USERS) comes before that of `maildirsize`, and the one in `last`
-    (QUOTA_LIMIT) after it; but that of an old `maildirsize` comes last of all. Raises Problem, and
-    OSError where there is no Maildir or it cannot be read.
+    `user_limits` (of QUOTA_USERS) and `defaults` (of QUOTA_LIMIT) hold one limit or none. The
+    user's comes first, then that of `maildirsize`, then the default; but that of an old
+    `maildirsize` comes last. Raises Problem, and OSError where there is no Maildir or it cannot be
+    read.
     """
     named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
     trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
@@ -108,9 +113,9 @@ def measure_maildir(
     header, entries = keeper.split_lines(text)
     kept = [(keeper.limit(header, b"S"), keeper.limit(header, b"C"))] if text else []
     if keeper.has_sum:
-        limits = [*first, *kept, *last, NO_LIMITS][0]
-    elif first or last or kept:
-        limits = [*first, *last, *kept][0]
+        limits = [*user_limits, *kept, *defaults, NO_LIMITS][0]
+    elif user_limits or defaults or kept:
+        limits = [*user_limits, *defaults, *kept][0]
     else:
         raise Problem(500, "only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
     total = None
