@@ -59,12 +59,21 @@ SLACK = 10  # seconds that a busy machine may add to what is bounded
 # ---- helpers: processes, and scripts as modules ----
 
 
+# Each port is given once before any is given again: a server may take seconds to listen there.
+# pytest's parallel workers (gw0, gw1 ...) have 1,000 ports each. No client gets one by chance.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")[2:]
+LOWEST = 10_000 + 1000 * int(WORKER or 0)
+HIGHEST = LOWEST + 1000 if WORKER else 32_000
+PORTS = itertools.cycle(random.sample(range(LOWEST, HIGHEST), HIGHEST - LOWEST))
+
+
 def free_port() -> int:
-    """Return a TCP port of loopback that nobody uses, and that no client gets by chance."""
-    while True:
+    """Return a TCP port of loopback that nobody uses."""
+    for port in PORTS:
         with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", random.randrange(10_000, 32_000)))
-            return int(probe.getsockname()[1])
+            probe.bind(("127.0.0.1", port))
+            break
+    return port
 
 
 def answers_at(port: int, host: str = "127.0.0.1") -> bool:
