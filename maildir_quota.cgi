@@ -75,9 +75,9 @@ def measure(question: Question) -> None:
         ask_dovecot(question)
         return
     own, default = question.own_limit(), question.setting("QUOTA_LIMIT")
-    user_limits = [] if own is None else [(own, 0)]
-    defaults = [(parse_limit("QUOTA_LIMIT", default), 0)] if default else []
-    question.quota = [*user_limits, *defaults, NO_LIMITS][0][0]
+    user_limits = None if own is None else (own, 0)
+    defaults = (parse_limit("QUOTA_LIMIT", default), 0) if default else None
+    question.quota = (user_limits or defaults or NO_LIMITS)[0]
     question.set_grace(b"0")
     path = control = question.path("QUOTA_MAILDIR")
     try:
@@ -93,16 +93,15 @@ def measure(question: Question) -> None:
 def measure_maildir(
     path: bytes,
     control: bytes,
-    user_limits: list[Amount],
-    defaults: list[Amount],
+    user_limits: Optional[Amount],
+    defaults: Optional[Amount],
     question: Question,
 ) -> None:
     """Measure the Maildir at `path`, whose `maildirsize` is in the folder `control`.
 
-    `user_limits` (of QUOTA_USERS) and `defaults` (of QUOTA_LIMIT) hold one limit or none. The
-    user's comes first, then that of `maildirsize`, then the default; but that of an old
-    `maildirsize` comes last. Raises Problem, and OSError where there is no Maildir or it cannot be
-    read.
+    Its limits are `user_limits` (of QUOTA_USERS), else those of `maildirsize`, else `defaults` (of
+    QUOTA_LIMIT); but those of an old `maildirsize` come last. Raises Problem, and OSError where
+    there is no Maildir or it cannot be read.
     """
     named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
     trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
@@ -111,12 +110,12 @@ def measure_maildir(
     folders = find_folders(path, keeper.follows_links)
     question.changed = last_change(folders)
     header, entries = keeper.split_lines(text)
-    kept = [(keeper.limit(header, b"S"), keeper.limit(header, b"C"))] if text else []
+    kept = (keeper.limit(header, b"S"), keeper.limit(header, b"C")) if text else None
     if keeper.has_sum:
-        limits = [*user_limits, *kept, *defaults, NO_LIMITS][0]
-    elif user_limits or defaults or kept:
-        limits = [*user_limits, *defaults, *kept][0]
+        limits: Optional[Amount] = user_limits or kept or defaults or NO_LIMITS
     else:
+        limits = user_limits or defaults or kept
+    if limits is None:
         raise Problem(500, "only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
     total = None
     if keeper.has_sum and 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text:
@@ -450,8 +449,6 @@ IPV4_IN_IPV6 = 10 * b"\0" + b"\xff\xff"  # what ::ffff:192.0.2.25 begins with
 END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
 REASONS = {200: "OK", 400: "Bad Request", 403: "Forbidden", 405: "Method Not Allowed"}
 REASONS[500] = "Internal Server Error"
-# For QUOTA_USERS: capitals do not matter, and tabs and the CR of DOS are spaces.
-FOLDED = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\t\r", b"abcdefghijklmnopqrstuvwxyz  ")
 
 
 class Problem(Exception):
@@ -527,7 +524,7 @@ class Question:
         for name in self.user + at_domain, self.user, at_domain:
             if b" " in name or name[:1] == b"#":
                 continue  # it would match another name's line, or a comment
-            begin = b"\n" + name.translate(FOLDED)
+            begin = b"\n" + name.lower()
             for end in b" ", b":", b"\n":  # parse_limit() reports the last two
                 place = text.find(begin + end)
                 if place >= 0:
@@ -546,26 +543,25 @@ class Question:
         if not template.startswith((b"/", b"%h")):
             raise Problem(500, name + " does not begin with /", template)
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
-        whole = {part[:1] for part in parts}  # the letters of placeholders without digits
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
+        whole = {part[:1] for part in parts}  # the letters of placeholders without digits
         if b"h" in whole:
             values[b"h"] = home_of(self.user)
         for part in parts:
             rest = part.lstrip(b"0123456789.")
-            letter, digits = rest[:1], part[: len(part) - len(rest)]
-            skip, _, width = digits.rpartition(b".")
-            if letter not in values or b"." in skip or not skip and width[:1] == b"0":
+            skip, _, width = part[: -len(rest)].rpartition(b".")
+            if rest[:1] not in values or b"." in skip or not skip and width[:1] == b"0":
                 why = name + " has a placeholder that does not exist; known are " + PLACEHOLDERS
                 raise Problem(500, why, template)
-            if not values[letter]:
+            value = values[rest[:1]]
+            if not value:
                 raise Problem(400, "no domain (d=) given")
-            path += values[letter][int(skip or b"0") :][: int(width or b"0") or None] + rest[1:]
-        if not whole & {b"n", b"u", b"h"}:
+            path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
+        if whole.isdisjoint((b"n", b"u", b"h")):
             raise Problem(500, name + " names no user (%n, %u or %h): " + TWICE, template)
-        if path.split(b"/").count(b"..") > template.split(b"/").count(
-            b".."
-        ):  # as of a..b and %1.2n
+        ups = path.split(b"/").count(b"..")
+        if ups > template.split(b"/").count(b".."):  # %1.2n makes one of a..b
             raise Problem(400, "no mailbox has such a user")
         return path.replace(b"\0", b"%")
 
@@ -665,14 +661,15 @@ users_read: dict[object, bytes] = {}  # the text of QUOTA_USERS, by path, inode,
 def read_users(path: bytes) -> bytes:
     """Return the text of QUOTA_USERS, in lower case, with a newline in front. Raises Problem.
 
-    It is read once for each change.
+    Tabs, and the CR of DOS, are spaces. The file is read once for each change.
     """
     try:
         status = os.stat(path)
         stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
         text = users_read.get(stamp, b"")
         if not text:
-            text = b"\n" + read_file(path, -1)[0].translate(FOLDED)
+            text = b"\n" + read_file(path, -1)[0].lower()
+            text = text.replace(b"\t", b" ").replace(b"\r", b" ")
             users_read.clear()
             users_read[stamp] = text
     except OSError as error:
@@ -770,7 +767,7 @@ THREADS = 200  # connections at a time
 PATIENCE = 5  # seconds; if a mailbox takes longer, those who ask meanwhile hear that it hangs
 SLOW = 1  # seconds; an answer that took longer is kept
 KEPT = 60  # seconds for which it is used again
-MOST_KEPT = 1000  # answers
+MOST_READY = 1000  # answers that are kept, or under way
 TEXT = [("Content-Type", "text/plain")]
 STRANGER = "403 Forbidden", TEXT, b"ERROR this address is not in QUOTA_ALLOW\n"
 NOT_IMPLEMENTED = "501 Not Implemented", TEXT, b"ERROR there is no such method\n"
@@ -784,43 +781,41 @@ class Server:
     def __init__(self, settings: Env) -> None:
         self.allow = Question(settings).setting("QUOTA_ALLOW")
         self.settings = {**settings, b"QUOTA_ALLOW": b""}  # for the questions of those who may ask
-        self.under_way: dict[bytes, float] = {}  # first lines of requests, and when they began
-        self.kept: dict[bytes, tuple[float, Response]] = {}  # slow answers, and until when
+        # For first lines of requests: the response that needs no look, and between which times.
+        self.ready: dict[bytes, tuple[float, float, Response]] = {}
 
     def run(self, listener: socket.socket) -> None:
         """Answer one connection after the other."""
         while True:
             try:
                 connection, peer = listener.accept()
-            except OSError:
-                time.sleep(0.1)  # no descriptor is free
-                continue
-            try:
                 with connection:
                     if is_allowed(peer[0], self.allow):
                         send(connection, self.answer(receive(connection)))
                     else:
                         send(connection, STRANGER)
-            except OSError:
-                pass  # the client has left, or was too slow
+            except OSError:  # the client has left or was too slow, or no descriptor is free
+                time.sleep(0.1)
 
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
 
-        If the disk of a mailbox hangs, only questions that came within PATIENCE hold threads. A
-        slow answer is kept, so that a milter that could not wait for it gets it the next time.
+        If the disk of a mailbox hangs, only questions that came within PATIENCE hold threads: the
+        later ones are told that it hangs. A slow answer is kept, so that a milter that could not
+        wait for it gets it the next time.
         """
         method, _, rest = line.partition(b" ")
         if method not in (b"GET", b"HEAD", b"POST"):
             return NOT_IMPLEMENTED
         query = rest.rpartition(b" ")[0].partition(b"?")[2]
         began = time.monotonic()
-        until, response = self.kept.get(line, (0, HANGS))
-        if began < until:
+        since, until, response = self.ready.get(line, (0, 0, HANGS))
+        if since < began < until:
+            if response is HANGS:
+                log(f"the mailbox hangs: {line!a}")
             return response
-        if self.under_way.setdefault(line, began) + PATIENCE < began:
-            log(f"the mailbox hangs: {line!a}")
-            return HANGS
+        if until < began:
+            self.ready[line] = began + PATIENCE, float("inf"), HANGS
         try:
             env = {**self.settings, b"REQUEST_METHOD": method, b"QUERY_STRING": query}
             response = respond(env)
@@ -828,12 +823,12 @@ class Server:
             log(traceback.format_exc())
             return FAILED
         finally:
-            self.under_way.pop(line, None)
+            self.ready.pop(line, None)
         ended = time.monotonic()
         if ended > began + SLOW and response[0] == "200 OK":
-            if len(self.kept) >= MOST_KEPT:
-                self.kept.clear()
-            self.kept[line] = ended + KEPT, response
+            if len(self.ready) >= MOST_READY:
+                self.ready.clear()
+            self.ready[line] = ended, ended + KEPT, response
         return response
 
 
