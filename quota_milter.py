@@ -48,6 +48,7 @@ if __name__ == "__main__":  # while it starts: HUP and USR1 end nothing, INT end
 
 import argparse
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -140,6 +141,8 @@ def printable(text: object) -> str:
 
 def lower(text: str) -> str:
     """Fold ASCII letters only, as mail servers do: others depend on a language."""
+    if text.isascii():
+        return text.lower()
     return text.encode("utf-8", "surrogateescape").lower().decode("utf-8", "surrogateescape")
 
 
@@ -769,7 +772,9 @@ class Ledger:
     def look(self, mailbox: Mailbox) -> Finding:
         """Return what is known of a mailbox now, which may be nothing."""
         with self.lock:
-            account = self.accounts.get(mailbox, Account())
+            account = self.accounts.get(mailbox)
+            if account is None:
+                return Finding()
             return Finding(account.answer, account.in_flight, cached=account.answer is not None)
 
     def is_fresh(self, finding: Finding, sources: Iterable[str]) -> bool:
@@ -815,8 +820,8 @@ class Ledger:
             account.since += size
             # learn() looks back from the time of a question, which is --timeout ago at most.
             earliest = now - self.options.in_flight - self.options.timeout
-            recent = [part for part in account.recent if part[0] > earliest]
-            account.recent = (*recent, (now, size))
+            old = bisect.bisect(account.recent, (earliest, 0))
+            account.recent = (*account.recent[old:], (now, size))
 
     def touch(self, mailbox: Mailbox, new: Account) -> Account:
         """Return the account of a mailbox, which is `new` if there is none. The lock is held.
@@ -1257,8 +1262,9 @@ class Policy:
             verdict, target = self.find_target(address, message, (start + deadline) / 2)
             mailboxes = self.mailboxes_of(target.domain) if target else None
             if target and mailboxes:
-                finding = mailboxes.find(target.mailbox, deadline)
-                copies = message.copies.get(target.mailbox, set()) | {address.name}
+                mailbox = target.mailbox
+                finding = mailboxes.find(mailbox, deadline)
+                copies = {address.name, *message.copies.get(mailbox, ())}
                 verdict = self.judge(finding, message.size, len(copies))
         except Fault as fault:  # a table
             verdict, finding = "fault", Finding(fault=str(fault))
@@ -1360,9 +1366,10 @@ class Policy:
     def since_rcpt(self, mailbox: Mailbox, at_rcpt: Finding) -> Finding:
         """Return what is known of a mailbox now; another session may have asked since RCPT."""
         now = self.ledger.look(mailbox)
-        if now.answer and now.answer != at_rcpt.answer:
+        if now.answer and now.answer is not at_rcpt.answer:
             return now
-        return at_rcpt._replace(in_flight=max(now.in_flight, at_rcpt.in_flight))
+        in_flight = max(now.in_flight, at_rcpt.in_flight)
+        return Finding(at_rcpt.answer, in_flight, at_rcpt.cached, at_rcpt.fault)
 
 
 # ---- Counters: what has happened ----
