@@ -366,6 +366,8 @@ def ask_dovecot(question: Question) -> None:
         name = b"@".join(filter(None, [question.user, question.domain])).decode()
     except UnicodeDecodeError:
         raise Problem(400, "Dovecot's names of users are UTF-8") from None
+    if "*" in name or "?" in name:
+        raise NoSuchUser  # to doveadm it is a pattern: it would open all mailboxes that match
     text = post_to_doveadm(json.dumps([["quotaGet", {"user": name}, "q"]]), question)
     try:
         [[kind, rows, _]] = json.loads(text)

@@ -4197,6 +4197,12 @@ def test_dovecot_is_asked_about_the_user_by_its_api_with_the_key(query, user, do
         assert json.loads(body)[0][:2] == ["quotaGet", {"user": user}]
 
 
+def test_a_name_that_doveadm_takes_for_a_pattern_is_no_user(dovecot):
+    service, ask_it = dovecot
+    for query in "u=*", "u=%2A&d=x.org", "u=j%3Fhn", "u=john&d=*":
+        assert ask_it(query).line.startswith("UNKNOWN ") and not service.requests
+
+
 BAD_URLS = [
     *("nonsense", "http://127.0.0.1:99999/doveadm/v1", "http:///doveadm/v1"),
     *(f"http://127.0.0.1:8080/{path}" for path in ("", "doveadm/v2", "doveadm/v1?x")),
