@@ -10,7 +10,7 @@ USE
     `452 4.2.2 Quota exceeded for ...`: the sending server keeps the mail and tries again.
     At the end of the data the message is judged again by its size: the declared one, or
     that of its body if it is larger. Accepted mail counts as in flight until an answer
-    can include it, so many messages at once do not overfill a mailbox.
+    shows it, or for --in-flight: many messages at once do not overfill a mailbox.
 
     A file given as @FILE holds one option and its value a line, `#` comments. HUP reads
     the option files and the aliases again, USR1 logs the counters, TERM and INT end the
@@ -33,8 +33,8 @@ HOW IT IS MADE
     QuotaMilter's callbacks ask the Policy about each recipient. It follows the Aliases
     to a mailbox, and asks the Mailboxes of its domain. These check the Ledger, then ask
     their Backends in order. A Backend asks in threads, through its Client. libmilter
-    calls from many threads: Ledger, Backends and Counters have a lock each. Other things
-    that threads share are read or replaced in one step.
+    calls from many threads: a comment beside each lock names what it guards. Other
+    things that threads share are read or replaced in one step.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ DEFAULT_BACKEND = "http://127.0.0.1:8025/cgi-bin/quota.cgi"
 ANSWER_LENGTH = 4096  # bytes read of an answer: the longest line is far below
 TOO_LARGE = 1 << 63  # bytes; a server that prints a negative sum as unsigned gives this or more
 ANSWERS = 50_000  # mailboxes whose answers are remembered, in some 25 MB
-MOST_SKIPPED = 8  # mailboxes with mail in flight, in the search for one to forget
+MOST_SKIPPED = 8  # mailboxes with mail in flight that are passed over to find one to forget
 NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
 MOST_TIMEOUTS = 3  # different mailboxes in a row without an answer: then the backend is down
@@ -111,13 +111,14 @@ TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
 INACTIVE = "550 5.2.2 Mailbox of {address} is full and not in use"
 
 REFUSED = ("overquota", "toolarge", "inactive")  # verdicts: there is no room for the message
-# For the last four no backend is asked.
+# For the last four no backend is asked: there is no name, or one too long for a mailbox (empty); it
+# leads to no single mailbox (alias); no backend serves the domain.
 VERDICTS = ("ok", *REFUSED, "unknown", "fault", "empty", "exempt", "alias", "nobackend")
 
 DOWN = "the backend is down and is left alone for a while"
 NO_TURN = "too many other questions: this one could not be sent in time"
 OVERTAKEN = "no answer in half of the time, while later questions were answered and others waited"
-HUNG = "the last question about this mailbox timed out: it is left alone for a while"
+HUNG = "the last question about this mailbox had no answer: it is left alone for a while"
 HINTS = {  # what an administrator has usually got wrong
     401: ": is the password in --backend right?",
     403: ": may this address ask (QUOTA_ALLOW, the web server's rule)?",
@@ -280,7 +281,7 @@ class Answer(NamedTuple):
         status, *fields = line.rstrip(b"\r\n").split(b" ")
         if status not in (b"OK", b"OVERQUOTA", b"UNKNOWN"):
             raise BadAnswer(f"no status in the answer {line[:80]!r}: is the URL right?")
-        # A single number behind the user may be the usage or the quota.
+        # A single number behind the user is not used: it may be the usage or the quota.
         numbers = fields[-2:] if is_whole and len(fields) > 2 else [b"", b""]
         return cls(status.decode(), read_number(numbers[0]), read_number(numbers[1]))
 
@@ -316,18 +317,15 @@ def read_date(text: str) -> Optional[float]:
 
 
 class Fault(Exception):
-    """A backend or a table gave no answer; the text says why, for the log.
-
-    The circuit breaker of a Backend ignores it, unless it is one of the next two.
-    """
+    """A backend or a table gave no answer; the text says why, for the log."""
 
 
 class BadAnswer(Fault):
-    """The backend answered, but with no verdict: it is not down."""
+    """The backend answered, but with no verdict: that closes its circuit breaker."""
 
 
 class Unreachable(Fault):
-    """There is no connection to the backend: that concerns all its mailboxes."""
+    """There is no connection to the backend: that opens its circuit breaker."""
 
 
 class Finding(NamedTuple):
@@ -373,7 +371,7 @@ class Question:
         self.asked, self.deadline = asked, deadline
         self.half_time = (deadline - asked) / 2  # seconds
         self.begun = 0.0  # when a thread began to ask; 0: the question waits for its turn
-        self.next_review = asked + self.half_time  # when the sessions that wait call review()
+        self.next_review = asked + self.half_time  # when sessions that wait call Backend.review()
         # For all sessions that want to know.
         self.future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
         self.lock = threading.Lock()  # guards what follows
@@ -463,16 +461,20 @@ class Client:
 
     def fetch(self, question: Question) -> Answer:
         """Send the question and read the answer. Whatever goes wrong raises Fault."""
-        connection = Connection(self.host)
         if self.url.startswith("https:"):
-            connection = TLSConnection(self.host, context=self.context)
+            connection: Connection = TLSConnection(self.host, context=self.context)
+        else:
+            connection = Connection(self.host)
         connection.client, connection.question = self, question
+
+        def use_connection(host: str, **options: Any) -> Connection:
+            return connection
+
         try:
             self.open_connection(connection)
             # urllib's own opener would follow redirects, and use proxies of the environment.
             handler = urllib.request.AbstractHTTPHandler()
-            request = self.request(*question.mailbox)
-            with handler.do_open(lambda host, **options: connection, request) as response:
+            with handler.do_open(use_connection, self.request(question.mailbox)) as response:
                 return read_answer(response)
         except Fault:
             raise
@@ -495,8 +497,8 @@ class Client:
             hint = ": see --cafile" if isinstance(error, ssl.SSLCertVerificationError) else ""
             raise Unreachable(f"no connection: {error}{hint}") from None
 
-    def request(self, *mailbox: str) -> urllib.request.Request:
-        """Make the request about a user and domain (README, Protocol)."""
+    def request(self, mailbox: Mailbox) -> urllib.request.Request:
+        """Make the request about a mailbox (README, Protocol)."""
         user, domain = (urllib.parse.quote(n, safe="", errors="surrogateescape") for n in mailbox)
         query = f"u={user}&d={domain}" if domain else f"u={user}"
         url = self.url + ("&" if "?" in self.url else "?") + query
@@ -518,6 +520,7 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
     is_whole = line.endswith(b"\n") or ended
     if not is_whole and (response.length or len(line) >= ANSWER_LENGTH):
         raise BadAnswer("the answer is cut short or too long")
+    # With neither newline nor length nobody can tell: the status counts, the numbers do not.
     grace = response.headers.get("Quota-Grace", "").strip().encode("ascii", "replace")
     changed = response.headers.get("Last-Modified", "")[:64]  # a date is shorter
     answer = Answer.from_line(line, is_whole)
@@ -530,11 +533,11 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
 class Backend:
     """Asks a backend at most `max_queries` questions at a time, each until its deadline.
 
-    All sessions that ask about a mailbox share one question and its deadline. A question that no
-    thread took up in the first half of its time is ended. So a question that was sent had at least
-    half of its time, and if it times out, that says something of the backend. The oldest question
-    is sent next. But if answers are so slow that the oldest may run out of time, the newest is:
-    otherwise, under overload, all questions would be sent too late.
+    All sessions that ask about a mailbox share one question, whose deadline is that of the first. A
+    question that no thread took up in the first half of its time is ended. So a question that was
+    sent had about half of its time, and if it times out, that says something of the backend. The
+    oldest question is sent next. But if answers are so slow that the oldest may run out of time,
+    the newest is: otherwise, under overload, all questions would be sent too late.
 
     At the deadline a session that waits ends the question: it shuts the connection down, and the
     thread that reads from it is free. The mailbox is left alone for `retry_after` seconds.
@@ -569,8 +572,9 @@ class Backend:
 
     def ask(self, mailbox: Mailbox, deadline: float) -> Answer:
         """Ask about a mailbox, or join the question that is under way. Raises Fault."""
-        question = self.join(mailbox, deadline)
+        question = self.join_or_start(mailbox, deadline)
         while True:
+            # A session that joined may have less time than the question has left.
             moment = min(deadline, question.next_review)
             try:
                 return question.future.result(max(0, moment - time.monotonic()))
@@ -579,7 +583,7 @@ class Backend:
                 if moment >= deadline and not question.future.done():
                     raise Fault("no answer in time") from None
 
-    def join(self, mailbox: Mailbox, deadline: float) -> Question:
+    def join_or_start(self, mailbox: Mailbox, deadline: float) -> Question:
         """Return the question about a mailbox that is under way, or a new one. Raises Fault."""
         now = time.monotonic()
         with self.lock:
@@ -594,7 +598,7 @@ class Backend:
                 self.retry_at = now + self.retry_after  # only this question tries the backend
             question = Question(mailbox, now, deadline)
             try:
-                self.pool.submit(self.take_turn)
+                self.pool.submit(self.take_turn)  # one turn more; it may be another question's
             except RuntimeError as error:  # the system's limit of threads
                 raise Fault(f"no thread for a question: {error}") from None
             self.questions[mailbox] = question
@@ -607,8 +611,9 @@ class Backend:
         with self.lock:
             if not self.waiting:  # the question was ended meanwhile
                 return
-            is_late = self.waiting[0].seconds_left() < 2 * self.answer_time
-            question = self.waiting.pop(-1 if is_late else 0)
+            # The next answer may take longer than the last one: twice as long is a safe guess.
+            oldest_may_fail = self.waiting[0].seconds_left() < 2 * self.answer_time
+            question = self.waiting.pop(-1 if oldest_may_fail else 0)
             question.begun = time.monotonic()
         fault: Optional[Fault] = None
         try:
@@ -622,7 +627,7 @@ class Backend:
                 return
             del self.questions[question.mailbox]
             if isinstance(fault, Unreachable):
-                self.record_failure(question, str(fault))
+                self.record_failure(question, unreachable=str(fault))
             elif fault is None or isinstance(fault, BadAnswer):
                 self.record_answer(question, now)
             self.make_room(now)
@@ -646,7 +651,7 @@ class Backend:
     def review(self, question: Question, moment: float) -> None:
         """End a question that has no turn by half of its time, or no answer by its deadline.
 
-        Between the two let others have its turn if it hangs.
+        In between, when it was sent half of its time ago, others may have its turn if it hangs.
         """
         now = max(moment, time.monotonic())  # a timer may be a little early
         with self.lock:
@@ -657,21 +662,23 @@ class Backend:
             elif now >= question.deadline:
                 self.end(question, f"no answer within {round(2 * question.half_time, 1):g} s")
                 self.leave_alone(question.mailbox, now)
-                self.record_timeout(question)
+                self.record_failure(question)
             else:
                 had_half = question.begun + question.half_time
-                question.next_review = had_half if now < had_half else question.deadline
+                is_next = now < had_half < question.deadline
+                question.next_review = had_half if is_next else question.deadline
                 self.make_room(now)
 
     def make_room(self, now: float) -> None:
-        """End questions that hang, one for each question beyond `max_queries`. The lock is held."""
+        """End questions that hang, as many as wait for a thread. The lock is held."""
         hanging = [
             question
             for question in self.questions.values()
             if 0 < question.begun <= now - question.half_time
             and question.begun < self.latest_answered
         ]
-        for question in hanging[: max(0, len(self.questions) - self.max_queries)]:
+        wanted = max(0, len(self.questions) - self.max_queries)  # threads
+        for question in hanging[:wanted]:
             self.end(question, OVERTAKEN)
             self.leave_alone(question.mailbox, now)
 
@@ -689,17 +696,17 @@ class Backend:
         self.timed_out.clear()
         self.latest_answered = max(self.latest_answered, question.begun)
 
-    def record_timeout(self, question: Question) -> None:
-        """Count a question that ran out of time; a few open the breaker. The lock is held."""
-        if self.answered_at < question.asked:
-            self.timed_out.add(question.mailbox)
-            if self.is_down or len(self.timed_out) >= MOST_TIMEOUTS:
-                self.record_failure(question, f"{MOST_TIMEOUTS} mailboxes in a row gave no answer")
+    def record_failure(self, question: Question, unreachable: str = "") -> None:
+        """Open the breaker if the backend is unreachable, or if this was one timeout too many.
 
-    def record_failure(self, question: Question, why: str) -> None:
-        """Open the breaker, unless there was an answer since the question. The lock is held."""
-        if self.answered_at < question.asked:
+        It stays closed if there was an answer since the question was asked. The lock is held.
+        """
+        if self.answered_at >= question.asked:
+            return
+        self.timed_out.add(question.mailbox)
+        if unreachable or self.is_down or len(self.timed_out) >= MOST_TIMEOUTS:
             if not self.is_down:
+                why = unreachable or f"{MOST_TIMEOUTS} mailboxes in a row gave no answer"
                 log.warning("backend=%s state=down reason=%s", self.name, printable(why))
             self.is_down, self.retry_at = True, time.monotonic() + self.retry_after
 
@@ -716,7 +723,7 @@ class Account:
         self.answer = answer
         self.before = before  # bytes in flight when the answer's question was sent
         self.since = 0  # bytes accepted since then
-        # When each message of the last minutes came, and its bytes, whether it has arrived or not.
+        # When each message of the last minutes was accepted, and its bytes. It may have arrived.
         self.recent: tuple[tuple[float, int], ...] = ()
 
     @property
@@ -731,22 +738,25 @@ class Account:
     def learn(self, answer: Answer, window: float) -> None:
         """Replace the answer by a newer one; `window` is --in-flight in seconds.
 
-        A mailbox is expected to hold the usage that the last answer gave, and what is in flight. A
-        new answer does not change what is expected: the more usage it gives, the less is still in
-        flight, down to 0. And no more is in flight than was accepted in the `window` before the
-        question: older mail has arrived or never will. This bound holds only if the same backend
-        gave both answers, as the usage on a stand-by may be old. Mail that was accepted after the
-        question was sent comes on top: the answer does not include it. Without two usages to
-        compare, all mail of the `window` is in flight.
+        A mailbox is expected to hold the usage that the answer gave, and what is in flight. With a
+        new answer what is in flight is the rest of what was expected:
 
-        Example: the usage was 500 and a message of 100 was accepted. If the new usage is 500, 100
-        are still in flight; if it is 560, 40; if it is 600 or 900, none. If it is 200 (the user
-        made room), 100 are in flight.
+            in flight = old usage + in flight until now - new usage, but at least 0
+
+        It is also at most what was accepted in the `window` before the question: older mail has
+        arrived or never will. This bound holds only if the same backend gave both answers, as the
+        usage on a stand-by may be old. Mail that was accepted after the question was sent comes on
+        top: the answer does not include it. Without two usages to compare, all mail of the `window`
+        is in flight.
+
+        Example, of one backend: the usage was 500 and a message of 100 was accepted. If the new
+        usage is 500, 100 are still in flight; if it is 560, 40; if it is 600 or 900, none. If it is
+        200 (the user made room), 100 are in flight.
         """
         since = self.sum_up(answer.at)
         lately = self.sum_up(answer.at - window, answer.at)
         old = self.answer
-        if old is None or old.usage is None or answer.usage is None:
+        if old is None or old.usage is None or answer.usage is None or not window:
             self.before = lately
         else:
             expected = old.usage + self.in_flight - since
@@ -766,7 +776,7 @@ class Ledger:
 
     def __init__(self, options: Namespace) -> None:
         self.lock = threading.RLock()  # guards the accounts and what is in them
-        self.accounts: dict[Mailbox, Account] = {}  # the one used last is the last
+        self.accounts: dict[Mailbox, Account] = {}  # the one that changed last is the last
         self.options = options  # a reload replaces them
 
     def look(self, mailbox: Mailbox) -> Finding:
@@ -826,7 +836,7 @@ class Ledger:
     def touch(self, mailbox: Mailbox, new: Account) -> Account:
         """Return the account of a mailbox, which is `new` if there is none. The lock is held.
 
-        If there are too many, the one that was not used for longest is forgotten. Accounts with
+        If there are too many, the one that has not changed for longest is forgotten. Accounts with
         mail that may be in flight are skipped: that mail would be counted nowhere.
         """
         account = self.accounts.pop(mailbox, new)
@@ -857,7 +867,7 @@ class Ledger:
 
 
 class Mailboxes(NamedTuple):
-    """The mailboxes of a domain, which may be spread over several backends."""
+    """The backends of a domain: its mailboxes may be spread over them."""
 
     backends: Sequence[Backend]
     ledger: Ledger
@@ -1023,8 +1033,9 @@ class Table:
         forms: Sequence[Callable[[str], str]] = external, str  # in Postfix' order
         if self.takes_whole_address:
             names, forms = names[:1], forms[:1]
-        else:  # Postfix looks up a bare name without its detail only
-            names = [name for name in names if "@" in name or name == names[-2]]
+        else:  # of names without a domain Postfix looks up the last alone, that without a detail
+            bare = [name for name in names if "@" not in name]
+            names = [name for name in names if "@" in name or name == bare[-1]]
         # postmap reads one key a line, as UTF-8. A name that is no such line is in no table.
         keys = {form(name): name for name in names if name.isprintable() for form in forms}
         asked = tuple(keys)
@@ -1131,12 +1142,12 @@ class Aliases(NamedTuple):
             target = TARGET.fullmatch(value) if len(value) <= ANSWER_LENGTH else None
             if not target:
                 return None
-            text = address.local + target[1] if target[1][0] == "@" else target[1]
+            text = external(address.local + target[1]) if target[1][0] == "@" else target[1]
             following = self.parse_address(text)
             if not following.domain:
                 following = following._replace(domain=address.domain)
-            # In virtual(5) a name that stands for itself ends the search. Then aliases(5) is asked
-            # about it: so the next, less specific rule is tried.
+            # A rule of virtual(5) by which a name stands for itself leads on to aliases(5), which
+            # has the less specific rules. So the next one is tried.
             if following.name != address.name:
                 return following
         return address
@@ -1188,9 +1199,8 @@ class Message:
     def wants_body(self) -> bool:
         """Say whether more of the body can matter.
 
-        It cannot if the part that has come fits into the declared size: a client that lies about it
-        is caught only by the first part, of 64 KB. And it cannot if no mailbox could ever hold what
-        has come.
+        It cannot if the first part, of up to 64 KB, fits into the declared size: then that is
+        believed. And it cannot if no mailbox could ever hold what has come.
         """
         if self.counted <= self.declared:
             return False
@@ -1199,7 +1209,11 @@ class Message:
 
 
 class Policy:
-    """Decides about recipients and messages, by one set of options."""
+    """Decides about recipients and messages, by one set of options.
+
+    Their values are what OPTIONS makes of the text: `cafile` is a context, `aliases` are files that
+    were read and names of tables, `backend` are pairs of domains and a URL.
+    """
 
     def __init__(self, options: Namespace, ledger: Ledger, counters: Counters) -> None:
         self.options, self.ledger, self.counters = options, ledger, counters
@@ -1208,7 +1222,8 @@ class Policy:
         }
         if options.on_error == "tempfail":
             self.replies["fault"] = CANNOT_CHECK
-        # Not a method: nothing refers back to the Policy, so an old one goes at once at a reload.
+        # A method would refer back to the Policy: at a reload an old one, with its threads, would
+        # stay until Python's next garbage collection.
         self.parse_address = functools.partial(
             Address.parse,
             delimiters=options.recipient_delimiter,
@@ -1241,9 +1256,9 @@ class Policy:
                 by_domain[domain].append(self.backends[url])
         return {domain: Mailboxes(found, self.ledger) for domain, found in by_domain.items()}
 
-    def mailboxes_of(self, domain: str) -> Optional[Mailboxes]:
-        """Return the mailboxes of a domain, None if no backend serves it."""
-        return self.mailboxes.get(domain) or self.mailboxes.get(None)
+    def is_served(self, domain: str) -> bool:
+        """Say whether a domain has a backend."""
+        return domain in self.mailboxes or None in self.mailboxes
 
     def decide(self, recipient: str, message: Message, resolved: str = "") -> Decision:
         """Decide about a recipient of a message, within --timeout.
@@ -1259,10 +1274,10 @@ class Policy:
         target, finding = None, Finding()
         try:
             # Aliases have the first half of the time: what is left is enough for a backend.
-            verdict, target = self.find_target(address, message, (start + deadline) / 2)
-            mailboxes = self.mailboxes_of(target.domain) if target else None
-            if target and mailboxes:
+            target, verdict = self.find_target(address, message, (start + deadline) / 2)
+            if target:
                 mailbox = target.mailbox
+                mailboxes = self.mailboxes.get(mailbox.domain) or self.mailboxes[None]
                 finding = mailboxes.find(mailbox, deadline)
                 copies = {address.name, *message.copies.get(mailbox, ())}
                 verdict = self.judge(finding, message.size, len(copies))
@@ -1273,22 +1288,22 @@ class Policy:
 
     def find_target(
         self, address: Address, message: Message, deadline: float
-    ) -> tuple[str, Optional[Address]]:
-        """Find the address of a recipient's mailbox, or the verdict if nobody is to be asked.
+    ) -> tuple[Optional[Address], str]:
+        """Return the address whose mailbox is to be asked about; if there is none, the verdict.
 
-        Raises Fault.
+        Its domain has a backend. Raises Fault.
         """
         is_trusted = message.is_authenticated and not self.options.check_authenticated
         if not address.can_exist:
-            return "empty", None
+            return None, "empty"
         if is_trusted or not self.exempt.isdisjoint(address.names()):
-            return "exempt", None
+            return None, "exempt"
         target = self.aliases.resolve(address, deadline)
         if target is None or not target.can_exist:
-            return "alias", None
+            return None, "alias"
         if target is not address and not self.exempt.isdisjoint(target.names()):
-            return "exempt", None
-        return ("", target) if self.mailboxes_of(target.domain) else ("nobackend", None)
+            return None, "exempt"
+        return (target, "") if self.is_served(target.domain) else (None, "nobackend")
 
     def judge(self, finding: Finding, size: int, copies: int) -> str:
         """Judge a message of `size` bytes (0: not known) by what is known of a mailbox.
@@ -1302,7 +1317,7 @@ class Policy:
             return "unknown"
         is_full = answer.status == "OVERQUOTA"
         if answer.quota and not self.options.ignore_size:
-            if size > answer.capacity:
+            if size > answer.capacity:  # by a last known answer, for now: there may be more room
                 return "overquota" if finding.fault else "toolarge"
             expected = (answer.usage or 0) + finding.in_flight
             is_full = is_full or expected + size * copies > answer.capacity
@@ -1336,32 +1351,30 @@ class Policy:
         return template and template.to(address.given)
 
     def end_of_data(self, message: Message) -> Optional[Decision]:
-        """Decide about a whole message; None: it is accepted, and counts as in flight.
+        """Decide about a whole message; None: it is accepted. Count it as in flight then.
 
         SMTP has one reply for all recipients. So a message is accepted if at least one of them has
         room for it, or was let through without an answer.
         """
-        if self.options.ignore_size:
+        if self.options.ignore_size or not message.passed:
             return None
         refusals = []
         with self.ledger.lock:  # to decide and to count is one step
             for mailbox, decision in message.passed.items():
                 finding = self.since_rcpt(mailbox, decision.finding)
-                copies = len(message.copies[mailbox])
-                verdict = self.judge(finding, message.size, copies)
+                verdict = self.judge(finding, message.size, len(message.copies[mailbox]))
                 if verdict in REFUSED:
-                    refusals.append((verdict, finding))
+                    refusals.append((decision, verdict, finding))
             is_accepted = message.others_passed or len(refusals) < len(message.passed)
             if is_accepted or self.options.dry_run:
                 for mailbox, decision in message.passed.items():
                     size = (message.size + HEADER_BYTES) * len(message.copies[mailbox])
                     self.ledger.accept(mailbox, size, decision.finding)
-        if is_accepted or not refusals:
+        if is_accepted:
             return None
-        verdict, finding = refusals[0]
-        first = next(iter(message.passed.values()))
-        reply = self.reply(verdict, finding, first.address)
-        return first._replace(verdict=verdict, reply=reply, finding=finding, seconds=0)
+        decision, verdict, finding = refusals[0]
+        reply = self.reply(verdict, finding, decision.address)
+        return decision._replace(verdict=verdict, reply=reply, finding=finding, seconds=0)
 
     def since_rcpt(self, mailbox: Mailbox, at_rcpt: Finding) -> Finding:
         """Return what is known of a mailbox now; another session may have asked since RCPT."""
@@ -1691,7 +1704,7 @@ class OptionParser(argparse.ArgumentParser):
     """Raises BadOptions rather than end the program: a reload must not."""
 
     def error(self, message: str) -> NoReturn:
-        """Return the reason in one line, without the password of a URL."""
+        """Raise BadOptions, with the reason in one line and no password of a URL."""
         message = re.sub(r"(unrecognized arguments: [^\s=:]*).*", r"\1", message, flags=re.DOTALL)
         raise BadOptions(re.sub(r"//\S*@", "//...@", " ".join(message.split())))
 
@@ -1895,7 +1908,7 @@ def prepare_socket(where: str) -> str:
             if result != errno.ECONNREFUSED:
                 raise OSError(os.strerror(result) if result else "somebody answers there")
             os.unlink(path)
-    with socket.socket(family) as probe:
+    with socket.socket(family) as probe:  # libmilter would not say why it cannot listen
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(path or (host.strip("[]"), int(port)))
     if path:

@@ -1361,7 +1361,10 @@ ALIASED = {
 def test_an_alias_is_asked_about_as_the_mailbox_it_leads_to(site):
     file = site.write("aliases", ALIAS_FILE)
     options = f"--backend {SERVED_ALIASES}=URL --aliases {file}"
-    cases = [Case(FULL, options, '"quoted name"@example.com', asked="u=john&d=example.com")]
+    cases = [
+        Case(FULL, options, '"quoted name"@example.com', asked="u=john&d=example.com"),
+        Case(FULL, options, r'"a\"b\\@c"@moved.org', asked="u=a%22b%5C%40c&d=example.com"),
+    ]
     for mailbox, recipients in ALIASED.items():
         for recipient in recipients.split():
             recipient += "" if "@" in recipient else "@example.com"
@@ -2336,6 +2339,22 @@ def test_after_a_stall_of_all_questions_those_that_wait_get_their_turn(site):
         assert {session.reply()[:3] for session in sessions[2:]} == {"452"}
 
 
+def test_a_question_whose_turn_came_late_ends_at_its_deadline_all_the_same():
+    """On a busy machine a turn may come after half of the time, before a session has looked."""
+    module, ends = load(MILTER), threading.Event()
+    options = module.read_options([])
+    policy = module.Policy(options, module.Ledger(options), module.Counters())
+    (backend,) = policy.backends.values()
+    backend.client.fetch = lambda question: ends.wait(60)
+    question = backend.join_or_start(module.Mailbox("john", ""), time.monotonic() + 600)
+    wait_for(lambda: question.begun, "its turn")
+    question.begun = question.asked + 310
+    for moment in question.asked + 301, question.deadline:
+        backend.review(question, moment)
+    assert isinstance(question.future.exception(0), module.Fault) and not backend.questions
+    ends.set()
+
+
 @pytest.mark.parametrize("pause", [1, 2.5])
 def test_a_question_that_was_overtaken_makes_room_for_others_after_half_its_time(pause, site):
     held = Gate(FREE)
@@ -2481,6 +2500,17 @@ class Ours:
         if decision.reply is None:
             message.let_through(decision)
         return message, decision
+
+
+def test_without_in_flight_the_usage_on_a_stand_by_counts_as_it_is():
+    answers = {"http://127.0.0.1:1/": ("OK", 900, 1000)}
+    ours = Ours(
+        lambda user, backend: answers.get(backend),
+        *("--backend=http://127.0.0.1:2/", "--in-flight=0", "--cache-ttl=0"),
+    )
+    assert ours.rcpt("john", 200)[1].verdict == "overquota"
+    answers, ours.now = {"http://127.0.0.1:2/": ("OK", 100, 1000)}, 10.0
+    assert ours.rcpt("john", 200)[1].verdict == "ok"
 
 
 class Simulation(Ours):
