@@ -9,7 +9,7 @@
 The answer is one line, `OK john 1048576 209715200`: status, user, bytes used
 and quota in bytes (0: no limit). The status is OK, OVERQUOTA or UNKNOWN. An
 error is `ERROR why` with an HTTP status of 400 or more (in a shell on standard
-error, with status 1) and never a verdict; its detail goes to standard error.
+error, with status 1) and never a verdict; the detail of a 500 goes to standard error.
 
 With QUOTA_DOVEADM Dovecot itself is asked, whatever the format of its mailboxes.
 Else the status foretells what the server that keeps the Maildir, QUOTA_KEEPER,
@@ -17,10 +17,11 @@ will do with the next message:
     courier        deliverquota: sizes in names (`,S=`), the file `maildirsize`
     dovecot        Dovecot's `maildir` driver: as courier, but trash counts
     dovecot-count  Dovecot's `count` driver: virtual sizes in names (`,W=`)
-For the first two a mailbox is over its quota when it reaches the limit of bytes
-or of messages in `maildirsize`. Messages are counted if that file is missing or
-broken, or if it says "over" and may be old. `count` has no `maildirsize` and no
-limit but the settings. QUOTA_KEEPER=auto tells them apart: see find_keeper().
+For the first two `maildirsize` has the limits and a sum. A mailbox is over its
+quota when it reaches the limit of bytes or of messages. Messages are counted if
+that file is missing, broken or long, or if it says "over" and may be stale. The
+third has no `maildirsize`: messages are counted, and the limits are settings.
+QUOTA_KEEPER=auto tells them apart: see find_keeper().
 
 SETTINGS are the constants below; an environment variable of the same name
 overrides them.
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     Amount = tuple[int, int]  # bytes and messages: what there is, or limits, of which 0 is none
 
 QUOTA_LIMIT = ""  # where there is no other: bytes, or with K, M, G, T (powers of 1024); 0: no limit
-QUOTA_MAILDIR = "%h/Maildir"  # %n user, %d domain, %u user@domain, %h the user's home, %% percent
+QUOTA_MAILDIR = "%h/Maildir"  # %n user, %d domain, %u user@domain, %h home, %% percent
 QUOTA_USERS = ""  # a file of lines `user limit`, `user@domain limit`, `@domain limit`
 QUOTA_KEEPER = "auto"  # the server: courier, dovecot (its maildir driver) or dovecot-count
 QUOTA_TRASH = "auto"  # count (as Dovecot), skip (as Courier), auto (as QUOTA_KEEPER)
@@ -59,11 +60,12 @@ QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/3
 QUOTA_GRACE = "auto"  # how far the last message may exceed the quota: 1M, 10%; auto: as the server
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
-DOVEADM_SECONDS = 3  # to connect, and for each piece of the answer; it comes in one piece
+DOVEADM_SECONDS = 3  # to connect, and for each piece of the answer; usually there is one
 DOVEADM_LENGTH = 65536  # bytes of its answer
 TRUSTED_LENGTH = 5120  # bytes from which on the servers rebuild a maildirsize rather than read it
-TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize that says "over" is believed
+TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize of one line that says "over" is believed
 SAME_TIME = 60  # seconds; the files that one delivery writes have times no further apart
+NEVER = float("-inf")  # when a file that is missing was written
 NO_LIMITS = 0, 0
 LONGEST_NUMBER = 20  # digits; a longer one does not fit the servers' 64 bits
 DIGITS = b"0123456789"
@@ -78,7 +80,6 @@ def measure(question: Question) -> None:
     user_limits = None if own is None else (own, 0)
     defaults = (parse_limit("QUOTA_LIMIT", default), 0) if default else None
     question.quota = (user_limits or defaults or NO_LIMITS)[0]
-    question.set_grace(b"0")
     path = control = question.path("QUOTA_MAILDIR")
     try:
         if question.setting("QUOTA_CONTROL"):
@@ -87,7 +88,7 @@ def measure(question: Question) -> None:
                 question.check_folder("QUOTA_CONTROL")
         measure_maildir(path, control, user_limits, defaults, question)
     except OSError as error:
-        question.explain(error, "QUOTA_MAILDIR")
+        question.raise_unless_missing(error, "QUOTA_MAILDIR")
 
 
 def measure_maildir(
@@ -100,8 +101,8 @@ def measure_maildir(
     """Measure the Maildir at `path`, whose `maildirsize` is in the folder `control`.
 
     Its limits are `user_limits` (of QUOTA_USERS), else those of `maildirsize`, else `defaults` (of
-    QUOTA_LIMIT); but those of an old `maildirsize` come last. Raises Problem, and OSError where
-    there is no Maildir or it cannot be read.
+    QUOTA_LIMIT). With the count driver a `maildirsize` was left behind by another one: its limits
+    come last. Raises Problem, and OSError where there is no Maildir or it cannot be read.
     """
     named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
     trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
@@ -110,16 +111,17 @@ def measure_maildir(
     folders = find_folders(path, keeper.follows_links)
     question.changed = last_change(folders)
     header, entries = keeper.split_lines(text)
-    kept = (keeper.limit(header, b"S"), keeper.limit(header, b"C")) if text else None
+    in_file = (keeper.limit(header, b"S"), keeper.limit(header, b"C")) if text else None
     if keeper.has_sum:
-        limits: Optional[Amount] = user_limits or kept or defaults or NO_LIMITS
+        limits: Optional[Amount] = user_limits or in_file or defaults or NO_LIMITS
     else:
-        limits = user_limits or defaults or kept
+        limits = user_limits or defaults or in_file
     if limits is None:
         raise Problem(500, "only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
     total = None
     if keeper.has_sum and 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text:
         total = add_up(entries)
+    # A server that counts anew leaves one line. Whoever removes mail past it adds none.
     may_be_stale = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
     if total is not None and may_be_stale and is_over(total, limits, keeper.doubts_beyond):
         total = None
@@ -130,7 +132,7 @@ def measure_maildir(
             total = count(folders, keeper, skip_trash, once=True)
     question.status = b"OVERQUOTA" if is_over(total, limits) else b"OK"
     question.used, question.quota = total[0], limits[0]
-    question.set_grace(keeper.grace)
+    question.auto_grace = keeper.grace
 
 
 def is_over(total: Amount, limits: Amount, beyond: int = 0) -> bool:
@@ -145,7 +147,7 @@ class Courier:
     """The rule of Courier's deliverquota, which maildrop, Exim and Postfix' VDA share."""
 
     has_sum = True  # `maildirsize` has a line for each delivery
-    doubts_beyond = 0  # bytes or messages by which an old sum exceeds a limit when it is doubted
+    doubts_beyond = 0  # a sum that may be stale is doubted if it exceeds a limit by so much
     follows_links = False  # to folders
     counts_trash = False  # the folder .Trash and messages with the flag T
     hidden = b"."  # files whose names begin so are not messages
@@ -169,7 +171,7 @@ class Courier:
 class Dovecot(Courier):
     """The rule of Dovecot's `maildir` quota driver."""
 
-    doubts_beyond = 1
+    doubts_beyond = 1  # it believes a sum that is exactly at the limit
     follows_links = True
     counts_trash = True
     hidden = b".."  # this driver counts names with one dot, too
@@ -177,8 +179,8 @@ class Dovecot(Courier):
 
     def split_lines(self, text: bytes) -> tuple[bytes, list[bytes]]:
         """Split `maildirsize`, without an unfinished last line."""
-        header, *entries = text.split(b"\n")[:-1] or [b""]
-        return header, entries
+        whole_lines = text.split(b"\n")[:-1]
+        return (whole_lines or [b""])[0], whole_lines[1:]
 
     def limit(self, header: bytes, letter: bytes) -> int:
         """Read a limit in the first line: the last item of digits and S or C that is not 0."""
@@ -206,8 +208,9 @@ def find_keeper(path: bytes, control: bytes, written_at: float) -> Courier:
 
     Only Dovecot writes `dovecot-uidlist`. Its maildir driver appends to `maildirsize` at each
     delivery, its count driver never does: there a `maildirsize` older than the mail was left
-    behind. Neither time alone is proof: reading changes that of `dovecot-uidlist`, and other
-    programs deliver without it. So both must be newer.
+    behind. Two times show that: when `dovecot-uidlist` was written, and when a message was
+    delivered, by which its name begins. Neither alone is proof: reading changes the former, and
+    other programs deliver without Dovecot. So both must be newer.
     """
     times = [modified(control + name + b"/dovecot-uidlist") for name in (b"", b"/.INBOX")]
     uidlist = times[0] or times[1]
@@ -215,11 +218,12 @@ def find_keeper(path: bytes, control: bytes, written_at: float) -> Courier:
         return KEEPERS[b"courier"]
     if written_at == NEVER:
         return KEEPERS[b"dovecot-count"]
-    newer, latest = written_at + SAME_TIME, time.time() + SAME_TIME
+    newer = written_at + SAME_TIME
     if uidlist is not None and uidlist > newer:
+        future = time.time() + SAME_TIME  # a number beyond that is not a time
         for entry in list_messages(find_folders(path, True)):
             digits = entry.name.partition(b".")[0]
-            if digits.isdigit() and newer < int(digits) < latest:
+            if digits.isdigit() and newer < int(digits) < future:
                 return KEEPERS[b"dovecot-count"]
     return KEEPERS[b"dovecot"]
 
@@ -234,11 +238,9 @@ def modified(path: bytes) -> Optional[float]:
 
 # ---- maildirsize ----
 
-NEVER = float("-inf")
-
 
 def read_maildirsize(control: bytes) -> tuple[bytes, float]:
-    """Read `maildirsize` as far as it may be trusted, and when it was written. Raises OSError.
+    """Read the beginning of `maildirsize`, and when it was written. Raises OSError.
 
     The text is empty where the file is missing, was left empty by a full disk, or has a NUL byte,
     as after a crash, in its first line. The time is NEVER where the file is missing.
@@ -290,10 +292,9 @@ def last_change(folders: list[bytes]) -> float:
     it is asked before the first mail.
     """
     times = [modified(folder + part) for folder in folders for part in (b"/new", b"/cur")]
-    times.append(0)
     if times[:2] == [None, None] and modified(folders[0] + b"/maildirsize") is None:
         raise Problem(500, "QUOTA_MAILDIR is no Maildir: it has neither cur nor new", folders[0])
-    return max(at for at in times if at is not None)
+    return max(filter(None, times), default=0.0)
 
 
 def list_messages(folders: list[bytes]) -> Iterator[os.DirEntry[bytes]]:
@@ -314,7 +315,8 @@ def list_messages(folders: list[bytes]) -> Iterator[os.DirEntry[bytes]]:
 def count(folders: list[bytes], keeper: Courier, skip_trash: bool, once: bool = False) -> Amount:
     """Count the messages in folders. Raises OSError.
 
-    A message that vanishes meanwhile is left out; one that cannot be read is an error. A message
+    With `skip_trash` the folder .Trash is left out and, in Courier, messages with the flag T. A
+    message that vanishes meanwhile is left out; one that cannot be read is an error. A message
     that is renamed meanwhile (moved to `cur`, marked as read) may be seen under both names. With
     `once`, files in a folder whose names are the same up to the colon count once, which takes more
     memory.
@@ -370,13 +372,13 @@ def ask_dovecot(question: Question) -> None:
         raise NoSuchUser  # to doveadm it is a pattern: it would open all mailboxes that match
     text = post_to_doveadm(json.dumps([["quotaGet", {"user": name}, "q"]]), question)
     try:
-        [[kind, rows, _]] = json.loads(text)
-        if kind == "error" and rows["exitCode"] == 67:  # EX_NOUSER
+        [[kind, result, _]] = json.loads(text)
+        if kind == "error" and result["exitCode"] == 67:  # EX_NOUSER
             raise NoSuchUser
         if kind != "doveadmResponse":
             raise ValueError
         question.status, figures = b"OK", []
-        for row in rows:
+        for row in result:
             value = parse_digits(row["value"])
             limit = 0 if row["limit"] == "-" else parse_digits(row["limit"])
             if 0 < limit <= value:
@@ -388,7 +390,7 @@ def ask_dovecot(question: Question) -> None:
         _, question.used, question.quota = min(figures)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         raise Problem(500, "Dovecot's answer has no quota of bytes", text[:200]) from None
-    question.set_grace(b"10%")
+    question.auto_grace = b"10%"
 
 
 def parse_digits(text: str) -> int:
@@ -446,11 +448,16 @@ def read_key(path: bytes) -> bytes:
 
 HEX = b"0123456789abcdefABCDEF"
 PLACEHOLDERS = "%n user, %d domain, %u user@domain, %h home, %1n or %1.2n a part, %% percent"
-TWICE = "in systemd and uWSGI each % is written twice"
+HINT = ": in systemd and uWSGI each % is written twice"
 IPV4_IN_IPV6 = 10 * b"\0" + b"\xff\xff"  # what ::ffff:192.0.2.25 begins with
 END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
-REASONS = {200: "OK", 400: "Bad Request", 403: "Forbidden", 405: "Method Not Allowed"}
-REASONS[500] = "Internal Server Error"
+REASONS = {
+    200: "OK",
+    400: "Bad Request",
+    403: "Forbidden",
+    405: "Method Not Allowed",
+    500: "Internal Server Error",
+}
 
 
 class Problem(Exception):
@@ -462,11 +469,11 @@ class Problem(Exception):
 
 
 class NoSuchUser(Exception):
-    """Ends a question: the system, or Dovecot, does not know the user."""
+    """Ends a question: there is no such user in the system, or in Dovecot."""
 
 
 def log(text: str) -> None:
-    """Write a line to standard error, if that is possible."""
+    """Write text to standard error, if that is possible."""
     try:
         os.write(2, b"quota: " + text.encode("utf-8", "backslashreplace") + b"\n")
     except OSError:
@@ -480,7 +487,8 @@ class Question:
         self.env = env  # variables of a CGI (RFC 3875), and settings
         self.user = self.domain = b""  # a domain may be missing
         self.status = b"OK"
-        self.used = self.quota = self.grace = 0  # bytes; a quota of 0 is none
+        self.used = self.quota = 0  # bytes; a quota of 0 is none
+        self.auto_grace = b"0"  # what QUOTA_GRACE=auto is for this mailbox
         # Seconds since the epoch: when mail was last delivered, read or removed; 0: not known.
         self.changed = 0.0
 
@@ -508,31 +516,30 @@ class Question:
         if b"d" in fields:
             check_name("domain", self.domain)
 
-    def set_grace(self, auto: bytes) -> None:
-        """Set the grace by QUOTA_GRACE: a limit, a share of the quota, or auto. Raises Problem."""
+    def grace(self) -> int:
+        """Return QUOTA_GRACE, which may be a share of the quota, in bytes. Raises Problem."""
         text = self.setting("QUOTA_GRACE").strip()
-        text = auto if text == b"auto" else text
+        text = self.auto_grace if text == b"auto" else text
         if text[-1:] == b"%":
-            self.grace = self.quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
-        else:
-            self.grace = parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
+            return self.quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
+        return parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
 
     def own_limit(self) -> Optional[int]:
         """Look up user@domain, user or @domain in QUOTA_USERS: a limit in bytes. Raises Problem."""
-        path, at_domain = self.setting("QUOTA_USERS"), b"@" + self.domain
+        path = self.setting("QUOTA_USERS")
         if not path:
             return None
-        text = read_users(path)
-        for name in self.user + at_domain, self.user, at_domain:
+        text, names = read_users(path), [self.user]
+        if self.domain:
+            names = [self.user + b"@" + self.domain, self.user, b"@" + self.domain]
+        for name in names:
             if b" " in name or name[:1] == b"#":
                 continue  # it would match another name's line, or a comment
-            begin = b"\n" + name.lower()
-            for end in b" ", b":", b"\n":  # parse_limit() reports the last two
-                place = text.find(begin + end)
-                if place >= 0:
-                    number = text.count(b"\n", 0, place) + 1
-                    limit = text[place + len(begin) : text.index(b"\n", place + 1)]
-                    return parse_limit(f"QUOTA_USERS: line {number}", limit.partition(b"#")[0])
+            before, found, after = text.partition(b"\n" + fold(name) + b" ")
+            if found:
+                number = before.count(b"\n") + 1
+                limit = after.partition(b"\n")[0].partition(b"#")[0]
+                return parse_limit(f"QUOTA_USERS: line {number}", limit)
         return None
 
     def path(self, name: str) -> bytes:
@@ -547,28 +554,29 @@ class Question:
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
-        whole = {part[:1] for part in parts}  # the letters of placeholders without digits
-        if b"h" in whole:
+        letters = {part[:1] for part in parts}  # of placeholders without digits
+        if b"h" in letters:
             values[b"h"] = home_of(self.user)
         for part in parts:
-            rest = part.lstrip(b"0123456789.")
+            rest = part.lstrip(b"0123456789.")  # of 1.2n/: n/, and skip is 1, width is 2
             skip, _, width = part[: -len(rest)].rpartition(b".")
+            # %02n would mean something else in Dovecot.
             if rest[:1] not in values or b"." in skip or not skip and width[:1] == b"0":
                 why = name + " has a placeholder that does not exist; known are " + PLACEHOLDERS
                 raise Problem(500, why, template)
             value = values[rest[:1]]
-            if not value:
+            if not value:  # a user there always is
                 raise Problem(400, "no domain (d=) given")
             path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
-        if whole.isdisjoint((b"n", b"u", b"h")):
-            raise Problem(500, name + " names no user (%n, %u or %h): " + TWICE, template)
+        if letters.isdisjoint((b"n", b"u", b"h")):
+            raise Problem(500, name + " names no user (%n, %u or %h)" + HINT, template)
         ups = path.split(b"/").count(b"..")
         if ups > template.split(b"/").count(b".."):  # %1.2n makes one of a..b
             raise Problem(400, "no mailbox has such a user")
         return path.replace(b"\0", b"%")
 
-    def explain(self, error: OSError, name: str) -> None:
-        """Raise Problem unless the error means that there is no mailbox at a setting's path."""
+    def raise_unless_missing(self, error: OSError, name: str) -> None:
+        """Raise Problem unless the error means that a setting's path leads to no mailbox yet."""
         import errno  # here, as it is rarely needed: each import makes the start longer
 
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
@@ -580,11 +588,11 @@ class Question:
         """Raise Problem if the folder before the first placeholder of a path does not exist."""
         fixed = self.setting(name).replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
         if not os.path.exists(os.path.dirname(fixed) or b"/"):  # there is none before %h
-            raise Problem(500, name + " begins with a folder that does not exist: " + TWICE, fixed)
+            raise Problem(500, name + " begins with a folder that does not exist" + HINT, fixed)
 
 
 def check_name(what: str, name: bytes) -> None:
-    """Raise Problem if a user or domain cannot be a file's name or would break the answer."""
+    """Raise Problem if a user or domain cannot be a file's name or has control characters."""
     if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name:
         raise Problem(400, "no mailbox has such a " + what)
     if any(c < " " or "\x7f" <= c <= "\x9f" for c in name.decode("utf-8", "surrogateescape")):
@@ -600,13 +608,13 @@ def unquote(text: bytes) -> bytes:
     return first
 
 
-def parse_limit(name: str, text: bytes) -> int:
-    """Read a limit like 200M in bytes. Raises Problem if it is none."""
+def parse_limit(where: str, text: bytes) -> int:
+    """Read a limit like 200M in bytes. Raises Problem if it is not one, and says where."""
     text = text.strip().upper()
     power = b"KMGT".find(text[-1:]) + 1
     digits = text[:-1] if power else text
     if not digits.isdigit() or len(digits) > 20:
-        raise Problem(500, name + " has a limit that is not like 200M", text)
+        raise Problem(500, where + " has a limit that is not like 200M", text)
     return int(digits) << 10 * power
 
 
@@ -657,21 +665,30 @@ def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
         return file.read(most), os.fstat(file.fileno())
 
 
+def fold(text: bytes) -> bytes:
+    """Fold what does not matter in QUOTA_USERS: capitals, and white space, CR too, is a space.
+
+    There is a space before each colon and each newline. So own_limit() finds `john: 5M` and a
+    lone `john`, too, which parse_limit() then reports.
+    """
+    text = text.lower().replace(b"\t", b" ").replace(b"\r", b" ")
+    return text.replace(b":", b" :").replace(b"\n", b" \n")
+
+
 users_read: dict[object, bytes] = {}  # the text of QUOTA_USERS, by path, inode, size and time
 
 
 def read_users(path: bytes) -> bytes:
-    """Return the text of QUOTA_USERS, in lower case, with a newline in front. Raises Problem.
+    """Return the text of QUOTA_USERS, folded, with a newline in front. Raises Problem.
 
-    Tabs, and the CR of DOS, are spaces. The file is read once for each change.
+    It is read once for each change.
     """
     try:
         status = os.stat(path)
         stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
         text = users_read.get(stamp, b"")
         if not text:
-            text = b"\n" + read_file(path, -1)[0].lower()
-            text = text.replace(b"\t", b" ").replace(b"\r", b" ")
+            text = b"\n" + fold(read_file(path, -1)[0])
             users_read.clear()
             users_read[stamp] = text
     except OSError as error:
@@ -709,8 +726,11 @@ def respond(env: Env) -> Response:
             raise Problem(405, "only GET and HEAD are answered")
         question.read_query()
         if question.setting("QUOTA_UNKNOWN", b"off", b"1", b"0", b"") == b"1":
-            question.status = b"UNKNOWN"  # unless its mailbox is found
+            question.status = b"UNKNOWN"  # measure() changes it if it finds the mailbox
         measure(question)
+        grace = question.grace()
+        if grace:
+            fields.append(("Quota-Grace", str(grace)))
     except NoSuchUser:
         question.status = b"UNKNOWN"
     except Problem as problem:
@@ -720,8 +740,6 @@ def respond(env: Env) -> Response:
     if http_status == 200:
         figures = question.status, question.user, question.used, question.quota
         line = b"%s %s %d %d\n" % figures
-        if question.grace:
-            fields.append(("Quota-Grace", str(question.grace)))
         if 0 < question.changed < END_OF_9999:
             date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(question.changed))
             fields.append(("Last-Modified", date))
@@ -761,12 +779,12 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 #
 # http.server is not used. It parses the header fields of a request, which nobody needs, and splits
 # at the bytes 85 and A0, which are in names in UTF-8: another mailbox would be asked about. With it
-# a question takes half as long again.
+# a question takes 1.5 times as long.
 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65536  # bytes of it
 THREADS = 200  # connections at a time
-PATIENCE = 5  # seconds; if a mailbox takes longer, those who ask meanwhile hear that it hangs
+PATIENCE = 5  # seconds; when a mailbox has taken longer, who else asks hears that it hangs
 SLOW = 1  # seconds; an answer that took longer is kept
 KEPT = 60  # seconds for which it is used again
 MOST_READY = 1000  # answers that are kept, or under way
@@ -782,8 +800,10 @@ class Server:
 
     def __init__(self, settings: Env) -> None:
         self.allow = Question(settings).setting("QUOTA_ALLOW")
-        self.settings = {**settings, b"QUOTA_ALLOW": b""}  # for the questions of those who may ask
-        # For first lines of requests: the response that needs no look, and between which times.
+        self.settings = {**settings, b"QUOTA_ALLOW": b""}  # run() has checked the address
+        # For the first line of a request: from when, until when, and with what it is answered
+        # without a look at the mailbox. While a question is under way: HANGS, from PATIENCE on.
+        # After a slow one: its answer, for the time KEPT.
         self.ready: dict[bytes, tuple[float, float, Response]] = {}
 
     def run(self, listener: socket.socket) -> None:
@@ -802,16 +822,16 @@ class Server:
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
 
-        If the disk of a mailbox hangs, only questions that came within PATIENCE hold threads: the
-        later ones are told that it hangs. A slow answer is kept, so that a milter that could not
-        wait for it gets it the next time.
+        If the disk of a mailbox hangs, only the questions about it that came in the first seconds
+        hold threads: the later ones are told that it hangs. A slow answer is kept, so that a milter
+        that could not wait for it gets it the next time.
         """
         method, _, rest = line.partition(b" ")
         if method not in (b"GET", b"HEAD", b"POST"):
             return NOT_IMPLEMENTED
         query = rest.rpartition(b" ")[0].partition(b"?")[2]
         began = time.monotonic()
-        since, until, response = self.ready.get(line, (0, 0, HANGS))
+        since, until, response = self.ready.get(line, (0, 0, FAILED))
         if since < began < until:
             if response is HANGS:
                 log(f"the mailbox hangs: {line!a}")
@@ -825,7 +845,7 @@ class Server:
             log(traceback.format_exc())
             return FAILED
         finally:
-            self.ready.pop(line, None)
+            self.ready.pop(line, None)  # it is no longer under way
         ended = time.monotonic()
         if ended > began + SLOW and response[0] == "200 OK":
             if len(self.ready) >= MOST_READY:
@@ -837,7 +857,7 @@ class Server:
 def receive(connection: socket.socket) -> bytes:
     """Receive a request and return its first line. Raises OSError.
 
-    It is received whole: the first line of half a request could name another mailbox.
+    Its header is received whole: the first line of half a request could name another mailbox.
     """
     request, deadline = b"", time.monotonic() + REQUEST_SECONDS
     while len(request) < REQUEST_LENGTH and b"\n\n" not in request.replace(b"\r", b""):
@@ -855,7 +875,8 @@ def send(connection: socket.socket, response: Response) -> None:
     head = "".join(f"{name}: {value}\r\n" for name, value in fields)
     connection.setblocking(False)
     connection.sendall(f"HTTP/1.0 {status}\r\n{head}\r\n".encode() + body)
-    # Bytes that are still unread at the close would reset the connection, and the answer be lost.
+    # A stranger's request was not read. Bytes that are unread at the close would reset the
+    # connection, and the answer would be lost.
     with contextlib.suppress(BlockingIOError):
         connection.recv(REQUEST_LENGTH)
 
@@ -881,7 +902,7 @@ def serve(where: str) -> int:
             threading.Thread(target=server.run, args=(listener,), daemon=True).start()
     except (OSError, OverflowError, RuntimeError, ValueError, Problem) as error:
         log(f"--serve {where}: {error}")
-        # 1: an address or threads may come later.
+        # 1: to try again may help, as an address or threads may come later. 2: it will not.
         return 1 if isinstance(error, (OSError, RuntimeError)) else 2
     log("serving on " + host + " port " + port)
     signal.sigwait(ends)
@@ -894,7 +915,8 @@ def serve(where: str) -> int:
 def main(arguments: list[str]) -> int:
     """Do what the command line asks for and return the exit status."""
     if arguments[:1] == ["--serve"]:
-        return serve(" ".join(arguments[1:]) or "127.0.0.1:8025")
+        where = " ".join(arguments[1:])  # a word too many makes it a bad port
+        return serve(where or "127.0.0.1:8025")
     if len(arguments) != 1 or arguments[0].startswith("-"):
         is_help = arguments == ["--help"]
         os.write(1 if is_help else 2, str(__doc__).encode())

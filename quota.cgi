@@ -9,8 +9,8 @@
 The answer is one line, `OK john 1048576 209715200`: status, user, bytes used
 and quota in bytes (0: no limit). The status is OK, OVERQUOTA (the file is larger
 than the limit) or UNKNOWN. An error is `ERROR why` with an HTTP status of 400 or
-more (in a shell on standard error, with status 1) and never a verdict; its
-detail goes to standard error.
+more (in a shell on standard error, with status 1) and never a verdict; the
+detail of a 500 goes to standard error.
 
 SETTINGS are the constants below; an environment variable of the same name
 overrides them.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     Response = tuple[str, list[tuple[str, str]], bytes]  # status line, header fields, body
 
 QUOTA_LIMIT = "200M"  # bytes, or with K, M, G, T (powers of 1024); 0: no limit
-QUOTA_MAILBOX = "/var/mail/%n"  # %n user, %d domain, %u user@domain, %h the user's home, %% percent
+QUOTA_MAILBOX = "/var/mail/%n"  # %n user, %d domain, %u user@domain, %h home, %% percent
 QUOTA_USERS = ""  # a file of lines `user limit`, `user@domain limit`, `@domain limit`
 QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/32; empty: all
 QUOTA_GRACE = "auto"  # how far the last message may exceed the quota: 1M, 10%; auto: as the server
@@ -49,13 +49,12 @@ def measure(question: Question) -> None:
     """Measure the mbox file of a user. Raises NoSuchUser, Problem."""
     own, default = question.own_limit(), question.setting("QUOTA_LIMIT")
     question.quota = parse_limit("QUOTA_LIMIT", default) if own is None else own
-    question.set_grace(b"0")
     path = question.path("QUOTA_MAILBOX")
     try:
         found = os.stat(path)
     except OSError as error:
-        question.explain(error, "QUOTA_MAILBOX")
-        return
+        question.raise_unless_missing(error, "QUOTA_MAILBOX")
+        return  # there is no mailbox: 0 bytes
     if not stat.S_ISREG(found.st_mode):
         raise Problem(500, "the mailbox is not a file", path)
     question.used, question.changed = found.st_size, found.st_mtime
@@ -66,11 +65,16 @@ def measure(question: Question) -> None:
 
 HEX = b"0123456789abcdefABCDEF"
 PLACEHOLDERS = "%n user, %d domain, %u user@domain, %h home, %1n or %1.2n a part, %% percent"
-TWICE = "in systemd and uWSGI each % is written twice"
+HINT = ": in systemd and uWSGI each % is written twice"
 IPV4_IN_IPV6 = 10 * b"\0" + b"\xff\xff"  # what ::ffff:192.0.2.25 begins with
 END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
-REASONS = {200: "OK", 400: "Bad Request", 403: "Forbidden", 405: "Method Not Allowed"}
-REASONS[500] = "Internal Server Error"
+REASONS = {
+    200: "OK",
+    400: "Bad Request",
+    403: "Forbidden",
+    405: "Method Not Allowed",
+    500: "Internal Server Error",
+}
 
 
 class Problem(Exception):
@@ -82,11 +86,11 @@ class Problem(Exception):
 
 
 class NoSuchUser(Exception):
-    """Ends a question: the system, or Dovecot, does not know the user."""
+    """Ends a question: there is no such user in the system, or in Dovecot."""
 
 
 def log(text: str) -> None:
-    """Write a line to standard error, if that is possible."""
+    """Write text to standard error, if that is possible."""
     try:
         os.write(2, b"quota: " + text.encode("utf-8", "backslashreplace") + b"\n")
     except OSError:
@@ -100,7 +104,8 @@ class Question:
         self.env = env  # variables of a CGI (RFC 3875), and settings
         self.user = self.domain = b""  # a domain may be missing
         self.status = b"OK"
-        self.used = self.quota = self.grace = 0  # bytes; a quota of 0 is none
+        self.used = self.quota = 0  # bytes; a quota of 0 is none
+        self.auto_grace = b"0"  # what QUOTA_GRACE=auto is for this mailbox
         # Seconds since the epoch: when mail was last delivered, read or removed; 0: not known.
         self.changed = 0.0
 
@@ -128,31 +133,30 @@ class Question:
         if b"d" in fields:
             check_name("domain", self.domain)
 
-    def set_grace(self, auto: bytes) -> None:
-        """Set the grace by QUOTA_GRACE: a limit, a share of the quota, or auto. Raises Problem."""
+    def grace(self) -> int:
+        """Return QUOTA_GRACE, which may be a share of the quota, in bytes. Raises Problem."""
         text = self.setting("QUOTA_GRACE").strip()
-        text = auto if text == b"auto" else text
+        text = self.auto_grace if text == b"auto" else text
         if text[-1:] == b"%":
-            self.grace = self.quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
-        else:
-            self.grace = parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
+            return self.quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
+        return parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
 
     def own_limit(self) -> Optional[int]:
         """Look up user@domain, user or @domain in QUOTA_USERS: a limit in bytes. Raises Problem."""
-        path, at_domain = self.setting("QUOTA_USERS"), b"@" + self.domain
+        path = self.setting("QUOTA_USERS")
         if not path:
             return None
-        text = read_users(path)
-        for name in self.user + at_domain, self.user, at_domain:
+        text, names = read_users(path), [self.user]
+        if self.domain:
+            names = [self.user + b"@" + self.domain, self.user, b"@" + self.domain]
+        for name in names:
             if b" " in name or name[:1] == b"#":
                 continue  # it would match another name's line, or a comment
-            begin = b"\n" + name.lower()
-            for end in b" ", b":", b"\n":  # parse_limit() reports the last two
-                place = text.find(begin + end)
-                if place >= 0:
-                    number = text.count(b"\n", 0, place) + 1
-                    limit = text[place + len(begin) : text.index(b"\n", place + 1)]
-                    return parse_limit(f"QUOTA_USERS: line {number}", limit.partition(b"#")[0])
+            before, found, after = text.partition(b"\n" + fold(name) + b" ")
+            if found:
+                number = before.count(b"\n") + 1
+                limit = after.partition(b"\n")[0].partition(b"#")[0]
+                return parse_limit(f"QUOTA_USERS: line {number}", limit)
         return None
 
     def path(self, name: str) -> bytes:
@@ -167,28 +171,29 @@ class Question:
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
-        whole = {part[:1] for part in parts}  # the letters of placeholders without digits
-        if b"h" in whole:
+        letters = {part[:1] for part in parts}  # of placeholders without digits
+        if b"h" in letters:
             values[b"h"] = home_of(self.user)
         for part in parts:
-            rest = part.lstrip(b"0123456789.")
+            rest = part.lstrip(b"0123456789.")  # of 1.2n/: n/, and skip is 1, width is 2
             skip, _, width = part[: -len(rest)].rpartition(b".")
+            # %02n would mean something else in Dovecot.
             if rest[:1] not in values or b"." in skip or not skip and width[:1] == b"0":
                 why = name + " has a placeholder that does not exist; known are " + PLACEHOLDERS
                 raise Problem(500, why, template)
             value = values[rest[:1]]
-            if not value:
+            if not value:  # a user there always is
                 raise Problem(400, "no domain (d=) given")
             path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
-        if whole.isdisjoint((b"n", b"u", b"h")):
-            raise Problem(500, name + " names no user (%n, %u or %h): " + TWICE, template)
+        if letters.isdisjoint((b"n", b"u", b"h")):
+            raise Problem(500, name + " names no user (%n, %u or %h)" + HINT, template)
         ups = path.split(b"/").count(b"..")
         if ups > template.split(b"/").count(b".."):  # %1.2n makes one of a..b
             raise Problem(400, "no mailbox has such a user")
         return path.replace(b"\0", b"%")
 
-    def explain(self, error: OSError, name: str) -> None:
-        """Raise Problem unless the error means that there is no mailbox at a setting's path."""
+    def raise_unless_missing(self, error: OSError, name: str) -> None:
+        """Raise Problem unless the error means that a setting's path leads to no mailbox yet."""
         import errno  # here, as it is rarely needed: each import makes the start longer
 
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
@@ -200,11 +205,11 @@ class Question:
         """Raise Problem if the folder before the first placeholder of a path does not exist."""
         fixed = self.setting(name).replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
         if not os.path.exists(os.path.dirname(fixed) or b"/"):  # there is none before %h
-            raise Problem(500, name + " begins with a folder that does not exist: " + TWICE, fixed)
+            raise Problem(500, name + " begins with a folder that does not exist" + HINT, fixed)
 
 
 def check_name(what: str, name: bytes) -> None:
-    """Raise Problem if a user or domain cannot be a file's name or would break the answer."""
+    """Raise Problem if a user or domain cannot be a file's name or has control characters."""
     if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name:
         raise Problem(400, "no mailbox has such a " + what)
     if any(c < " " or "\x7f" <= c <= "\x9f" for c in name.decode("utf-8", "surrogateescape")):
@@ -220,13 +225,13 @@ def unquote(text: bytes) -> bytes:
     return first
 
 
-def parse_limit(name: str, text: bytes) -> int:
-    """Read a limit like 200M in bytes. Raises Problem if it is none."""
+def parse_limit(where: str, text: bytes) -> int:
+    """Read a limit like 200M in bytes. Raises Problem if it is not one, and says where."""
     text = text.strip().upper()
     power = b"KMGT".find(text[-1:]) + 1
     digits = text[:-1] if power else text
     if not digits.isdigit() or len(digits) > 20:
-        raise Problem(500, name + " has a limit that is not like 200M", text)
+        raise Problem(500, where + " has a limit that is not like 200M", text)
     return int(digits) << 10 * power
 
 
@@ -277,21 +282,30 @@ def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
         return file.read(most), os.fstat(file.fileno())
 
 
+def fold(text: bytes) -> bytes:
+    """Fold what does not matter in QUOTA_USERS: capitals, and white space, CR too, is a space.
+
+    There is a space before each colon and each newline. So own_limit() finds `john: 5M` and a
+    lone `john`, too, which parse_limit() then reports.
+    """
+    text = text.lower().replace(b"\t", b" ").replace(b"\r", b" ")
+    return text.replace(b":", b" :").replace(b"\n", b" \n")
+
+
 users_read: dict[object, bytes] = {}  # the text of QUOTA_USERS, by path, inode, size and time
 
 
 def read_users(path: bytes) -> bytes:
-    """Return the text of QUOTA_USERS, in lower case, with a newline in front. Raises Problem.
+    """Return the text of QUOTA_USERS, folded, with a newline in front. Raises Problem.
 
-    Tabs, and the CR of DOS, are spaces. The file is read once for each change.
+    It is read once for each change.
     """
     try:
         status = os.stat(path)
         stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
         text = users_read.get(stamp, b"")
         if not text:
-            text = b"\n" + read_file(path, -1)[0].lower()
-            text = text.replace(b"\t", b" ").replace(b"\r", b" ")
+            text = b"\n" + fold(read_file(path, -1)[0])
             users_read.clear()
             users_read[stamp] = text
     except OSError as error:
@@ -329,8 +343,11 @@ def respond(env: Env) -> Response:
             raise Problem(405, "only GET and HEAD are answered")
         question.read_query()
         if question.setting("QUOTA_UNKNOWN", b"off", b"1", b"0", b"") == b"1":
-            question.status = b"UNKNOWN"  # unless its mailbox is found
+            question.status = b"UNKNOWN"  # measure() changes it if it finds the mailbox
         measure(question)
+        grace = question.grace()
+        if grace:
+            fields.append(("Quota-Grace", str(grace)))
     except NoSuchUser:
         question.status = b"UNKNOWN"
     except Problem as problem:
@@ -340,8 +357,6 @@ def respond(env: Env) -> Response:
     if http_status == 200:
         figures = question.status, question.user, question.used, question.quota
         line = b"%s %s %d %d\n" % figures
-        if question.grace:
-            fields.append(("Quota-Grace", str(question.grace)))
         if 0 < question.changed < END_OF_9999:
             date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(question.changed))
             fields.append(("Last-Modified", date))
@@ -381,12 +396,12 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 #
 # http.server is not used. It parses the header fields of a request, which nobody needs, and splits
 # at the bytes 85 and A0, which are in names in UTF-8: another mailbox would be asked about. With it
-# a question takes half as long again.
+# a question takes 1.5 times as long.
 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65536  # bytes of it
 THREADS = 200  # connections at a time
-PATIENCE = 5  # seconds; if a mailbox takes longer, those who ask meanwhile hear that it hangs
+PATIENCE = 5  # seconds; when a mailbox has taken longer, who else asks hears that it hangs
 SLOW = 1  # seconds; an answer that took longer is kept
 KEPT = 60  # seconds for which it is used again
 MOST_READY = 1000  # answers that are kept, or under way
@@ -402,8 +417,10 @@ class Server:
 
     def __init__(self, settings: Env) -> None:
         self.allow = Question(settings).setting("QUOTA_ALLOW")
-        self.settings = {**settings, b"QUOTA_ALLOW": b""}  # for the questions of those who may ask
-        # For first lines of requests: the response that needs no look, and between which times.
+        self.settings = {**settings, b"QUOTA_ALLOW": b""}  # run() has checked the address
+        # For the first line of a request: from when, until when, and with what it is answered
+        # without a look at the mailbox. While a question is under way: HANGS, from PATIENCE on.
+        # After a slow one: its answer, for the time KEPT.
         self.ready: dict[bytes, tuple[float, float, Response]] = {}
 
     def run(self, listener: socket.socket) -> None:
@@ -422,16 +439,16 @@ class Server:
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
 
-        If the disk of a mailbox hangs, only questions that came within PATIENCE hold threads: the
-        later ones are told that it hangs. A slow answer is kept, so that a milter that could not
-        wait for it gets it the next time.
+        If the disk of a mailbox hangs, only the questions about it that came in the first seconds
+        hold threads: the later ones are told that it hangs. A slow answer is kept, so that a milter
+        that could not wait for it gets it the next time.
         """
         method, _, rest = line.partition(b" ")
         if method not in (b"GET", b"HEAD", b"POST"):
             return NOT_IMPLEMENTED
         query = rest.rpartition(b" ")[0].partition(b"?")[2]
         began = time.monotonic()
-        since, until, response = self.ready.get(line, (0, 0, HANGS))
+        since, until, response = self.ready.get(line, (0, 0, FAILED))
         if since < began < until:
             if response is HANGS:
                 log(f"the mailbox hangs: {line!a}")
@@ -445,7 +462,7 @@ class Server:
             log(traceback.format_exc())
             return FAILED
         finally:
-            self.ready.pop(line, None)
+            self.ready.pop(line, None)  # it is no longer under way
         ended = time.monotonic()
         if ended > began + SLOW and response[0] == "200 OK":
             if len(self.ready) >= MOST_READY:
@@ -457,7 +474,7 @@ class Server:
 def receive(connection: socket.socket) -> bytes:
     """Receive a request and return its first line. Raises OSError.
 
-    It is received whole: the first line of half a request could name another mailbox.
+    Its header is received whole: the first line of half a request could name another mailbox.
     """
     request, deadline = b"", time.monotonic() + REQUEST_SECONDS
     while len(request) < REQUEST_LENGTH and b"\n\n" not in request.replace(b"\r", b""):
@@ -475,7 +492,8 @@ def send(connection: socket.socket, response: Response) -> None:
     head = "".join(f"{name}: {value}\r\n" for name, value in fields)
     connection.setblocking(False)
     connection.sendall(f"HTTP/1.0 {status}\r\n{head}\r\n".encode() + body)
-    # Bytes that are still unread at the close would reset the connection, and the answer be lost.
+    # A stranger's request was not read. Bytes that are unread at the close would reset the
+    # connection, and the answer would be lost.
     with contextlib.suppress(BlockingIOError):
         connection.recv(REQUEST_LENGTH)
 
@@ -501,7 +519,7 @@ def serve(where: str) -> int:
             threading.Thread(target=server.run, args=(listener,), daemon=True).start()
     except (OSError, OverflowError, RuntimeError, ValueError, Problem) as error:
         log(f"--serve {where}: {error}")
-        # 1: an address or threads may come later.
+        # 1: to try again may help, as an address or threads may come later. 2: it will not.
         return 1 if isinstance(error, (OSError, RuntimeError)) else 2
     log("serving on " + host + " port " + port)
     signal.sigwait(ends)
@@ -514,7 +532,8 @@ def serve(where: str) -> int:
 def main(arguments: list[str]) -> int:
     """Do what the command line asks for and return the exit status."""
     if arguments[:1] == ["--serve"]:
-        return serve(" ".join(arguments[1:]) or "127.0.0.1:8025")
+        where = " ".join(arguments[1:])  # a word too many makes it a bad port
+        return serve(where or "127.0.0.1:8025")
     if len(arguments) != 1 or arguments[0].startswith("-"):
         is_help = arguments == ["--help"]
         os.write(1 if is_help else 2, str(__doc__).encode())
