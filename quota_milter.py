@@ -1268,13 +1268,17 @@ class Policy:
         """
         start = time.monotonic()
         deadline = start + self.options.timeout
-        address = self.parse_address(resolved or recipient)
+        given = address = self.parse_address(recipient)
         if resolved:
-            address = address._replace(given=without_brackets(recipient))
+            address = self.parse_address(resolved)._replace(given=given.given)
         target, finding = None, Finding()
         try:
-            # Aliases have the first half of the time: what is left is enough for a backend.
-            target, verdict = self.find_target(address, message, (start + deadline) / 2)
+            is_trusted = message.is_authenticated and not self.options.check_authenticated
+            if is_trusted or self.is_exempt(given) or (resolved and self.is_exempt(address)):
+                verdict = "exempt"
+            else:
+                # Aliases have the first half of the time: what is left is enough for a backend.
+                target, verdict = self.find_target(address, (start + deadline) / 2)
             if target:
                 mailbox = target.mailbox
                 mailboxes = self.mailboxes.get(mailbox.domain) or self.mailboxes[None]
@@ -1286,22 +1290,21 @@ class Policy:
         reply = self.reply(verdict, finding, address)
         return Decision(address, target, verdict, reply, finding, time.monotonic() - start)
 
-    def find_target(
-        self, address: Address, message: Message, deadline: float
-    ) -> tuple[Optional[Address], str]:
+    def is_exempt(self, address: Address) -> bool:
+        """Say whether an address is never asked about (--exempt)."""
+        return not self.exempt.isdisjoint(address.names())
+
+    def find_target(self, address: Address, deadline: float) -> tuple[Optional[Address], str]:
         """Return the address whose mailbox is to be asked about; if there is none, the verdict.
 
         Its domain has a backend. Raises Fault.
         """
-        is_trusted = message.is_authenticated and not self.options.check_authenticated
         if not address.can_exist:
             return None, "empty"
-        if is_trusted or not self.exempt.isdisjoint(address.names()):
-            return None, "exempt"
         target = self.aliases.resolve(address, deadline)
         if target is None or not target.can_exist:
             return None, "alias"
-        if target is not address and not self.exempt.isdisjoint(target.names()):
+        if target is not address and self.is_exempt(target):
             return None, "exempt"
         return (target, "") if self.is_served(target.domain) else (None, "nobackend")
 

@@ -776,10 +776,10 @@ BEYOND = "--backend exämple.com,xn--bcher-kva.example=URL --exempt boss@EXÄMPL
 LONG = "x" * 300
 
 
-def unasked(options: str, verdict: str, *recipients: str) -> list[Case]:
+def unasked(options: str, verdict: str, *recipients: str, **more: Any) -> list[Case]:
     """Make cases of recipients who are let through without a question."""
-    log = f"verdict={verdict}"
-    return [Case(options=options, recipient=to, reply="", asked="", log=log) for to in recipients]
+    more = {"options": options, "reply": "", "asked": "", "log": f"verdict={verdict}", **more}
+    return [Case(recipient=to, **more) for to in recipients]
 
 
 def asked(options: str, *rows: tuple[str, str]) -> list[Case]:
@@ -828,6 +828,7 @@ WHO_IT_IS = [
     Case(recipient="info@x.org", asked="u=info" + X, macros=("rcpt_mailer=smtp", LOCAL[1])),
     Case(recipient="info@x.org", asked="u=info" + X, macros=LOCAL[1:]),
     Case(recipient="j@x.org", asked="u=j" + X, macros=("rcpt_mailer=local", "rcpt_addr=\udcff")),
+    *unasked("--exempt info@x.org", "exempt", "postmaster@x.org", "info@x.org", macros=LOCAL),
     # Postfix folds what it tells.
     Case(
         FULL, "--case-sensitive", "John@X.org", asked="u=John" + X, macros=("rcpt_addr=john@x.org",)

@@ -608,6 +608,21 @@ def test_what_readme_says_leaves_mail_out_does_so(folder):
             assert send(mta.server.ports[way], "john@example.com") == [""], way
 
 
+def test_with_readmes_limits_many_full_mailboxes_in_one_message_hinder_no_other(folder):
+    limits = re.findall(r"smtpd_\w+_error_limit = \d+", " ".join(README.read_text().split()))
+    assert len(limits) == 2
+    usual = "-o smtpd_soft_error_limit=20 -o smtpd_hard_error_limit=20"  # without the seconds
+    full = [f"full{number}@example.com" for number in range(25)]
+    postfix = postfix_and_a_port("\n".join(limits) + "\n", {"usual": usual})
+    with postfix as mta, Backend() as backend:
+        backend.answers = {address.partition("@")[0].encode(): FULL for address in full}
+        with mta.milter(folder, backend.url):
+            expected = [*map(quota_exceeded, full), ""]
+            assert send(mta.server.port, *full, "john@example.com") == expected
+            with pytest.raises(smtplib.SMTPServerDisconnected):
+                send(mta.server.ports["usual"], *full, "john@example.com")
+
+
 def test_postfix_accepts_mail_while_the_milter_hangs_and_a_session_outlives_it(folder):
     port, action = free_port(), "default_action=accept"
     quicker = milter_elsewhere(port).replace(action, f"{action}, command_timeout=2s")
@@ -630,13 +645,14 @@ def test_postfix_accepts_mail_while_the_milter_hangs_and_a_session_outlives_it(f
 
 
 def test_a_local_user_behind_a_virtual_address_of_sendmail_is_asked_about(folder):
-    virtual = {"info": "daemon", "": "bin", "far": "x@y.example"}
+    virtual = {"info": "daemon", "postmaster": "daemon", "": "bin", "far": "x@y.example"}
     with sendmail_and_a_socket(virtual) as mta, Backend() as backend:
         backend.answers[b"daemon"] = FULL
         with mta.milter(folder, backend.url, domains="virt.example"):
             names = [f"{user}@virt.example" for user in ("info", "info+x", "any", "far")]
             full = [quota_exceeded(name) for name in names[:2]]
             assert send(mta.server.port, *names) == [*full, "", ""]
+            assert send(mta.server.port, "postmaster@virt.example") == [""]
             assert backend.mailboxes() == ["daemon@virt.example", "bin@virt.example"]
 
 
