@@ -535,11 +535,12 @@ class Question:
         for name in names:
             if b" " in name or name[:1] == b"#":
                 continue  # it would match another name's line, or a comment
-            before, found, after = text.partition(b"\n" + fold(name) + b" ")
-            if found:
-                number = before.count(b"\n") + 1
-                limit = after.partition(b"\n")[0].partition(b"#")[0]
-                return parse_limit(f"QUOTA_USERS: line {number}", limit)
+            for end in b" ", b"\n":  # parse_limit() reports a name that stands alone
+                before, found, after = text.partition(b"\n" + fold(name) + end)
+                if found:
+                    number = before.count(b"\n") + 1
+                    limit = (end + after).partition(b"\n")[0].partition(b"#")[0]
+                    return parse_limit(f"QUOTA_USERS: line {number}", limit)
         return None
 
     def path(self, name: str) -> bytes:
@@ -666,13 +667,12 @@ def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
 
 
 def fold(text: bytes) -> bytes:
-    """Fold what does not matter in QUOTA_USERS: capitals, and white space, CR too, is a space.
+    """Fold what does not matter in QUOTA_USERS: capitals do not, tabs and CR are spaces.
 
-    There is a space before each colon and each newline. So own_limit() finds `john: 5M` and a
-    lone `john`, too, which parse_limit() then reports.
+    A colon gets a space before it. So `john: 5M` is found, and parse_limit() reports it.
     """
     text = text.lower().replace(b"\t", b" ").replace(b"\r", b" ")
-    return text.replace(b":", b" :").replace(b"\n", b" \n")
+    return text.replace(b":", b" :")
 
 
 users_read: dict[object, bytes] = {}  # the text of QUOTA_USERS, by path, inode, size and time
