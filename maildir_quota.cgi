@@ -376,7 +376,7 @@ def ask_dovecot(question: Question) -> None:
         if kind == "error" and result["exitCode"] == 67:  # EX_NOUSER
             raise NoSuchUser
         if kind != "doveadmResponse":
-            raise ValueError
+            raise Problem(500, "Dovecot failed: its own log says why", text[:200])
         question.status, figures = b"OK", []
         for row in result:
             value = parse_digits(row["value"])
@@ -816,7 +816,9 @@ class Server:
                         send(connection, self.answer(receive(connection)))
                     else:
                         send(connection, STRANGER)
-            except OSError:  # the client has left or was too slow, or no descriptor is free
+            except ConnectionError:
+                pass  # the client has left
+            except OSError:  # it was too slow, or no descriptor is free
                 time.sleep(0.1)
 
     def answer(self, line: bytes) -> Response:

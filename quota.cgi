@@ -433,7 +433,9 @@ class Server:
                         send(connection, self.answer(receive(connection)))
                     else:
                         send(connection, STRANGER)
-            except OSError:  # the client has left or was too slow, or no descriptor is free
+            except ConnectionError:
+                pass  # the client has left
+            except OSError:  # it was too slow, or no descriptor is free
                 time.sleep(0.1)
 
     def answer(self, line: bytes) -> Response:

@@ -54,7 +54,7 @@ import concurrent.futures
 import contextlib
 import email.utils
 import errno
-import functools
+import gc
 import http.client
 import itertools
 import logging
@@ -600,6 +600,8 @@ class Backend:
             try:
                 self.pool.submit(self.take_turn)  # one turn more; it may be another question's
             except RuntimeError as error:  # the system's limit of threads
+                # The old pool would count the thread that did not start as idle, and start no more.
+                self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
                 raise Fault(f"no thread for a question: {error}") from None
             self.questions[mailbox] = question
             self.waiting.append(question)
@@ -1222,13 +1224,6 @@ class Policy:
         }
         if options.on_error == "tempfail":
             self.replies["fault"] = CANNOT_CHECK
-        # A method would refer back to the Policy: at a reload an old one, with its threads, would
-        # stay until Python's next garbage collection.
-        self.parse_address = functools.partial(
-            Address.parse,
-            delimiters=options.recipient_delimiter,
-            case_sensitive=options.case_sensitive,
-        )
         self.exempt = {self.parse_address(e).name for e in ["postmaster", *options.exempt]}
         self.backends: dict[str, Backend] = {}  # by URL
         self.mailboxes = self.map_domains()
@@ -1240,6 +1235,11 @@ class Policy:
             if isinstance(source, AliasFile):
                 source.log_state()
         self.aliases = Aliases(sources, self.parse_address, frozenset(self.mailboxes))
+
+    def parse_address(self, text: str) -> Address:
+        """Read an envelope address. It never fails."""
+        options = self.options
+        return Address.parse(text, options.recipient_delimiter, options.case_sensitive)
 
     def map_domains(self) -> dict[Optional[str], Mailboxes]:
         """Map domains to their backends; None is the key for all other domains."""
@@ -1291,8 +1291,13 @@ class Policy:
         return Decision(address, target, verdict, reply, finding, time.monotonic() - start)
 
     def is_exempt(self, address: Address) -> bool:
-        """Say whether an address is never asked about (--exempt)."""
-        return not self.exempt.isdisjoint(address.names())
+        """Say whether an address is never asked about (--exempt).
+
+        It is written plainly: an MTA reads john out of `postmaster+:john@example.com;` and of
+        `postmaster+<john@example.com>`.
+        """
+        is_plain = not re.search(r"[\s(),:;<>]", address.name)
+        return is_plain and not self.exempt.isdisjoint(address.names())
 
     def find_target(self, address: Address, deadline: float) -> tuple[Optional[Address], str]:
         """Return the address whose mailbox is to be asked about; if there is none, the verdict.
@@ -1548,7 +1553,7 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
             if self.macro("{rcpt_mailer}") != "local":
                 return ""
             _, at, domain = without_brackets(recipient).rpartition("@")
-            address += at + domain
+            address += at and at + domain
         # Postfix writes it in lower case: where only that differs, the given one is kept.
         return "" if lower(address) == lower(without_brackets(recipient)) else address
 
@@ -1846,6 +1851,7 @@ class Service:
             return
         self.ledger.options = options
         self.policy = policy
+        gc.collect()  # of the old policy: reference cycles would keep its threads and aliases
         log.info("state=reloaded")
 
     def write_metrics(self) -> None:

@@ -819,6 +819,10 @@ NAMES = [
 JOHN_AT_X = "u=john" + X
 LOCAL = ("rcpt_mailer=local", "rcpt_addr=john")
 SPELLINGS = ("john%x.org@y.org", "x.org!john@y.org", "john (c)@x.org", "far@virt.example", "john@")
+GROUPS = (
+    *("postmaster+:john@x.org;", "postmaster+<john@x.org>", "postmaster@x:john%x.org;"),
+    *("postmaster@x.org:john@x.org", "postmaster+(x) <john@x.org>", "postmaster@[x]:john@x.org;"),
+)
 WHO_IT_IS = [
     # What the MTA tells beside MAIL and RCPT. The reply names the address that was given.
     Case(recipient="john@x.org", asked=JOHN_AT_X, macros=("rcpt_addr=",)),
@@ -829,6 +833,9 @@ WHO_IT_IS = [
     Case(recipient="info@x.org", asked="u=info" + X, macros=LOCAL[1:]),
     Case(recipient="j@x.org", asked="u=j" + X, macros=("rcpt_mailer=local", "rcpt_addr=\udcff")),
     *unasked("--exempt info@x.org", "exempt", "postmaster@x.org", "info@x.org", macros=LOCAL),
+    # Of these Postfix makes john@x.org: they are exempt no more than he is.
+    *(Case(FULL, "", to, asked=JOHN_AT_X, macros=("rcpt_addr=john@x.org",)) for to in GROUPS),
+    Case(recipient=b"<john>", asked="u=john", macros=LOCAL),
     # Postfix folds what it tells.
     Case(
         FULL, "--case-sensitive", "John@X.org", asked="u=John" + X, macros=("rcpt_addr=john@x.org",)
@@ -2660,17 +2667,20 @@ def test_an_hour_of_last_known_answers_takes_no_memory():
 # ---- HUP: options and aliases again ----
 
 
-def test_an_old_policy_goes_at_once_with_its_aliases(site):
+def test_an_old_policy_goes_at_a_reload_with_its_aliases_and_threads(site):
     """Else each HUP would add a million names until Python's garbage collection comes by."""
-    file = site.write("aliases", "sales: john\n")
-    ours = Ours(lambda user, backend: ("OK", 0, LIMIT), f"--aliases={file}")
-    ours.rcpt("sales", 1)
-    gc.collect()
+    module = load(MILTER)
+    arguments = [
+        f"--aliases={site.write('aliases', 'sales: john')}",
+        "--backend=http://127.0.0.1:1",
+    ]
+    service = module.Service(arguments, module.read_options(arguments))
+    assert service.policy.decide("<sales@x.org>", module.Message()).verdict == "fault"
     gc.disable()
     try:
-        old = weakref.ref(ours.policy)
-        ours.reload()
-        assert old() is None
+        old = weakref.ref(service.policy)
+        # The thread that has answered may still be about to let go of it.
+        wait_for(lambda: service.reload() or old() is None, "the end of the old policy")
     finally:
         gc.enable()
 
@@ -3007,6 +3017,33 @@ def test_where_no_thread_can_be_started_nobody_passes_unchecked(site):
             assert session.rcpt(user)[:3] == "452"
         milter.trick_file.touch()
         assert milter.process.stop() == 0
+
+
+def test_after_a_shortage_of_threads_a_backend_has_all_its_places_again(site):
+    gates = {user: Gate(FULL) for user in ("held", "one", "two", "three")}
+    site.backend.default, site.backend.answers = FULL, gates
+    milter = site.milter("--max-queries", "3", "--timeout", "60", *TEMPFAIL, trick="threads")
+
+    def ask(user: str) -> Any:
+        session = stack.enter_context(milter.session())
+        session.mail()
+        session.ask(user)
+        wait_for(functools.partial(site.backend.has_question, user), "the question")
+        return session
+
+    with contextlib.ExitStack() as stack:
+        sessions = [ask("held")]
+        with milter.session() as session:
+            session.mail()
+            milter.trick_file.touch()
+            assert {session.rcpt(f"user{number}")[:3] for number in range(20)} == {"451"}
+            milter.trick_file.unlink()
+        gates["held"].is_open.set()
+        assert sessions[0].reply()[:3] == "452"
+        sessions = [ask(user) for user in ("one", "two", "three")]
+        for gate in gates.values():
+            gate.is_open.set()
+        assert {session.reply()[:3] for session in sessions} == {"452"}
 
 
 def test_garbage_on_the_milter_port_ends_that_session_alone(site):
@@ -3639,6 +3676,19 @@ def test_a_mailbox_whose_disk_hangs_holds_one_thread_of_serve(serving):
         assert serving.measured == ["john", "mary"]
         serving.released.set()
         assert first.result(60) == (200, JOHN) == get(serving.port, "u=john")
+
+
+def test_a_client_that_leaves_keeps_no_thread_of_serve_from_the_next_one(serving, monkeypatch):
+    """Strangers reset thousands of connections in a second."""
+    rests: list[float] = []
+    serving.module.time.sleep = rests.append
+
+    def leave(connection: socket.socket) -> bytes:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(serving.module, "receive", leave)
+    with socket.create_connection(("127.0.0.1", serving.port), 60) as client:
+        assert client.recv(1) == b"" and rests == []
 
 
 def test_an_answer_that_took_long_is_kept_for_a_minute(serving):
