@@ -57,13 +57,13 @@ QUOTA_CONTROL = ""  # where Dovecot has its CONTROL files, if not in the Maildir
 QUOTA_DOVEADM = ""  # ask Dovecot instead: http://127.0.0.1:8080/doveadm/v1
 QUOTA_DOVEADM_KEY = ""  # a file whose first line is Dovecot's doveadm_api_key
 QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/32; empty: all
-QUOTA_GRACE = "auto"  # how far the last message may exceed the quota: 1M, 10%; auto: as the server
+QUOTA_GRACE = "auto"  # how far the last message may exceed the quota: 1M, 10%; auto: as the keeper
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
 DOVEADM_SECONDS = 3  # to connect, and for each piece of the answer; usually there is one
 DOVEADM_LENGTH = 65536  # bytes of its answer
 TRUSTED_LENGTH = 5120  # bytes from which on the servers rebuild a maildirsize rather than read it
-TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize of one line that says "over" is believed
+TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize with one entry is believed to be "over"
 SAME_TIME = 60  # seconds; the files that one delivery writes have times no further apart
 NEVER = float("-inf")  # when a file that is missing was written
 NO_LIMITS = 0, 0
@@ -101,7 +101,7 @@ def measure_maildir(
     """Measure the Maildir at `path`, whose `maildirsize` is in the folder `control`.
 
     Its limits are `user_limits` (of QUOTA_USERS), else those of `maildirsize`, else `defaults` (of
-    QUOTA_LIMIT). With the count driver a `maildirsize` was left behind by another one: its limits
+    QUOTA_LIMIT). With the count driver `maildirsize` is a leftover of an earlier driver: its limits
     come last. Raises Problem, and OSError where there is no Maildir or it cannot be read.
     """
     named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
@@ -121,7 +121,7 @@ def measure_maildir(
     total = None
     if keeper.has_sum and 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text:
         total = add_up(entries)
-    # A server that counts anew leaves one line. Whoever removes mail past it adds none.
+    # One entry: the server has just counted. Mail that was removed since may have added none.
     may_be_stale = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
     if total is not None and may_be_stale and is_over(total, limits, keeper.doubts_beyond):
         total = None
@@ -179,8 +179,8 @@ class Dovecot(Courier):
 
     def split_lines(self, text: bytes) -> tuple[bytes, list[bytes]]:
         """Split `maildirsize`, without an unfinished last line."""
-        whole_lines = text.split(b"\n")[:-1]
-        return (whole_lines or [b""])[0], whole_lines[1:]
+        lines = text.split(b"\n")[:-1]
+        return (lines[0], lines[1:]) if lines else (b"", [])
 
     def limit(self, header: bytes, letter: bytes) -> int:
         """Read a limit in the first line: the last item of digits and S or C that is not 0."""
@@ -210,11 +210,11 @@ def find_keeper(path: bytes, control: bytes, written_at: float) -> Courier:
     delivery, its count driver never does: there a `maildirsize` older than the mail was left
     behind. Two times show that: when `dovecot-uidlist` was written, and when a message was
     delivered, by which its name begins. Neither alone is proof: reading changes the former, and
-    other programs deliver without Dovecot. So both must be newer.
+    other programs deliver without Dovecot. If both are newer it is the count driver.
     """
     times = [modified(control + name + b"/dovecot-uidlist") for name in (b"", b"/.INBOX")]
     uidlist = times[0] or times[1]
-    if uidlist is None and control == path:
+    if uidlist is None and control == path:  # with QUOTA_CONTROL it is Dovecot all the same
         return KEEPERS[b"courier"]
     if written_at == NEVER:
         return KEEPERS[b"dovecot-count"]
@@ -286,7 +286,7 @@ def find_folders(path: bytes, follows_links: bool) -> list[bytes]:
 def last_change(folders: list[bytes]) -> float:
     """Return when a message was last delivered, read or removed, in seconds since the epoch.
 
-    Each of these renames a file in `new` or `cur`. Other files change without it: a refused
+    Each of these changes the folder `new` or `cur`. Other files change without it: a refused
     delivery, too, may have `maildirsize` written again. Raises OSError, and Problem if the first
     folder is not a Maildir. One with `maildirsize` alone is a Maildir: Dovecot makes that file if
     it is asked before the first mail.
@@ -535,7 +535,7 @@ class Question:
         for name in names:
             if b" " in name or name[:1] == b"#":
                 continue  # it would match another name's line, or a comment
-            for end in b" ", b"\n":  # parse_limit() reports a name that stands alone
+            for end in b" ", b"\n":  # a line with a name alone is an error: it has no limit
                 before, found, after = text.partition(b"\n" + fold(name) + end)
                 if found:
                     number = before.count(b"\n") + 1
@@ -555,24 +555,24 @@ class Question:
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
-        letters = {part[:1] for part in parts}  # of placeholders without digits
+        letters = {part[:1] for part in parts}  # of %n it is n; of %1n 1, which names no user
         if b"h" in letters:
             values[b"h"] = home_of(self.user)
         for part in parts:
             rest = part.lstrip(b"0123456789.")  # of 1.2n/: n/, and skip is 1, width is 2
             skip, _, width = part[: -len(rest)].rpartition(b".")
-            # %02n would mean something else in Dovecot.
-            if rest[:1] not in values or b"." in skip or not skip and width[:1] == b"0":
+            has_zero = not skip and width[:1] == b"0"  # %02n would mean something else in Dovecot
+            if rest[:1] not in values or b"." in skip or has_zero:
                 why = name + " has a placeholder that does not exist; known are " + PLACEHOLDERS
                 raise Problem(500, why, template)
             value = values[rest[:1]]
-            if not value:  # a user there always is
+            if not value:  # it is the domain: there is always a user
                 raise Problem(400, "no domain (d=) given")
             path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
         if letters.isdisjoint((b"n", b"u", b"h")):
             raise Problem(500, name + " names no user (%n, %u or %h)" + HINT, template)
         ups = path.split(b"/").count(b"..")
-        if ups > template.split(b"/").count(b".."):  # %1.2n makes one of a..b
+        if ups > template.split(b"/").count(b".."):  # for the user a..b %1.2n is one
             raise Problem(400, "no mailbox has such a user")
         return path.replace(b"\0", b"%")
 
@@ -622,7 +622,7 @@ def parse_limit(where: str, text: bytes) -> int:
 def parse_network(text: str) -> tuple[int, int]:
     """Return the address of a network as a number, and how many of its last bits are the host's.
 
-    A leading 1 tells IPv4 from IPv6. Raises OSError, ValueError.
+    A bit above the address tells IPv4 from IPv6. Raises OSError, ValueError.
     """
     from _socket import AF_INET, AF_INET6, inet_pton  # `socket` or `ipaddress` would take longer
 
@@ -784,7 +784,7 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65536  # bytes of it
 THREADS = 200  # connections at a time
-PATIENCE = 5  # seconds; when a mailbox has taken longer, who else asks hears that it hangs
+PATIENCE = 5  # seconds; if a question takes longer, the same one is answered with HANGS meanwhile
 SLOW = 1  # seconds; an answer that took longer is kept
 KEPT = 60  # seconds for which it is used again
 MOST_READY = 1000  # answers that are kept, or under way
@@ -801,9 +801,9 @@ class Server:
     def __init__(self, settings: Env) -> None:
         self.allow = Question(settings).setting("QUOTA_ALLOW")
         self.settings = {**settings, b"QUOTA_ALLOW": b""}  # run() has checked the address
-        # For the first line of a request: from when, until when, and with what it is answered
-        # without a look at the mailbox. While a question is under way: HANGS, from PATIENCE on.
-        # After a slow one: its answer, for the time KEPT.
+        # First line of a request: (since, until, response). Between these times it is answered so
+        # without a look at the mailbox. While a question is under way that is HANGS, from PATIENCE
+        # on. After a slow one it is its answer, for the time KEPT.
         self.ready: dict[bytes, tuple[float, float, Response]] = {}
 
     def run(self, listener: socket.socket) -> None:
@@ -824,9 +824,9 @@ class Server:
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
 
-        If the disk of a mailbox hangs, only the questions about it that came in the first seconds
-        hold threads: the later ones are told that it hangs. A slow answer is kept, so that a milter
-        that could not wait for it gets it the next time.
+        If a mailbox hangs, only the questions about it that came in the first seconds hold threads:
+        the later ones are told that it hangs. A slow answer is kept, so that a milter that could
+        not wait for it gets it the next time.
         """
         method, _, rest = line.partition(b" ")
         if method not in (b"GET", b"HEAD", b"POST"):
@@ -838,7 +838,7 @@ class Server:
             if response is HANGS:
                 log(f"the mailbox hangs: {line!a}")
             return response
-        if until < began:
+        if until < began:  # nobody else asks the same
             self.ready[line] = began + PATIENCE, float("inf"), HANGS
         try:
             env = {**self.settings, b"REQUEST_METHOD": method, b"QUERY_STRING": query}
@@ -868,7 +868,8 @@ def receive(connection: socket.socket) -> bytes:
         if not piece:
             raise ConnectionError("half a request")
         request += piece
-    return request.partition(b"\n")[0]
+    line, newline, _ = request.partition(b"\n")
+    return line if newline else b"GET"  # one that is too long asks about nobody
 
 
 def send(connection: socket.socket, response: Response) -> None:

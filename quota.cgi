@@ -41,7 +41,7 @@ QUOTA_LIMIT = "200M"  # bytes, or with K, M, G, T (powers of 1024); 0: no limit
 QUOTA_MAILBOX = "/var/mail/%n"  # %n user, %d domain, %u user@domain, %h home, %% percent
 QUOTA_USERS = ""  # a file of lines `user limit`, `user@domain limit`, `@domain limit`
 QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/32; empty: all
-QUOTA_GRACE = "auto"  # how far the last message may exceed the quota: 1M, 10%; auto: as the server
+QUOTA_GRACE = "auto"  # how far the last message may exceed the quota: 1M, 10%; auto: 0
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
 
@@ -152,7 +152,7 @@ class Question:
         for name in names:
             if b" " in name or name[:1] == b"#":
                 continue  # it would match another name's line, or a comment
-            for end in b" ", b"\n":  # parse_limit() reports a name that stands alone
+            for end in b" ", b"\n":  # a line with a name alone is an error: it has no limit
                 before, found, after = text.partition(b"\n" + fold(name) + end)
                 if found:
                     number = before.count(b"\n") + 1
@@ -172,24 +172,24 @@ class Question:
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
-        letters = {part[:1] for part in parts}  # of placeholders without digits
+        letters = {part[:1] for part in parts}  # of %n it is n; of %1n 1, which names no user
         if b"h" in letters:
             values[b"h"] = home_of(self.user)
         for part in parts:
             rest = part.lstrip(b"0123456789.")  # of 1.2n/: n/, and skip is 1, width is 2
             skip, _, width = part[: -len(rest)].rpartition(b".")
-            # %02n would mean something else in Dovecot.
-            if rest[:1] not in values or b"." in skip or not skip and width[:1] == b"0":
+            has_zero = not skip and width[:1] == b"0"  # %02n would mean something else in Dovecot
+            if rest[:1] not in values or b"." in skip or has_zero:
                 why = name + " has a placeholder that does not exist; known are " + PLACEHOLDERS
                 raise Problem(500, why, template)
             value = values[rest[:1]]
-            if not value:  # a user there always is
+            if not value:  # it is the domain: there is always a user
                 raise Problem(400, "no domain (d=) given")
             path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
         if letters.isdisjoint((b"n", b"u", b"h")):
             raise Problem(500, name + " names no user (%n, %u or %h)" + HINT, template)
         ups = path.split(b"/").count(b"..")
-        if ups > template.split(b"/").count(b".."):  # %1.2n makes one of a..b
+        if ups > template.split(b"/").count(b".."):  # for the user a..b %1.2n is one
             raise Problem(400, "no mailbox has such a user")
         return path.replace(b"\0", b"%")
 
@@ -239,7 +239,7 @@ def parse_limit(where: str, text: bytes) -> int:
 def parse_network(text: str) -> tuple[int, int]:
     """Return the address of a network as a number, and how many of its last bits are the host's.
 
-    A leading 1 tells IPv4 from IPv6. Raises OSError, ValueError.
+    A bit above the address tells IPv4 from IPv6. Raises OSError, ValueError.
     """
     from _socket import AF_INET, AF_INET6, inet_pton  # `socket` or `ipaddress` would take longer
 
@@ -401,7 +401,7 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65536  # bytes of it
 THREADS = 200  # connections at a time
-PATIENCE = 5  # seconds; when a mailbox has taken longer, who else asks hears that it hangs
+PATIENCE = 5  # seconds; if a question takes longer, the same one is answered with HANGS meanwhile
 SLOW = 1  # seconds; an answer that took longer is kept
 KEPT = 60  # seconds for which it is used again
 MOST_READY = 1000  # answers that are kept, or under way
@@ -418,9 +418,9 @@ class Server:
     def __init__(self, settings: Env) -> None:
         self.allow = Question(settings).setting("QUOTA_ALLOW")
         self.settings = {**settings, b"QUOTA_ALLOW": b""}  # run() has checked the address
-        # For the first line of a request: from when, until when, and with what it is answered
-        # without a look at the mailbox. While a question is under way: HANGS, from PATIENCE on.
-        # After a slow one: its answer, for the time KEPT.
+        # First line of a request: (since, until, response). Between these times it is answered so
+        # without a look at the mailbox. While a question is under way that is HANGS, from PATIENCE
+        # on. After a slow one it is its answer, for the time KEPT.
         self.ready: dict[bytes, tuple[float, float, Response]] = {}
 
     def run(self, listener: socket.socket) -> None:
@@ -441,9 +441,9 @@ class Server:
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
 
-        If the disk of a mailbox hangs, only the questions about it that came in the first seconds
-        hold threads: the later ones are told that it hangs. A slow answer is kept, so that a milter
-        that could not wait for it gets it the next time.
+        If a mailbox hangs, only the questions about it that came in the first seconds hold threads:
+        the later ones are told that it hangs. A slow answer is kept, so that a milter that could
+        not wait for it gets it the next time.
         """
         method, _, rest = line.partition(b" ")
         if method not in (b"GET", b"HEAD", b"POST"):
@@ -455,7 +455,7 @@ class Server:
             if response is HANGS:
                 log(f"the mailbox hangs: {line!a}")
             return response
-        if until < began:
+        if until < began:  # nobody else asks the same
             self.ready[line] = began + PATIENCE, float("inf"), HANGS
         try:
             env = {**self.settings, b"REQUEST_METHOD": method, b"QUERY_STRING": query}
@@ -485,7 +485,8 @@ def receive(connection: socket.socket) -> bytes:
         if not piece:
             raise ConnectionError("half a request")
         request += piece
-    return request.partition(b"\n")[0]
+    line, newline, _ = request.partition(b"\n")
+    return line if newline else b"GET"  # one that is too long asks about nobody
 
 
 def send(connection: socket.socket, response: Response) -> None:

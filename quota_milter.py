@@ -9,8 +9,8 @@ USE
     `GET URL?u=USER&d=DOMAIN`. A recipient who is over quota gets a temporary failure,
     `452 4.2.2 Quota exceeded for ...`: the sending server keeps the mail and tries again.
     At the end of the data the message is judged again by its size: the declared one, or
-    that of its body if it is larger. Accepted mail counts as in flight until an answer
-    shows it, or for --in-flight: many messages at once do not overfill a mailbox.
+    that of its body if the first 64 KB are more. Accepted mail counts as in flight until
+    an answer shows it, or for --in-flight: many messages at once overfill no mailbox.
 
     A file given as @FILE holds one option and its value a line, `#` comments. HUP reads
     the option files and the aliases again, USR1 logs the counters, TERM and INT end the
@@ -89,7 +89,7 @@ DEFAULT_BACKEND = "http://127.0.0.1:8025/cgi-bin/quota.cgi"
 ANSWER_LENGTH = 4096  # bytes read of an answer: the longest line is far below
 TOO_LARGE = 1 << 63  # bytes; a server that prints a negative sum as unsigned gives this or more
 ANSWERS = 50_000  # mailboxes whose answers are remembered, in some 25 MB
-MOST_SKIPPED = 8  # mailboxes with mail in flight that are passed over to find one to forget
+MOST_SKIPPED = 8  # tries to find a mailbox without mail in flight, which may be forgotten
 NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
 MOST_TIMEOUTS = 3  # different mailboxes in a row without an answer: then the backend is down
@@ -111,8 +111,9 @@ TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
 INACTIVE = "550 5.2.2 Mailbox of {address} is full and not in use"
 
 REFUSED = ("overquota", "toolarge", "inactive")  # verdicts: there is no room for the message
-# For the last four no backend is asked: there is no name, or one too long for a mailbox (empty); it
-# leads to no single mailbox (alias); no backend serves the domain.
+# For the last four no backend is asked. empty: no name, or one too long for a mailbox. exempt:
+# --exempt, or an authenticated client. alias: leads to none or to several mailboxes. nobackend: no
+# --backend serves the domain.
 VERDICTS = ("ok", *REFUSED, "unknown", "fault", "empty", "exempt", "alias", "nobackend")
 
 DOWN = "the backend is down and is left alone for a while"
@@ -321,11 +322,11 @@ class Fault(Exception):
 
 
 class BadAnswer(Fault):
-    """The backend answered, but with no verdict: that closes its circuit breaker."""
+    """The backend answered, but with no verdict: it works, so it is asked again."""
 
 
 class Unreachable(Fault):
-    """There is no connection to the backend: that opens its circuit breaker."""
+    """There is no connection to the backend: it is down, and left alone for a while."""
 
 
 class Finding(NamedTuple):
@@ -518,9 +519,9 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
     # Content-Length says, or the last chunk.
     ended = response.length == 0 or (response.chunked and response.chunk_left is None)
     is_whole = line.endswith(b"\n") or ended
+    # With neither newline nor length nobody can tell: then the status counts, the numbers do not.
     if not is_whole and (response.length or len(line) >= ANSWER_LENGTH):
         raise BadAnswer("the answer is cut short or too long")
-    # With neither newline nor length nobody can tell: the status counts, the numbers do not.
     grace = response.headers.get("Quota-Grace", "").strip().encode("ascii", "replace")
     changed = response.headers.get("Last-Modified", "")[:64]  # a date is shorter
     answer = Answer.from_line(line, is_whole)
@@ -563,7 +564,7 @@ class Backend:
         self.questions: dict[Mailbox, Question] = {}
         self.waiting: list[Question] = []  # those that no thread has taken up, the newest last
         self.left_alone: dict[Mailbox, float] = {}  # mailboxes that ran out of time, until when
-        self.latest_answered = 0.0  # of the questions that have an answer: when the last one began
+        self.latest_answered = 0.0  # the latest time at which a question began that has its answer
         self.answered_at = 0.0  # when the last answer came
         self.answer_time = 0.0  # seconds that the last answer took
         self.timed_out: set[Mailbox] = set()  # since the last answer
@@ -598,9 +599,9 @@ class Backend:
                 self.retry_at = now + self.retry_after  # only this question tries the backend
             question = Question(mailbox, now, deadline)
             try:
-                self.pool.submit(self.take_turn)  # one turn more; it may be another question's
+                self.pool.submit(self.take_turn)  # which chooses the question when its turn comes
             except RuntimeError as error:  # the system's limit of threads
-                # The old pool would count the thread that did not start as idle, and start no more.
+                # After a failed start a pool may never start another thread. A new one does.
                 self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
                 raise Fault(f"no thread for a question: {error}") from None
             self.questions[mailbox] = question
@@ -653,7 +654,7 @@ class Backend:
     def review(self, question: Question, moment: float) -> None:
         """End a question that has no turn by half of its time, or no answer by its deadline.
 
-        In between, when it was sent half of its time ago, others may have its turn if it hangs.
+        In between, when it was sent half of its time ago, make_room() may end it.
         """
         now = max(moment, time.monotonic())  # a timer may be a little early
         with self.lock:
@@ -679,8 +680,8 @@ class Backend:
             if 0 < question.begun <= now - question.half_time
             and question.begun < self.latest_answered
         ]
-        wanted = max(0, len(self.questions) - self.max_queries)  # threads
-        for question in hanging[:wanted]:
+        without_thread = max(0, len(self.questions) - self.max_queries)
+        for question in hanging[:without_thread]:
             self.end(question, OVERTAKEN)
             self.leave_alone(question.mailbox, now)
 
@@ -741,9 +742,9 @@ class Account:
         """Replace the answer by a newer one; `window` is --in-flight in seconds.
 
         A mailbox is expected to hold the usage that the answer gave, and what is in flight. With a
-        new answer what is in flight is the rest of what was expected:
+        new answer what was in flight when its question was sent is the rest of what was expected:
 
-            in flight = old usage + in flight until now - new usage, but at least 0
+            before = old usage + in flight at that time - new usage, but at least 0
 
         It is also at most what was accepted in the `window` before the question: older mail has
         arrived or never will. This bound holds only if the same backend gave both answers, as the
@@ -839,7 +840,7 @@ class Ledger:
         """Return the account of a mailbox, which is `new` if there is none. The lock is held.
 
         If there are too many, the one that has not changed for longest is forgotten. Accounts with
-        mail that may be in flight are skipped: that mail would be counted nowhere.
+        mail that may be in flight go to the end instead: that mail would be counted nowhere.
         """
         account = self.accounts.pop(mailbox, new)
         self.accounts[mailbox] = account
@@ -1035,7 +1036,7 @@ class Table:
         forms: Sequence[Callable[[str], str]] = external, str  # in Postfix' order
         if self.takes_whole_address:
             names, forms = names[:1], forms[:1]
-        else:  # of names without a domain Postfix looks up the last alone, that without a detail
+        else:  # of names without a domain Postfix looks up only the last: the user, without detail
             bare = [name for name in names if "@" not in name]
             names = [name for name in names if "@" in name or name == bare[-1]]
         # postmap reads one key a line, as UTF-8. A name that is no such line is in no table.
@@ -1148,8 +1149,8 @@ class Aliases(NamedTuple):
             following = self.parse_address(text)
             if not following.domain:
                 following = following._replace(domain=address.domain)
-            # A rule of virtual(5) by which a name stands for itself leads on to aliases(5), which
-            # has the less specific rules. So the next one is tried.
+            # A rule that maps a name to itself ends virtual(5) alone: aliases(5) still applies. So
+            # the next, less specific rule is tried.
             if following.name != address.name:
                 return following
         return address
@@ -1201,8 +1202,8 @@ class Message:
     def wants_body(self) -> bool:
         """Say whether more of the body can matter.
 
-        It cannot if the first part, of up to 64 KB, fits into the declared size: then that is
-        believed. And it cannot if no mailbox could ever hold what has come.
+        It cannot if the first part, of up to 64 KB, fits into the declared size: this is believed
+        then. And it cannot if no mailbox has a limit that what has come still fits into.
         """
         if self.counted <= self.declared:
             return False
@@ -1293,11 +1294,12 @@ class Policy:
     def is_exempt(self, address: Address) -> bool:
         """Say whether an address is never asked about (--exempt).
 
-        It is written plainly: an MTA reads john out of `postmaster+:john@example.com;` and of
-        `postmaster+<john@example.com>`.
+        Only a plain spelling counts. Out of `postmaster+:john@example.com;` and of
+        `postmaster+<john@example.com>` an MTA reads john, who would slip through.
         """
-        is_plain = not re.search(r"[\s(),:;<>]", address.name)
-        return is_plain and not self.exempt.isdisjoint(address.names())
+        if self.exempt.isdisjoint(address.names()):
+            return False
+        return not re.search(r"[\s(),:;<>]", address.name)
 
     def find_target(self, address: Address, deadline: float) -> tuple[Optional[Address], str]:
         """Return the address whose mailbox is to be asked about; if there is none, the verdict.
@@ -1325,7 +1327,8 @@ class Policy:
             return "unknown"
         is_full = answer.status == "OVERQUOTA"
         if answer.quota and not self.options.ignore_size:
-            if size > answer.capacity:  # by a last known answer, for now: there may be more room
+            if size > answer.capacity:
+                # An old answer must not refuse for good: the quota may have been raised.
                 return "overquota" if finding.fault else "toolarge"
             expected = (answer.usage or 0) + finding.in_flight
             is_full = is_full or expected + size * copies > answer.capacity
@@ -1402,7 +1405,7 @@ FAMILIES = {  # of metrics: type and help
     "refused_total": ("counter", "Refusals by step (rcpt, or data: whole messages) and verdict."),
     "refused_bytes_total": ("counter", "Bytes of what was refused, as far as known, by step."),
     "in_flight_messages": ("gauge", "Deliveries accepted in the last --in-flight seconds."),
-    "in_flight_bytes": ("gauge", "Bytes accepted in the last --in-flight seconds."),
+    "in_flight_bytes": ("gauge", "Bytes accepted in the last --in-flight seconds, x --frontends."),
     "remembered_answers": ("gauge", "Answers in the cache."),
     "backend_up": ("gauge", "1 if the backend is asked, 0 while it is down."),
     "backend_questions_total": ("counter", "Questions to the backend."),
@@ -1932,8 +1935,8 @@ def serve(service: Service, where: str) -> int:
     # Without a free file descriptor libmilter loops.
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # libmilter waits for HUP, TERM and INT in a thread of its own, and would end at each of them.
-    # The kernel prefers the main thread, so Python's handlers get them. A handler may interrupt
-    # another one: only SimpleQueue.put() is safe there.
+    # The kernel prefers the main thread, so nearly always Python's handlers get them. A handler may
+    # interrupt another one: only SimpleQueue.put() is safe there.
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1:
         signal.signal(number, lambda number, frame: signals.put(number))

@@ -3569,6 +3569,7 @@ REQUESTS = [
     (b"GET /?u=a b&d=x.org HTTP/1.0\n\n", 200, "OK a b 0 101\n"),
     (b"GET /?u=john\n\n", 400, "ERROR no user (u=) given\n"),
     (b"GET /?u=" + b"x" * 70_000 + b" HTTP/1.0\r\n\r\n", 400, None),
+    (b"GET /?x=" + b"x" * 65_520 + b"&u=john " + b"x" * 2_000 + b"\n\n", 400, None),
     (b"\x16\x03\x01\x00\xff garbage\r\n\r\n", 501, None),
     (b"GET /?u=john HTTP/1.1\r\n" + b"X: y\r\n" * 1000 + b"\r\n", 200, JOHN),
 ]
