@@ -118,9 +118,7 @@ def measure_maildir(
         limits = user_limits or defaults or in_file
     if limits is None:
         raise Problem(500, "only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
-    total = None
-    if keeper.has_sum and 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text:
-        total = add_up(entries)
+    total = add_up(entries) if keeper.has_sum and is_sound(text) else None
     # One entry: the server has just counted. Mail that was removed since may have added none.
     may_be_stale = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
     if total is not None and may_be_stale and is_over(total, limits, keeper.doubts_beyond):
@@ -250,6 +248,11 @@ def read_maildirsize(control: bytes) -> tuple[bytes, float]:
     except FileNotFoundError:
         return b"", NEVER
     return b"" if b"\0" in text.partition(b"\n")[0] else text, status.st_mtime
+
+
+def is_sound(text: bytes) -> bool:
+    """Say whether a server would read this `maildirsize` rather than rebuild it."""
+    return 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text
 
 
 def add_up(entries: list[bytes]) -> Optional[Amount]:
