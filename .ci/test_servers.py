@@ -2,7 +2,7 @@
 
     /usr/bin/python3 -m pytest .ci/test_servers.py
 
-As root, with the packages that README's Development names. Every server is an instance of its own
+As root, with the packages that .ci/run installs. Every server is an instance of its own
 (servers.py). A test whose part is missing skips; with CI in the environment it fails. What needs no
 server is in test_quota.py.
 """
@@ -1560,8 +1560,8 @@ def test_every_block_of_readme_that_has_a_name_is_used_by_a_test():
         assert f'"{name}' in text or name.endswith(".service"), name
 
 
-def test_readmes_command_installs_what_the_tests_need():
-    command = readme_block("run the tests with real servers").split()
+def test_ci_installs_what_the_tests_need():
+    command = (HERE / ".ci/run").read_text().split()
     text = "".join((HERE / ".ci" / name).read_text() for name in ("servers.py", "test_servers.py"))
     packages = set(re.findall(r'need\("[^"]+", "([a-z0-9-]+)"\)', text))
     packages -= {"passwd", "util-linux"}  # every Debian has these
