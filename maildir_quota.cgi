@@ -72,53 +72,35 @@ DIGITS = b"0123456789"
 
 
 def measure(question: Question) -> None:
-    """Measure the mailbox of a user. Raises NoSuchUser, Problem."""
+    """Measure the mailbox of a user. Raises NoSuchUser, Problem, OSError."""
     if question.setting("QUOTA_DOVEADM"):
         ask_dovecot(question)
         return
+    named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
+    trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
     own, default = question.own_limit(), question.setting("QUOTA_LIMIT")
     user_limits = None if own is None else (own, 0)
     defaults = (parse_limit("QUOTA_LIMIT", default), 0) if default else None
     question.quota = (user_limits or defaults or NO_LIMITS)[0]
     path = control = question.path("QUOTA_MAILDIR")
-    try:
-        if question.setting("QUOTA_CONTROL"):
-            control = question.path("QUOTA_CONTROL")
-            if modified(control) is None:
-                question.check_folder("QUOTA_CONTROL")
-        measure_maildir(path, control, user_limits, defaults, question)
-    except OSError as error:
-        question.raise_unless_missing(error, "QUOTA_MAILDIR")
-
-
-def measure_maildir(
-    path: bytes,
-    control: bytes,
-    user_limits: Optional[Amount],
-    defaults: Optional[Amount],
-    question: Question,
-) -> None:
-    """Measure the Maildir at `path`, whose `maildirsize` is in the folder `control`.
-
-    Its limits are `user_limits` (of QUOTA_USERS), else those of `maildirsize`, else `defaults` (of
-    QUOTA_LIMIT). With the count driver `maildirsize` is a leftover of an earlier driver: its limits
-    come last. Raises Problem, and OSError where there is no Maildir or it cannot be read.
-    """
-    named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
-    trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
+    if question.setting("QUOTA_CONTROL"):
+        control = question.path("QUOTA_CONTROL")
+    if modified(path) == NEVER:
+        return  # 0 bytes
     text, written_at = (b"", NEVER) if named == b"dovecot-count" else read_maildirsize(control)
     keeper = KEEPERS.get(named) or find_keeper(path, control, written_at)
-    folders = find_folders(path, keeper.follows_links)
-    question.changed = last_change(folders)
     header, entries = keeper.split_lines(text)
     in_file = (keeper.limit(header, b"S"), keeper.limit(header, b"C")) if text else None
     if keeper.has_sum:
         limits: Optional[Amount] = user_limits or in_file or defaults or NO_LIMITS
-    else:
+    else:  # the file is a leftover of an earlier driver
         limits = user_limits or defaults or in_file
     if limits is None:
-        raise Problem(500, "only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
-    total = add_up(entries) if keeper.has_sum and is_sound(text) else None
+        raise Problem("only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
+    folders = find_folders(path, keeper.follows_links)
+    question.changed = last_change(folders)
+    is_sound = 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text  # else they rebuild it
+    total = add_up(entries) if keeper.has_sum and is_sound else None
     # One entry: the server has just counted. Mail that was removed since may have added none.
     may_be_stale = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
     if total is not None and may_be_stale and is_over(total, limits, keeper.doubts_beyond):
@@ -210,14 +192,14 @@ def find_keeper(path: bytes, control: bytes, written_at: float) -> Courier:
     delivered, by which its name begins. Neither alone is proof: reading changes the former, and
     other programs deliver without Dovecot. If both are newer it is the count driver.
     """
-    times = [modified(control + name + b"/dovecot-uidlist") for name in (b"", b"/.INBOX")]
-    uidlist = times[0] or times[1]
-    if uidlist is None and control == path:  # with QUOTA_CONTROL it is Dovecot all the same
+    names = b"/dovecot-uidlist", b"/.INBOX/dovecot-uidlist"
+    uidlist = max(modified(control + name) for name in names)
+    if uidlist == NEVER and control == path:  # with QUOTA_CONTROL it is Dovecot all the same
         return KEEPERS[b"courier"]
     if written_at == NEVER:
         return KEEPERS[b"dovecot-count"]
     newer = written_at + SAME_TIME
-    if uidlist is not None and uidlist > newer:
+    if uidlist > newer:
         future = time.time() + SAME_TIME  # a number beyond that is not a time
         for entry in list_messages(find_folders(path, True)):
             digits = entry.name.partition(b".")[0]
@@ -226,12 +208,12 @@ def find_keeper(path: bytes, control: bytes, written_at: float) -> Courier:
     return KEEPERS[b"dovecot"]
 
 
-def modified(path: bytes) -> Optional[float]:
-    """Return when a file was last written, None where there is none. Raises OSError."""
+def modified(path: bytes) -> float:
+    """Return when a file was last written, NEVER where there is none. Raises OSError."""
     try:
         return os.stat(path).st_mtime
     except FileNotFoundError:
-        return None
+        return NEVER
 
 
 # ---- maildirsize ----
@@ -243,16 +225,16 @@ def read_maildirsize(control: bytes) -> tuple[bytes, float]:
     The text is empty where the file is missing, was left empty by a full disk, or has a NUL byte,
     as after a crash, in its first line. The time is NEVER where the file is missing.
     """
+    path = control + b"/maildirsize"
     try:
-        text, status = read_file(control + b"/maildirsize", TRUSTED_LENGTH)
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            return b"", NEVER  # to open a FIFO or a device could take for ever, or do harm
+        with open(path, "rb") as file:
+            text = file.read(TRUSTED_LENGTH)
     except FileNotFoundError:
         return b"", NEVER
     return b"" if b"\0" in text.partition(b"\n")[0] else text, status.st_mtime
-
-
-def is_sound(text: bytes) -> bool:
-    """Say whether a server would read this `maildirsize` rather than rebuild it."""
-    return 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text
 
 
 def add_up(entries: list[bytes]) -> Optional[Amount]:
@@ -272,17 +254,13 @@ def add_up(entries: list[bytes]) -> Optional[Amount]:
 
 def find_folders(path: bytes, follows_links: bool) -> list[bytes]:
     """List the paths of a Maildir and of its folders. Raises OSError."""
-    folders = [path]
     with os.scandir(path) as entries:
-        for entry in entries:
-            try:
-                if entry.name[:1] == b"." and entry.is_dir(follow_symlinks=follows_links):
-                    folders.append(entry.path)
-            except OSError as error:
-                import errno
-
-                if error.errno != errno.ELOOP:  # links in a circle lead to no folder
-                    raise
+        hidden = [entry for entry in entries if entry.name[:1] == b"."]
+    folders = [path]
+    for entry in hidden:
+        # isdir() takes links in a circle for no folder; is_dir() would raise an error.
+        if entry.is_dir(follow_symlinks=False) or (follows_links and os.path.isdir(entry.path)):
+            folders.append(entry.path)
     return folders
 
 
@@ -295,9 +273,9 @@ def last_change(folders: list[bytes]) -> float:
     it is asked before the first mail.
     """
     times = [modified(folder + part) for folder in folders for part in (b"/new", b"/cur")]
-    if times[:2] == [None, None] and modified(folders[0] + b"/maildirsize") is None:
-        raise Problem(500, "QUOTA_MAILDIR is no Maildir: it has neither cur nor new", folders[0])
-    return max(filter(None, times), default=0.0)
+    if max(times[:2]) == NEVER == modified(folders[0] + b"/maildirsize"):
+        raise Problem("QUOTA_MAILDIR is no Maildir: it has neither cur nor new", folders[0])
+    return max(times)
 
 
 def list_messages(folders: list[bytes]) -> Iterator[os.DirEntry[bytes]]:
@@ -360,30 +338,27 @@ def size_of(entry: os.DirEntry[bytes], field: bytes) -> int:
 
 # ---- Dovecot asked itself ----
 
-logged: set[str] = set()  # what is logged once
-
 
 def ask_dovecot(question: Question) -> None:
-    """Ask Dovecot for a user's quota. Raises Problem."""
+    """Ask Dovecot for a user's quota. Raises NoSuchUser, Problem."""
     import json  # here and below: at the top, imports would make the start of all CGIs longer
 
-    try:
-        name = b"@".join(filter(None, [question.user, question.domain])).decode()
-    except UnicodeDecodeError:
-        raise Problem(400, "Dovecot's names of users are UTF-8") from None
-    if "*" in name or "?" in name:
-        raise NoSuchUser  # to doveadm it is a pattern: it would open all mailboxes that match
+    names = filter(None, [question.user, question.domain])
+    name = b"@".join(names).decode(errors="replace")
+    # Dovecot's names are UTF-8. One with * or ? is a pattern: all that match would be opened.
+    if any(letter in name for letter in "*?\ufffd"):
+        raise NoSuchUser
     text = post_to_doveadm(json.dumps([["quotaGet", {"user": name}, "q"]]), question)
     try:
         [[kind, result, _]] = json.loads(text)
         if kind == "error" and result["exitCode"] == 67:  # EX_NOUSER
             raise NoSuchUser
         if kind != "doveadmResponse":
-            raise Problem(500, "Dovecot failed: its own log says why", text[:200])
+            raise Problem("Dovecot failed: its own log says why", text[:200])
         question.status, figures = b"OK", []
         for row in result:
-            value = parse_digits(row["value"])
-            limit = 0 if row["limit"] == "-" else parse_digits(row["limit"])
+            value = int(row["value"])
+            limit = 0 if row["limit"] == "-" else int(row["limit"])
             if 0 < limit <= value:
                 question.status = b"OVERQUOTA"
             if row["type"] == "STORAGE":  # in kilobytes
@@ -391,16 +366,9 @@ def ask_dovecot(question: Question) -> None:
                 figures.append((room, value << 10, limit << 10))
         # Of several quota roots the one with the least room counts.
         _, question.used, question.quota = min(figures)
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        raise Problem(500, "Dovecot's answer has no quota of bytes", text[:200]) from None
+    except (LookupError, TypeError, ValueError):
+        raise Problem("Dovecot's answer has no quota of bytes", text[:200]) from None
     question.auto_grace = b"10%"
-
-
-def parse_digits(text: str) -> int:
-    """Read a number as int() does, but no sign, space or underscore. Raises ValueError."""
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError
-    return int(text)
 
 
 def post_to_doveadm(query: str, question: Question) -> bytes:
@@ -413,9 +381,10 @@ def post_to_doveadm(query: str, question: Question) -> bytes:
     host = url.removeprefix("http://").removesuffix("/doveadm/v1")
     if not host or url != f"http://{host}/doveadm/v1":
         why = "QUOTA_DOVEADM is not like http://127.0.0.1:8080/doveadm/v1: no https, no other path"
-        raise Problem(500, why)
-    key = base64.b64encode(read_key(question.setting("QUOTA_DOVEADM_KEY"))).decode()
-    fields = {"Authorization": "X-Dovecot-API " + key, "Content-Type": "application/json"}
+        raise Problem(why)
+    key = question.contents("QUOTA_DOVEADM_KEY").partition(b"\n")[0].strip()
+    shown = "X-Dovecot-API " + base64.b64encode(key).decode()
+    fields = {"Authorization": shown, "Content-Type": "application/json"}
     try:
         connection = http.client.HTTPConnection(host, timeout=DOVEADM_SECONDS)
         with contextlib.closing(connection):
@@ -423,52 +392,33 @@ def post_to_doveadm(query: str, question: Question) -> bytes:
             connection.request("POST", "/doveadm/v1", query, fields)
             response = connection.getresponse()
             text = response.read(DOVEADM_LENGTH)
-    except (OSError, OverflowError, ValueError, http.client.HTTPException) as error:
-        raise Problem(500, "Dovecot cannot be asked: see QUOTA_DOVEADM", repr(error)) from None
-    if response.status == 401:
-        raise Problem(500, "Dovecot refuses the key in QUOTA_DOVEADM_KEY")
+    except (OSError, OverflowError, http.client.HTTPException) as error:
+        raise Problem("Dovecot cannot be asked: see QUOTA_DOVEADM", repr(error)) from None
     if response.status != 200:
-        raise Problem(500, f"Dovecot answers with status {response.status}", text[:200])
+        why = f"Dovecot answers with status {response.status} (401: not its QUOTA_DOVEADM_KEY)"
+        raise Problem(why, text[:200])
     return text
-
-
-def read_key(path: bytes) -> bytes:
-    """Read the key of Dovecot's doveadm service. Raises Problem."""
-    try:
-        text, status = read_file(path, DOVEADM_LENGTH)
-    except OSError as error:
-        raise Problem(500, "the file QUOTA_DOVEADM_KEY cannot be read", error) from None
-    key = text.partition(b"\n")[0].strip()
-    if not key:
-        raise Problem(500, "the file QUOTA_DOVEADM_KEY has no key in its first line")
-    if status.st_mode & stat.S_IROTH and "key" not in logged:
-        logged.add("key")
-        log("every user of this system may read the file QUOTA_DOVEADM_KEY")
-    return key
 
 
 # ---- From here to the end the text is the same in quota.cgi and maildir_quota.cgi. ----
 
 HEX = b"0123456789abcdefABCDEF"
-PLACEHOLDERS = "%n user, %d domain, %u user@domain, %h home, %1n or %1.2n a part, %% percent"
-HINT = ": in systemd and uWSGI each % is written twice"
 IPV4_IN_IPV6 = 10 * b"\0" + b"\xff\xff"  # what ::ffff:192.0.2.25 begins with
-END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
-REASONS = {
-    200: "OK",
-    400: "Bad Request",
-    403: "Forbidden",
-    405: "Method Not Allowed",
-    500: "Internal Server Error",
-}
+BAD_PATH = (
+    " is not like /var/mail/%n: it begins with / or %h, names the user by %n, %u or %h,"
+    " and else has only %d, %%, %1n and %1.2n"
+)
+HINT = ": in systemd and uWSGI each % is written twice"
+BAD_REQUEST = "400 Bad Request"
+FAILED = "500 Internal Server Error"
 
 
 class Problem(Exception):
-    """Ends a question: HTTP status, a line for the client without paths, a detail for the log."""
+    """Ends a question: a line for the client without paths, a detail for the log, HTTP status."""
 
-    def __init__(self, status: int, why: str, detail: object = "") -> None:
+    def __init__(self, why: str, detail: object = "", status: str = FAILED) -> None:
         super().__init__(why)
-        self.status, self.detail = status, detail
+        self.detail, self.status = detail, status
 
 
 class NoSuchUser(Exception):
@@ -496,24 +446,20 @@ class Question:
         self.changed = 0.0
 
     def setting(self, name: str, *choices: bytes) -> bytes:
-        """Return a setting: from the environment, else the constant at the top of the file.
-
-        Raises Problem if there are choices and it is none of them.
-        """
+        """Return a setting, which has to be one of the choices if there are any. Raises Problem."""
         value = self.env.get(name.encode(), str(globals()[name]).encode())
         if choices and value not in choices:
-            raise Problem(500, name + " is not one of " + b", ".join(choices).decode(), value)
+            raise Problem(name + " is not one of " + b", ".join(choices).decode(), value)
         return value
 
     def read_query(self) -> None:
         """Read user and domain from the query. Raises Problem."""
         fields: dict[bytes, bytes] = {}
         for field in self.env.get(b"QUERY_STRING", b"").split(b"&"):
-            name, equals, value = field.partition(b"=")
-            if equals:
-                fields.setdefault(unquote(name), unquote(value))
+            name, _, value = field.partition(b"=")
+            fields[name] = unquote(value)
         if b"u" not in fields:
-            raise Problem(400, "no user (u=) given")
+            raise Problem("no user (u=) given", status=BAD_REQUEST)
         self.user, self.domain = fields[b"u"], fields.get(b"d", b"")
         check_name("user", self.user)
         if b"d" in fields:
@@ -527,80 +473,69 @@ class Question:
             return self.quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
         return parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
 
+    def contents(self, name: str) -> bytes:
+        """Return what is in the file that a setting names. Raises Problem."""
+        try:
+            with open(self.setting(name), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise Problem(f"the file {name} cannot be read", error) from None
+
     def own_limit(self) -> Optional[int]:
         """Look up user@domain, user or @domain in QUOTA_USERS: a limit in bytes. Raises Problem."""
-        path = self.setting("QUOTA_USERS")
-        if not path:
+        if not self.setting("QUOTA_USERS"):
             return None
-        text, names = read_users(path), [self.user]
-        if self.domain:
-            names = [self.user + b"@" + self.domain, self.user, b"@" + self.domain]
-        for name in names:
-            if b" " in name or name[:1] == b"#":
-                continue  # it would match another name's line, or a comment
-            for end in b" ", b"\n":  # a line with a name alone is an error: it has no limit
-                before, found, after = text.partition(b"\n" + fold(name) + end)
-                if found:
-                    number = before.count(b"\n") + 1
-                    limit = (end + after).partition(b"\n")[0].partition(b"#")[0]
-                    return parse_limit(f"QUOTA_USERS: line {number}", limit)
+        text = b"\n" + fold(self.contents("QUOTA_USERS"))
+        if text[-1:] != b"\n":
+            raise Problem("QUOTA_USERS does not end in a newline: is it half a file?")
+        for name in self.user + b"@" + self.domain, self.user, b"@" + self.domain:
+            before, found, after = text.partition(b"\n" + fold(name) + b" ")
+            if found:
+                number = before.count(b"\n") + 1
+                limit = after.partition(b"\n")[0].partition(b"#")[0]
+                return parse_limit(f"QUOTA_USERS: line {number}", limit)
         return None
 
     def path(self, name: str) -> bytes:
-        """Put user and domain into the path that is a setting.
-
-        Raises NoSuchUser if the home of an unknown user is needed (%h), and Problem if a domain is
-        needed and there is none, or for a bad setting.
-        """
+        """Put the user into a path that is a setting. Raises NoSuchUser, Problem, OSError."""
         template = self.setting(name)
-        if not template.startswith((b"/", b"%h")):
-            raise Problem(500, name + " does not begin with /", template)
+        bad = Problem(name + BAD_PATH + HINT, template)
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
+        letters = {part[:1] for part in parts}  # of %n it is n; of %1n 1, which names no user
+        if letters.isdisjoint((b"n", b"u", b"h")) or not template.startswith((b"/", b"%h")):
+            raise bad
+        folder = os.path.dirname(path).replace(b"\0", b"%") or b"/"
+        try:
+            os.stat(folder)
+        except FileNotFoundError:
+            raise Problem(
+                name + " begins with a folder that does not exist" + HINT, folder
+            ) from None
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
-        letters = {part[:1] for part in parts}  # of %n it is n; of %1n 1, which names no user
         if b"h" in letters:
             values[b"h"] = home_of(self.user)
-        for part in parts:
-            rest = part.lstrip(b"0123456789.")  # of 1.2n/: n/, and skip is 1, width is 2
-            skip, _, width = part[: -len(rest)].rpartition(b".")
-            has_zero = not skip and width[:1] == b"0"  # %02n would mean something else in Dovecot
-            if rest[:1] not in values or b"." in skip or has_zero:
-                why = name + " has a placeholder that does not exist; known are " + PLACEHOLDERS
-                raise Problem(500, why, template)
-            value = values[rest[:1]]
-            if not value:  # it is the domain: there is always a user
-                raise Problem(400, "no domain (d=) given")
-            path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
-        if letters.isdisjoint((b"n", b"u", b"h")):
-            raise Problem(500, name + " names no user (%n, %u or %h)" + HINT, template)
-        ups = path.split(b"/").count(b"..")
-        if ups > template.split(b"/").count(b".."):  # for the user a..b %1.2n is one
-            raise Problem(400, "no mailbox has such a user")
+        try:
+            for part in parts:
+                rest = part.lstrip(b"0123456789.")  # of 1.2n/: n/, and skip is 1, width is 2
+                skip, _, width = part[: -len(rest)].rpartition(b".")
+                value = values[rest[:1]]
+                if not value:  # it is the domain: there is always a user
+                    raise Problem("no domain (d=) given", status=BAD_REQUEST)
+                path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
+        except (KeyError, ValueError):
+            raise bad from None
+        if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):
+            raise Problem("no mailbox has such a user", status=BAD_REQUEST)  # a..b, by %1.2n
         return path.replace(b"\0", b"%")
-
-    def raise_unless_missing(self, error: OSError, name: str) -> None:
-        """Raise Problem unless the error means that a setting's path leads to no mailbox yet."""
-        import errno  # here, as it is rarely needed: each import makes the start longer
-
-        if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
-            detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
-            raise Problem(500, f"cannot read the mailbox: {error.strerror}", detail)
-        self.check_folder(name)
-
-    def check_folder(self, name: str) -> None:
-        """Raise Problem if the folder before the first placeholder of a path does not exist."""
-        fixed = self.setting(name).replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
-        if not os.path.exists(os.path.dirname(fixed) or b"/"):  # there is none before %h
-            raise Problem(500, name + " begins with a folder that does not exist" + HINT, fixed)
 
 
 def check_name(what: str, name: bytes) -> None:
     """Raise Problem if a user or domain cannot be a file's name or has control characters."""
-    if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name:
-        raise Problem(400, "no mailbox has such a " + what)
-    if any(c < " " or "\x7f" <= c <= "\x9f" for c in name.decode("utf-8", "surrogateescape")):
-        raise Problem(400, "control character in the " + what)
+    text = name.decode("utf-8", "surrogateescape")
+    has_control = any(c < " " or "\x7f" <= c <= "\x9f" for c in text)
+    if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name or has_control:
+        raise Problem("no mailbox has such a " + what, status=BAD_REQUEST)
 
 
 def unquote(text: bytes) -> bytes:
@@ -618,7 +553,7 @@ def parse_limit(where: str, text: bytes) -> int:
     power = b"KMGT".find(text[-1:]) + 1
     digits = text[:-1] if power else text
     if not digits.isdigit() or len(digits) > 20:
-        raise Problem(500, where + " has a limit that is not like 200M", text)
+        raise Problem(where + " has a limit that is not like 200M", text)
     return int(digits) << 10 * power
 
 
@@ -631,14 +566,10 @@ def parse_network(text: str) -> tuple[int, int]:
 
     address, slash, length = text.partition("/")
     family, bits = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
-    host_bits = 0
-    if slash:
-        host_bits = bits - int(length)
-        if host_bits < 0 or not length.encode().isdigit():  # int() takes more than digits: 2_4
-            raise ValueError("bad length of a prefix: " + length)
     packed = inet_pton(family, address).removeprefix(IPV4_IN_IPV6)
-    if host_bits > 8 * len(packed):
-        raise ValueError("all of IPv4, and more: " + text)
+    host_bits = bits - int(length) if slash else 0
+    if not 0 <= host_bits <= 8 * len(packed):  # ::ffff:192.0.2.0/24 would be all of IPv4
+        raise ValueError("bad length of a prefix: " + length)
     return int.from_bytes(b"\1" + packed, "big"), host_bits
 
 
@@ -650,7 +581,7 @@ def is_allowed(peer: str, allow: bytes) -> bool:
         networks = [parse_network(text) for text in allow.decode().replace(",", " ").split()]
     except (OSError, ValueError):
         why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
-        raise Problem(500, why, allow) from None
+        raise Problem(why, allow) from None
     try:
         number, _ = parse_network(peer.partition("%")[0])
     except (OSError, ValueError):
@@ -658,96 +589,60 @@ def is_allowed(peer: str, allow: bytes) -> bool:
     return any(number >> bits == network >> bits for network, bits in networks)
 
 
-def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
-    """Return at most `most` bytes of a file (-1: all), and its status. Raises OSError.
-
-    Anything but a regular file counts as missing: a FIFO or a device is not opened.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise FileNotFoundError("not a file: " + os.fsdecode(path))
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        return file.read(most), os.fstat(file.fileno())
-
-
 def fold(text: bytes) -> bytes:
-    """Fold what does not matter in QUOTA_USERS: capitals do not, tabs and CR are spaces.
+    """Fold what does not matter in QUOTA_USERS: capitals do not, and a tab is a space.
 
-    A colon gets a space before it. So `john: 5M` is found, and parse_limit() reports it.
+    A colon and the end of a line get a space before them. So `john: 5M` and `john` are found, and
+    parse_limit() reports them.
     """
-    text = text.lower().replace(b"\t", b" ").replace(b"\r", b" ")
-    return text.replace(b":", b" :")
-
-
-users_read: dict[object, bytes] = {}  # the text of QUOTA_USERS, by path, inode, size and time
-
-
-def read_users(path: bytes) -> bytes:
-    """Return the text of QUOTA_USERS, folded, with a newline in front. Raises Problem.
-
-    It is read once for each change.
-    """
-    try:
-        status = os.stat(path)
-        stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
-        text = users_read.get(stamp, b"")
-        if not text:
-            text = b"\n" + fold(read_file(path, -1)[0])
-            users_read.clear()
-            users_read[stamp] = text
-    except OSError as error:
-        raise Problem(500, "the file QUOTA_USERS cannot be read", error) from None
-    if text[-1:] != b"\n":
-        raise Problem(500, "QUOTA_USERS does not end in a newline: is it half a file?")
-    return text
+    text = text.lower().replace(b"\t", b" ")
+    return text.replace(b":", b" :").replace(b"\n", b" \n")
 
 
 def home_of(user: bytes) -> bytes:
-    """Return the home directory of a system user. Raises NoSuchUser, Problem."""
+    """Return the home directory of a system user. Raises NoSuchUser, KeyError."""
     import pwd
 
     try:
         return os.fsencode(pwd.getpwnam(os.fsdecode(user)).pw_dir)
     except KeyError:
-        try:
-            pwd.getpwuid(0)  # is there no such user, or nothing that could say so?
-        except KeyError:
-            raise Problem(500, "the users of the system cannot be looked up") from None
+        pwd.getpwuid(0)  # this fails, too, if users cannot be looked up at all: no UNKNOWN then
         raise NoSuchUser from None
 
 
 def respond(env: Env) -> Response:
     """Answer a question."""
-    question, http_status, line = Question(env), 200, b""
+    question, status, line = Question(env), "200 OK", b""
     method = env.get(b"REQUEST_METHOD", b"GET")
     fields = [("Content-Type", "text/plain"), ("Cache-Control", "no-store")]  # no proxy may keep it
     try:
         peer = env.get(b"REMOTE_ADDR", b"").decode("latin-1")
         if not is_allowed(peer, question.setting("QUOTA_ALLOW")):
-            raise Problem(403, "this address is not in QUOTA_ALLOW")
+            raise Problem("this address is not in QUOTA_ALLOW", status="403 Forbidden")
         if method not in (b"GET", b"HEAD"):
             fields.append(("Allow", "GET, HEAD"))
-            raise Problem(405, "only GET and HEAD are answered")
+            raise Problem("only GET and HEAD are answered", status="405 Method Not Allowed")
         question.read_query()
         if question.setting("QUOTA_UNKNOWN", b"off", b"1", b"0", b"") == b"1":
             question.status = b"UNKNOWN"  # measure() changes it if it finds the mailbox
         measure(question)
-        grace = question.grace()
-        if grace:
-            fields.append(("Quota-Grace", str(grace)))
+        fields.append(("Quota-Grace", str(question.grace())))
     except NoSuchUser:
         question.status = b"UNKNOWN"
     except Problem as problem:
-        http_status, line = problem.status, b"ERROR " + str(problem).encode() + b"\n"
-        if http_status == 500:
+        status, line = problem.status, f"ERROR {problem}\n".encode()
+        if status == FAILED:
             log(f"{problem}: user {question.user!a}, {str(problem.detail)!a}")
-    if http_status == 200:
-        figures = question.status, question.user, question.used, question.quota
-        line = b"%s %s %d %d\n" % figures
-        if 0 < question.changed < END_OF_9999:
+    except OSError as error:
+        status, line = FAILED, f"ERROR cannot read the mailbox: {error.strerror}\n".encode()
+        log(f"{error}, as user {os.geteuid()}, group {os.getegid()}")
+    if not line:
+        line = b"%s %s %d %d\n" % (question.status, question.user, question.used, question.quota)
+        if question.changed > 0:
             date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(question.changed))
             fields.append(("Last-Modified", date))
     fields.append(("Content-Length", str(len(line))))
-    return f"{http_status} {REASONS[http_status]}", fields, b"" if method == b"HEAD" else line
+    return status, fields, b"" if method == b"HEAD" else line
 
 
 IS_CGI = b"GATEWAY_INTERFACE" in os.environb or b"REQUEST_METHOD" in os.environb
@@ -793,8 +688,8 @@ MOST_KEPT = 1000  # answers
 TEXT = [("Content-Type", "text/plain")]
 STRANGER = "403 Forbidden", TEXT, b"ERROR this address is not in QUOTA_ALLOW\n"
 NOT_IMPLEMENTED = "501 Not Implemented", TEXT, b"ERROR there is no such method\n"
-HANGS = "500 Internal Server Error", TEXT, b"ERROR the mailbox hangs\n"
-CRASHED = "500 Internal Server Error", TEXT, b"ERROR the script failed\n"
+HANGS = FAILED, TEXT, b"ERROR the mailbox hangs\n"
+CRASHED = FAILED, TEXT, b"ERROR the script failed\n"
 
 
 class Server:

