@@ -75,41 +75,50 @@ def measure(question: Question) -> None:
     """Measure the mailbox of a user. Raises NoSuchUser, Problem, OSError."""
     if question.setting("QUOTA_DOVEADM"):
         ask_dovecot(question)
-        return
+    else:
+        measure_maildir(question)
+
+
+def measure_maildir(question: Question) -> None:
+    """Measure the Maildir of a user. Raises NoSuchUser, Problem, OSError.
+
+    The sum in `maildirsize` counts where the server would believe it, else the messages do.
+    """
     named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
     trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
     own, default = question.own_limit(), question.setting("QUOTA_LIMIT")
-    user_limits = None if own is None else (own, 0)
+    of_user = None if own is None else (own, 0)
     defaults = (parse_limit("QUOTA_LIMIT", default), 0) if default else None
-    question.quota = (user_limits or defaults or NO_LIMITS)[0]
+    question.quota = (of_user or defaults or NO_LIMITS)[0]
     path = control = question.path("QUOTA_MAILDIR")
     if question.setting("QUOTA_CONTROL"):
         control = question.path("QUOTA_CONTROL")
     if modified(path) == NEVER:
         return  # 0 bytes
+
     text, written_at = (b"", NEVER) if named == b"dovecot-count" else read_maildirsize(control)
     keeper = KEEPERS.get(named) or find_keeper(path, control, written_at)
     header, entries = keeper.split_lines(text)
     in_file = (keeper.limit(header, b"S"), keeper.limit(header, b"C")) if text else None
     if keeper.has_sum:
-        limits: Optional[Amount] = user_limits or in_file or defaults or NO_LIMITS
+        limits: Optional[Amount] = of_user or in_file or defaults or NO_LIMITS
     else:  # the file is a leftover of an earlier driver
-        limits = user_limits or defaults or in_file
+        limits = of_user or defaults or in_file
     if limits is None:
         raise Problem("only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
+
     folders = find_folders(path, keeper.follows_links)
     question.changed = last_change(folders)
-    is_sound = 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text  # else they rebuild it
+    is_sound = 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text  # else it is rebuilt
     total = add_up(entries) if keeper.has_sum and is_sound else None
     # One entry: the server has just counted. Mail that was removed since may have added none.
     may_be_stale = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
     if total is not None and may_be_stale and is_over(total, limits, keeper.doubts_beyond):
         total = None
     if total is None or min(total) < 0:
-        skip_trash = trash == b"skip" or (trash == b"auto" and not keeper.counts_trash)
-        total = count(folders, keeper, skip_trash)
+        total = count(folders, keeper, trash)
         if is_over(total, limits):
-            total = count(folders, keeper, skip_trash, once=True)
+            total = count(folders, keeper, trash, once=True)
     question.status = b"OVERQUOTA" if is_over(total, limits) else b"OK"
     question.used, question.quota = total[0], limits[0]
     question.auto_grace = keeper.grace
@@ -293,15 +302,15 @@ def list_messages(folders: list[bytes]) -> Iterator[os.DirEntry[bytes]]:
                 yield from entries
 
 
-def count(folders: list[bytes], keeper: Courier, skip_trash: bool, once: bool = False) -> Amount:
-    """Count the messages in folders. Raises OSError.
+def count(folders: list[bytes], keeper: Courier, trash: bytes, once: bool = False) -> Amount:
+    """Count the messages in folders, trash as QUOTA_TRASH says. Raises OSError.
 
-    With `skip_trash` the folder .Trash is left out and, in Courier, messages with the flag T. A
-    message that vanishes meanwhile is left out; one that cannot be read is an error. A message
-    that is renamed meanwhile (moved to `cur`, marked as read) may be seen under both names. With
-    `once`, files in a folder whose names are the same up to the colon count once, which takes more
-    memory.
+    Trash is the folder .Trash and, in Courier, messages with the flag T. A message that vanishes
+    meanwhile is left out; one that cannot be read is an error. A message that is renamed meanwhile
+    (moved to `cur`, marked as read) may be seen under both names. With `once`, files in a folder
+    whose names are the same up to the colon count once, which takes more memory.
     """
+    skip_trash = trash == b"skip" or (trash == b"auto" and not keeper.counts_trash)
     skip_flagged = skip_trash and not keeper.counts_trash
     size = messages = 0
     for folder in folders:
@@ -395,7 +404,7 @@ def post_to_doveadm(query: str, question: Question) -> bytes:
     except (OSError, OverflowError, http.client.HTTPException) as error:
         raise Problem("Dovecot cannot be asked: see QUOTA_DOVEADM", repr(error)) from None
     if response.status != 200:
-        why = f"Dovecot answers with status {response.status} (401: not its QUOTA_DOVEADM_KEY)"
+        why = f"Dovecot answers with status {response.status} (401: wrong key in QUOTA_DOVEADM_KEY)"
         raise Problem(why, text[:200])
     return text
 
@@ -508,9 +517,8 @@ class Question:
         try:
             os.stat(folder)
         except FileNotFoundError:
-            raise Problem(
-                name + " begins with a folder that does not exist" + HINT, folder
-            ) from None
+            why = name + " begins with a folder that does not exist" + HINT
+            raise Problem(why, folder) from None
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
         if b"h" in letters:
@@ -606,7 +614,7 @@ def home_of(user: bytes) -> bytes:
     try:
         return os.fsencode(pwd.getpwnam(os.fsdecode(user)).pw_dir)
     except KeyError:
-        pwd.getpwuid(0)  # this fails, too, if users cannot be looked up at all: no UNKNOWN then
+        pwd.getpwuid(0)  # fails, too, where users cannot be looked up: that is no UNKNOWN
         raise NoSuchUser from None
 
 
@@ -715,7 +723,7 @@ class Server:
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
 
-        If a mailbox hangs, only the questions of the first seconds hold threads.
+        If a mailbox hangs, only the questions about it that came in the first seconds hold threads.
         A slow answer is kept: a milter that could not wait for it gets it the next time.
         """
         method, _, rest = line.partition(b" ")
@@ -723,7 +731,7 @@ class Server:
             return NOT_IMPLEMENTED
         query = rest.rpartition(b" ")[0].partition(b"?")[2]
         began = time.monotonic()
-        until, response = self.kept.get(line, (began, HANGS))
+        until, response = self.kept.get(line, (0, HANGS))
         if began < until:
             return response
         if began > self.under_way.setdefault(line, began) + PATIENCE:

@@ -168,9 +168,8 @@ class Question:
         try:
             os.stat(folder)
         except FileNotFoundError:
-            raise Problem(
-                name + " begins with a folder that does not exist" + HINT, folder
-            ) from None
+            why = name + " begins with a folder that does not exist" + HINT
+            raise Problem(why, folder) from None
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
         if b"h" in letters:
@@ -266,7 +265,7 @@ def home_of(user: bytes) -> bytes:
     try:
         return os.fsencode(pwd.getpwnam(os.fsdecode(user)).pw_dir)
     except KeyError:
-        pwd.getpwuid(0)  # this fails, too, if users cannot be looked up at all: no UNKNOWN then
+        pwd.getpwuid(0)  # fails, too, where users cannot be looked up: that is no UNKNOWN
         raise NoSuchUser from None
 
 
@@ -375,7 +374,7 @@ class Server:
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
 
-        If a mailbox hangs, only the questions of the first seconds hold threads.
+        If a mailbox hangs, only the questions about it that came in the first seconds hold threads.
         A slow answer is kept: a milter that could not wait for it gets it the next time.
         """
         method, _, rest = line.partition(b" ")
@@ -383,7 +382,7 @@ class Server:
             return NOT_IMPLEMENTED
         query = rest.rpartition(b" ")[0].partition(b"?")[2]
         began = time.monotonic()
-        until, response = self.kept.get(line, (began, HANGS))
+        until, response = self.kept.get(line, (0, HANGS))
         if began < until:
             return response
         if began > self.under_way.setdefault(line, began) + PATIENCE:
