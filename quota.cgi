@@ -333,7 +333,6 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 
 
 # ---- --serve: HTTP without a web server ----
-#
 # http.server is not used: it takes 1.5 times as long, and splits a request at the bytes 85 and A0,
 # which are in names in UTF-8: another mailbox would be asked about.
 
@@ -368,8 +367,10 @@ class Server:
                 with connection:
                     is_friend = is_allowed(peer[0], self.allow)
                     send(connection, self.answer(receive(connection)) if is_friend else STRANGER)
-            except OSError:
-                pass  # the client has left, or was too slow
+            except ConnectionError:
+                pass  # the client has left
+            except OSError:  # it was too slow, or no descriptor is free: that must not spin
+                time.sleep(0.1)
 
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
@@ -424,8 +425,7 @@ def send(connection: socket.socket, response: Response) -> None:
     head = "".join(f"{name}: {value}\r\n" for name, value in fields)
     connection.setblocking(False)
     connection.sendall(f"HTTP/1.0 {status}\r\n{head}\r\n".encode() + body)
-    # A stranger's request was not read. Bytes that are unread at the close would reset the
-    # connection, and the answer would be lost.
+    # A stranger's request, left unread, would reset the connection, and he would get no answer.
     with contextlib.suppress(BlockingIOError):
         connection.recv(REQUEST_LENGTH)
 

@@ -3664,6 +3664,19 @@ def test_a_mailbox_whose_disk_hangs_holds_one_thread_of_serve(serving):
         assert first.result(60) == (200, JOHN) == get(serving.port, "u=john")
 
 
+def test_a_client_that_leaves_keeps_no_thread_of_serve_from_the_next_one(serving, monkeypatch):
+    """Strangers reset thousands of connections in a second."""
+    rests: list[float] = []
+    serving.module.time.sleep = rests.append
+
+    def leave(connection: socket.socket) -> bytes:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(serving.module, "receive", leave)
+    with socket.create_connection(("127.0.0.1", serving.port), 60) as client:
+        assert client.recv(1) == b"" and rests == []
+
+
 def test_an_answer_that_took_long_is_kept_for_a_minute(serving):
     serving.slow["john"] = 1.1
     for seconds, measured in (0, 1), (0, 1), (50, 1), (11, 2), (0, 2):
