@@ -347,6 +347,8 @@ def size_of(entry: os.DirEntry[bytes], field: bytes) -> int:
 
 # ---- Dovecot asked itself ----
 
+logged: list[str] = []  # what is logged once
+
 
 def ask_dovecot(question: Question) -> None:
     """Ask Dovecot for a user's quota. Raises NoSuchUser, Problem."""
@@ -368,6 +370,8 @@ def ask_dovecot(question: Question) -> None:
         for row in result:
             value = int(row["value"])
             limit = 0 if row["limit"] == "-" else int(row["limit"])
+            if value < 0 or limit < 0:
+                raise ValueError
             if 0 < limit <= value:
                 question.status = b"OVERQUOTA"
             if row["type"] == "STORAGE":  # in kilobytes
@@ -375,7 +379,7 @@ def ask_dovecot(question: Question) -> None:
                 figures.append((room, value << 10, limit << 10))
         # Of several quota roots the one with the least room counts.
         _, question.used, question.quota = min(figures)
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, RecursionError, TypeError, ValueError):
         raise Problem("Dovecot's answer has no quota of bytes", text[:200]) from None
     question.auto_grace = b"10%"
 
@@ -392,6 +396,9 @@ def post_to_doveadm(query: str, question: Question) -> bytes:
         why = "QUOTA_DOVEADM is not like http://127.0.0.1:8080/doveadm/v1: no https, no other path"
         raise Problem(why)
     key = question.contents("QUOTA_DOVEADM_KEY").partition(b"\n")[0].strip()
+    if os.stat(question.setting("QUOTA_DOVEADM_KEY")).st_mode & stat.S_IROTH and not logged:
+        logged.append("every user of this system may read the file QUOTA_DOVEADM_KEY")
+        log(logged[0])
     shown = "X-Dovecot-API " + base64.b64encode(key).decode()
     fields = {"Authorization": shown, "Content-Type": "application/json"}
     try:
@@ -401,7 +408,7 @@ def post_to_doveadm(query: str, question: Question) -> bytes:
             connection.request("POST", "/doveadm/v1", query, fields)
             response = connection.getresponse()
             text = response.read(DOVEADM_LENGTH)
-    except (OSError, OverflowError, http.client.HTTPException) as error:
+    except (OSError, OverflowError, ValueError, http.client.HTTPException) as error:
         raise Problem("Dovecot cannot be asked: see QUOTA_DOVEADM", repr(error)) from None
     if response.status != 200:
         why = f"Dovecot answers with status {response.status} (401: wrong key in QUOTA_DOVEADM_KEY)"
@@ -418,6 +425,7 @@ BAD_PATH = (
     " and else has only %d, %%, %1n and %1.2n"
 )
 HINT = ": in systemd and uWSGI each % is written twice"
+END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
 BAD_REQUEST = "400 Bad Request"
 FAILED = "500 Internal Server Error"
 
@@ -646,7 +654,7 @@ def respond(env: Env) -> Response:
         log(f"{error}, as user {os.geteuid()}, group {os.getegid()}")
     if not line:
         line = b"%s %s %d %d\n" % (question.status, question.user, question.used, question.quota)
-        if question.changed > 0:
+        if 0 < question.changed < END_OF_9999:
             date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(question.changed))
             fields.append(("Last-Modified", date))
     fields.append(("Content-Length", str(len(line))))

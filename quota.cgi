@@ -69,6 +69,7 @@ BAD_PATH = (
     " and else has only %d, %%, %1n and %1.2n"
 )
 HINT = ": in systemd and uWSGI each % is written twice"
+END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
 BAD_REQUEST = "400 Bad Request"
 FAILED = "500 Internal Server Error"
 
@@ -297,7 +298,7 @@ def respond(env: Env) -> Response:
         log(f"{error}, as user {os.geteuid()}, group {os.getegid()}")
     if not line:
         line = b"%s %s %d %d\n" % (question.status, question.user, question.used, question.quota)
-        if question.changed > 0:
+        if 0 < question.changed < END_OF_9999:
             date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(question.changed))
             fields.append(("Last-Modified", date))
     fields.append(("Content-Length", str(len(line))))

@@ -4160,7 +4160,15 @@ def doveadm_error(number: int) -> bytes:
 
 
 NO_FIGURES: list[tuple[object, object]] = [
-    *[("91", "error"), ("error", "100"), ("91", ""), ("1e3", "100"), (None, "100"), ("91", None)],
+    *[
+        ("91", "error"),
+        ("error", "100"),
+        ("91", ""),
+        ("-5", "100"),
+        ("1e3", "100"),
+        (None, "100"),
+        ("91", None),
+    ],
     ([], {}),
 ]
 NO_QUOTAS: list[object] = [
@@ -4197,6 +4205,7 @@ NO_DOVEADM: list[Any] = [
     *(raw(status, ROWS) for status in (b"401 No", b"500 Oops", b"302 Found", b"", b"200x")),
     raw(b"200 OK", b"OK john 5 100\n"),
     raw(b"200 OK", b"\xff\xfe\x00"),
+    *(raw(b"200 OK", b"[" * depth) for depth in (60_000, 1_000_000)),
     raw(b"200 OK", b" " * 1_000_000 + ROWS),
     *([(FINE[:length], 0)] for length in (0, 5, 30, 60, len(FINE) - 2)),
     [(FINE[:60], 0), (None, 0)],
@@ -4288,6 +4297,17 @@ def test_a_bad_setting_of_dovecots_service_says_so(name, value, named, dovecot):
     service.default = FINE
     got = ask_it(**{name: value})
     assert got.status == 500 and named in got.line and "/nonexistent" not in got.line
+
+
+def test_a_key_that_others_may_read_is_accepted_and_logged_once(dovecot, site, monkeypatch, capfd):
+    service, ask_it = dovecot
+    service.default = FINE
+    monkeypatch.setitem(CGIS, MAILDIR_CGI, load(MAILDIR_CGI))
+    assert ask_it().status == 200 and capfd.readouterr().err == ""
+    (site.folder / "key").chmod(0o644)
+    for times in 1, 0:
+        assert ask_it().status == 200
+        assert capfd.readouterr().err.count("QUOTA_DOVEADM_KEY") == times
 
 
 # ---- the house: what stands twice is equal ----
