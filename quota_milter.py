@@ -73,7 +73,6 @@ import tempfile
 import threading
 import time
 import urllib.parse
-import urllib.request
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn, Optional, Union
@@ -384,11 +383,10 @@ class Question:
 
     def attach(self, sock: socket.socket) -> None:
         """Note the connection, so that shut_down() finds it. Raises OSError."""
-        # A duplicate: TLS detaches the socket object that it wraps.
         with self.lock:
             if self.end_reason:
                 raise OSError(self.end_reason)
-            self.socket = sock.dup()
+            self.socket = sock.dup()  # TLS and http.client close the original when they like
 
     def detach(self) -> None:
         """Forget the connection, which the Client closes."""
@@ -406,55 +404,24 @@ class Question:
                     self.socket.shutdown(socket.SHUT_RDWR)
 
 
-class Connection(http.client.HTTPConnection):
-    """A TCP connection that is made within the time of one question."""
-
-    client: Client
-    question: Question
-
-    def connect(self) -> None:
-        """Connect to one of the host's addresses. Raises OSError, ValueError for a bad name.
-
-        The addresses and the answer share the time that is left. So an address that swallows
-        packets, such as IPv6 behind a filter, leaves enough for the next one. The address that
-        worked the last time comes first.
-        """
-        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        found.sort(key=lambda entry: entry[4] != self.client.last_address)
-        shares = len(found) + 1
-        for family, kind, protocol, _, address in found:
-            try:
-                self.sock = socket.socket(family, kind, protocol)
-                self.sock.settimeout(self.question.seconds_left() / shares)
-                self.sock.connect(address)
-                break
-            except OSError:
-                self.close()
-                shares -= 1
-                if shares == 1:  # the last address failed, too
-                    raise
-        self.client.last_address = address
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.question.attach(self.sock)
-
-
-class TLSConnection(http.client.HTTPSConnection, Connection):
-    """The same with TLS: HTTPSConnection.connect() calls Connection's, then wraps the socket."""
-
-
 class Client:
     """Asks one URL, over a connection of its own for each question.
 
     So bytes that come late, or too many, cannot be read as the answer to another question.
+    http.client uses no proxies and follows no redirects.
     """
 
     def __init__(self, url: str, context: ssl.SSLContext) -> None:
         parts = urllib.parse.urlsplit(url)
-        self.host = parts.netloc.rpartition("@")[2]
-        self.url = parts._replace(netloc=self.host, path=parts.path or "/", fragment="").geturl()
-        self.context = context
-        self.last_address: object = None  # the one that could be connected to last
-        self.headers = {"User-Agent": "quota_milter/" + VERSION}
+        host, path = parts.netloc.rpartition("@")[2], parts.path or "/"
+        self.name = f"{parts.scheme}://{host}{path}"  # for the log
+        self.target = path + (f"?{parts.query}&" if parts.query else "?")
+        self.context = context if parts.scheme == "https" else None
+        self.host = parts.hostname or ""
+        self.port = parts.port or (443 if self.context else 80)
+        self.last_address = ""  # the one that could be connected to last
+        self.headers = {"Host": host, "User-Agent": "quota_milter/" + VERSION}
+        self.headers["Connection"] = "close"
         if parts.username is not None:
             secret = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
             encoded = base64.b64encode(secret.encode()).decode()
@@ -462,50 +429,65 @@ class Client:
 
     def fetch(self, question: Question) -> Answer:
         """Send the question and read the answer. Whatever goes wrong raises Fault."""
-        if self.url.startswith("https:"):
-            connection: Connection = TLSConnection(self.host, context=self.context)
-        else:
-            connection = Connection(self.host)
-        connection.client, connection.question = self, question
-
-        def use_connection(host: str, **options: Any) -> Connection:
-            return connection
-
+        user, domain = (
+            urllib.parse.quote(name, safe="", errors="surrogateescape") for name in question.mailbox
+        )
+        query = f"u={user}&d={domain}" if domain else f"u={user}"
+        connection = http.client.HTTPConnection(self.host)
         try:
-            self.open_connection(connection)
-            # urllib's own opener would follow redirects, and use proxies of the environment.
-            handler = urllib.request.AbstractHTTPHandler()
-            with handler.do_open(use_connection, self.request(question.mailbox)) as response:
+            self.connect(connection, question)
+            connection.request("GET", self.target + query, headers=self.headers)
+            with connection.getresponse() as response:
                 return read_answer(response)
         except Fault:
             raise
-        except Exception as error:  # urllib's, http.client's and ssl's have no common base
-            raise Fault(str(getattr(error, "reason", "")) or repr(error)) from None
+        except Exception as error:  # what http.client and ssl raise has no common base
+            raise Fault(repr(error)) from None
         finally:
             connection.close()
             question.detach()
 
-    def open_connection(self, connection: Connection) -> None:
-        """Connect before the request, to tell a server out of reach from a bad answer.
+    def connect(self, connection: http.client.HTTPConnection, question: Question) -> None:
+        """Connect before the request: a server out of reach is no bad answer. Raises Unreachable.
 
-        The TLS handshake has the same timeout as the TCP connection. Raises Unreachable.
+        The TLS handshake has the same timeout as the TCP connection.
         """
         try:
-            connection.connect()
-            # From here on the question ends with its deadline, not with a timeout of the socket.
-            connection.sock.settimeout(connection.question.seconds_left() + 1)
+            connection.sock = self.open_socket(question)
+            question.attach(connection.sock)
+            if self.context:
+                connection.sock = self.context.wrap_socket(
+                    connection.sock, server_hostname=self.host
+                )
         except (OSError, ValueError) as error:
             hint = ": see --cafile" if isinstance(error, ssl.SSLCertVerificationError) else ""
             raise Unreachable(f"no connection: {error}{hint}") from None
+        # From here on the question ends with its deadline, not with a timeout of the socket.
+        connection.sock.settimeout(question.seconds_left() + 1)
 
-    def request(self, mailbox: Mailbox) -> urllib.request.Request:
-        """Make the request about a mailbox (README, Protocol)."""
-        user, domain = (urllib.parse.quote(n, safe="", errors="surrogateescape") for n in mailbox)
-        query = f"u={user}&d={domain}" if domain else f"u={user}"
-        url = self.url + ("&" if "?" in self.url else "?") + query
-        request = urllib.request.Request(url, headers=self.headers)
-        request.timeout = None  # the connection has its own
-        return request
+    def open_socket(self, question: Question) -> socket.socket:
+        """Connect to one of the host's addresses. Raises OSError, ValueError for a bad name.
+
+        The addresses and the answer share the time that is left. So an address that swallows
+        packets, such as IPv6 behind a filter, leaves enough for the next one. The address that
+        worked the last time comes first.
+        """
+        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        addresses = [str(entry[4][0]) for entry in found]
+        addresses.sort(key=lambda address: address != self.last_address)
+        left = len(addresses)
+        for address in addresses:
+            try:
+                share = question.seconds_left() / (left + 1)
+                sock = socket.create_connection((address, self.port), share)
+                break
+            except OSError:
+                left -= 1
+                if not left:
+                    raise
+        self.last_address = address
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
 
 
 def read_answer(response: http.client.HTTPResponse) -> Answer:
@@ -556,7 +538,7 @@ class Backend:
 
     def __init__(self, client: Client, options: Namespace, counters: Counters) -> None:
         self.client, self.counters = client, counters
-        self.name = client.url.partition("?")[0]  # for the log
+        self.name = client.name
         self.retry_after: float = options.retry_after  # seconds
         self.max_queries: int = options.max_queries
         self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
