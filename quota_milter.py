@@ -91,6 +91,7 @@ ANSWERS = 50_000  # mailboxes whose answers are remembered, in some 25 MB
 MOST_SKIPPED = 8  # tries to find a mailbox without mail in flight, which may be forgotten
 NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
+REVIEWS = 10  # in half of a question's time a session that waits looks so often whether to end it
 MOST_TIMEOUTS = 3  # different mailboxes in a row without an answer: then the backend is down
 HEADER_BYTES = 1024  # bytes that mail servers add to a message on its way: 500 to 1,500
 TABLE_QUERIES = 8  # postmap processes at a time; each runs for some five milliseconds
@@ -371,7 +372,6 @@ class Question:
         self.asked, self.deadline = asked, deadline
         self.half_time = (deadline - asked) / 2  # seconds
         self.begun = 0.0  # when a thread began to ask; 0: the question waits for its turn
-        self.next_review = asked + self.half_time  # when sessions that wait call Backend.review()
         # For all sessions that want to know.
         self.future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
         self.lock = threading.Lock()  # guards what follows
@@ -543,8 +543,7 @@ class Backend:
         self.max_queries: int = options.max_queries
         self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
         self.lock = threading.Lock()  # guards what follows
-        self.questions: dict[Mailbox, Question] = {}
-        self.waiting: list[Question] = []  # those that no thread has taken up, the newest last
+        self.questions: dict[Mailbox, Question] = {}  # under way, the newest last
         self.left_alone: dict[Mailbox, float] = {}  # mailboxes that ran out of time, until when
         self.latest_answered = 0.0  # the latest time at which a question began that has its answer
         self.answered_at = 0.0  # when the last answer came
@@ -558,12 +557,12 @@ class Backend:
         question = self.join_or_start(mailbox, deadline)
         while True:
             # A session that joined may have less time than the question has left.
-            moment = min(deadline, question.next_review)
+            left = max(0, deadline - time.monotonic())
             try:
-                return question.future.result(max(0, moment - time.monotonic()))
+                return question.future.result(min(left, question.half_time / REVIEWS))
             except concurrent.futures.TimeoutError:
-                self.review(question, moment)
-                if moment >= deadline and not question.future.done():
+                self.review(question)
+                if not left and not question.future.done():
                     raise Fault("no answer in time") from None
 
     def join_or_start(self, mailbox: Mailbox, deadline: float) -> Question:
@@ -587,18 +586,17 @@ class Backend:
                 self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
                 raise Fault(f"no thread for a question: {error}") from None
             self.questions[mailbox] = question
-            self.waiting.append(question)
-            self.make_room(now)
             return question
 
     def take_turn(self) -> None:
         """Send a question that waits and set its answer, in a thread of the pool."""
         with self.lock:
-            if not self.waiting:  # the question was ended meanwhile
+            waiting = [question for question in self.questions.values() if not question.begun]
+            if not waiting:  # the question was ended meanwhile
                 return
             # The next answer may take longer than the last one: twice as long is a safe guess.
-            oldest_may_fail = self.waiting[0].seconds_left() < 2 * self.answer_time
-            question = self.waiting.pop(-1 if oldest_may_fail else 0)
+            oldest_may_fail = waiting[0].seconds_left() < 2 * self.answer_time
+            question = waiting[-1 if oldest_may_fail else 0]
             question.begun = time.monotonic()
         fault: Optional[Fault] = None
         try:
@@ -615,7 +613,6 @@ class Backend:
                 self.record_failure(question, unreachable=str(fault))
             elif fault is None or isinstance(fault, BadAnswer):
                 self.record_answer(question, now)
-            self.make_room(now)
         if fault:
             question.future.set_exception(fault)
         else:
@@ -628,44 +625,32 @@ class Backend:
     def end(self, question: Question, why: str) -> None:
         """End a question without an answer. The lock is held."""
         del self.questions[question.mailbox]
-        if not question.begun:
-            self.waiting.remove(question)
         question.shut_down(why)
         question.future.set_exception(Fault(why))
 
-    def review(self, question: Question, moment: float) -> None:
+    def review(self, question: Question) -> None:
         """End a question that has no turn by half of its time, or no answer by its deadline.
 
-        In between, when it was sent half of its time ago, make_room() may end it.
+        If others wait for a thread, end one that was overtaken, too.
         """
-        now = max(moment, time.monotonic())  # a timer may be a little early
+        now = time.monotonic()
         with self.lock:
-            if not self.is_under_way(question) or now < question.next_review:
+            if not self.is_under_way(question):
                 return
             if not question.begun:
-                self.end(question, NO_TURN)
+                if now >= question.asked + question.half_time:
+                    self.end(question, NO_TURN)
             elif now >= question.deadline:
                 self.end(question, f"no answer within {round(2 * question.half_time, 1):g} s")
                 self.leave_alone(question.mailbox, now)
                 self.record_failure(question)
-            else:
-                had_half = question.begun + question.half_time
-                is_next = now < had_half < question.deadline
-                question.next_review = had_half if is_next else question.deadline
-                self.make_room(now)
-
-    def make_room(self, now: float) -> None:
-        """End questions that hang, as many as wait for a thread. The lock is held."""
-        hanging = [
-            question
-            for question in self.questions.values()
-            if 0 < question.begun <= now - question.half_time
-            and question.begun < self.latest_answered
-        ]
-        without_thread = max(0, len(self.questions) - self.max_queries)
-        for question in hanging[:without_thread]:
-            self.end(question, OVERTAKEN)
-            self.leave_alone(question.mailbox, now)
+            elif (
+                len(self.questions) > self.max_queries
+                and now >= question.begun + question.half_time
+                and question.begun < self.latest_answered
+            ):
+                self.end(question, OVERTAKEN)
+                self.leave_alone(question.mailbox, now)
 
     def leave_alone(self, mailbox: Mailbox, now: float) -> None:
         """Do not ask about a mailbox for a while. The lock is held."""

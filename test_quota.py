@@ -2348,22 +2348,6 @@ def test_after_a_stall_of_all_questions_those_that_wait_get_their_turn(site):
         assert {session.reply()[:3] for session in sessions[2:]} == {"452"}
 
 
-def test_a_question_whose_turn_came_late_ends_at_its_deadline_all_the_same():
-    """On a busy machine a turn may come after half of the time, before a session has looked."""
-    module, ends = load(MILTER), threading.Event()
-    options = module.read_options([])
-    policy = module.Policy(options, module.Ledger(options), module.Counters())
-    (backend,) = policy.backends.values()
-    backend.client.fetch = lambda question: ends.wait(60)
-    question = backend.join_or_start(module.Mailbox("john", ""), time.monotonic() + 600)
-    wait_for(lambda: question.begun, "its turn")
-    question.begun = question.asked + 310
-    for moment in question.asked + 301, question.deadline:
-        backend.review(question, moment)
-    assert isinstance(question.future.exception(0), module.Fault) and not backend.questions
-    ends.set()
-
-
 @pytest.mark.parametrize("pause", [1, 2.5])
 def test_a_question_that_was_overtaken_makes_room_for_others_after_half_its_time(pause, site):
     held = Gate(FREE)
