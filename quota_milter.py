@@ -623,8 +623,15 @@ class Backend:
         return self.questions.get(question.mailbox) is question
 
     def end(self, question: Question, why: str) -> None:
-        """End a question without an answer. The lock is held."""
+        """End a question without an answer. If it was sent, its mailbox is left alone for a while.
+
+        The lock is held.
+        """
         del self.questions[question.mailbox]
+        if question.begun:
+            now = time.monotonic()
+            self.left_alone = {m: until for m, until in self.left_alone.items() if until > now}
+            self.left_alone[question.mailbox] = now + self.retry_after
         question.shut_down(why)
         question.future.set_exception(Fault(why))
 
@@ -642,7 +649,6 @@ class Backend:
                     self.end(question, NO_TURN)
             elif now >= question.deadline:
                 self.end(question, f"no answer within {round(2 * question.half_time, 1):g} s")
-                self.leave_alone(question.mailbox, now)
                 self.record_failure(question)
             elif (
                 len(self.questions) > self.max_queries
@@ -650,12 +656,6 @@ class Backend:
                 and question.begun < self.latest_answered
             ):
                 self.end(question, OVERTAKEN)
-                self.leave_alone(question.mailbox, now)
-
-    def leave_alone(self, mailbox: Mailbox, now: float) -> None:
-        """Do not ask about a mailbox for a while. The lock is held."""
-        self.left_alone = {m: until for m, until in self.left_alone.items() if until > now}
-        self.left_alone[mailbox] = now + self.retry_after
 
     def record_answer(self, question: Question, now: float) -> None:
         """Close the breaker: the backend works. The lock is held."""
@@ -988,9 +988,6 @@ class Table:
     """A Postfix table, which is asked with `postmap -q` in the session's own thread."""
 
     turns: ClassVar[threading.Semaphore] = threading.Semaphore(TABLE_QUERIES)  # of all tables
-    starting: ClassVar[threading.Lock] = threading.Lock()  # guards what follows
-    running: ClassVar[set[subprocess.Popen[bytes]]] = set()
-    is_closed: ClassVar[bool] = False  # the program ends
 
     def __init__(self, name: str, cache_ttl: float) -> None:
         self.name, self.cache_ttl = name, cache_ttl  # seconds
@@ -1025,54 +1022,28 @@ class Table:
         """
         if not Table.turns.acquire(timeout=max(0, deadline - time.monotonic()) / 2):
             raise Fault(f"table {self.name}: too many others are asked")
+        path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
+        command = [shutil.which("postmap", path=path) or "postmap", "-q", "-", self.name]
         try:
             # The keys go in on standard input: as an argument the key `-` would mean that.
             asked = "".join(key + "\n" for key in keys).encode()
-            status, output, errors = self.run_postmap(asked, deadline)
+            left = max(0, deadline - time.monotonic())
+            done = subprocess.run(command, input=asked, capture_output=True, timeout=left)
+        except subprocess.TimeoutExpired:
+            raise Fault(f"table {self.name} gave no answer in time") from None
         except OSError as error:
             raise Fault(f"postmap cannot be run: {error}") from None
         finally:
             Table.turns.release()
         # "Not found" and a fault both end with status 1, but only a fault says why.
-        complaint = re.search(rb"postmap: fatal: (.*)", errors)
-        if status and (complaint or status != 1):
+        complaint = re.search(rb"postmap: fatal: (.*)", done.stderr)
+        if done.returncode and (complaint or done.returncode != 1):
             text = complaint[1] if complaint else b"postmap failed"
             raise Fault(f"table {self.name}: {text.decode('utf-8', 'replace')}")
-        lines = output.decode("utf-8", "replace").splitlines()
+        lines = done.stdout.decode("utf-8", "replace").splitlines()
         if any("\t" not in line for line in lines):  # a value of several lines is no mailbox
             return {keys[0]: NO_MAILBOX}
         return dict(line.split("\t", 1) for line in lines)
-
-    def run_postmap(self, asked: bytes, deadline: float) -> tuple[int, bytes, bytes]:
-        """Run `postmap -q -`; return its status, output and errors. Raises OSError, Fault."""
-        path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
-        command = [shutil.which("postmap", path=path) or "postmap", "-q", "-", self.name]
-        pipe = subprocess.PIPE
-        with Table.starting:
-            if Table.is_closed:
-                raise Fault("the program ends")
-            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
-            Table.running.add(process)
-        try:
-            output, errors = process.communicate(asked, max(0, deadline - time.monotonic()))
-            return process.returncode, output, errors
-        except subprocess.TimeoutExpired:
-            raise Fault(f"table {self.name} gave no answer in time") from None
-        finally:
-            # Only KILL ends it: libmilter's threads block TERM, and a child inherits that.
-            process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.5)
-            with Table.starting:
-                Table.running.discard(process)
-
-    @classmethod
-    def close(cls) -> None:
-        """End all postmaps, which would outlive the program, and start no others."""
-        with cls.starting:
-            cls.is_closed = True
-            for process in cls.running:
-                process.kill()
 
 
 def external(name: str) -> str:
@@ -1921,7 +1892,6 @@ def serve(service: Service, where: str) -> int:
     # A log that nobody reads must not hold up the end.
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(status))
     signal.setitimer(signal.ITIMER_REAL, STOPPING)
-    Table.close()
     with contextlib.suppress(OSError):  # "" is no path
         os.unlink(path)
     service.write_metrics()
