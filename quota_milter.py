@@ -60,16 +60,15 @@ import itertools
 import logging
 import logging.handlers
 import os
+import pathlib
 import queue
 import re
 import resource
 import shutil
 import socket
 import ssl
-import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.parse
@@ -88,7 +87,6 @@ DEFAULT_BACKEND = "http://127.0.0.1:8025/cgi-bin/quota.cgi"
 ANSWER_LENGTH = 4096  # bytes read of an answer: the longest line is far below
 TOO_LARGE = 1 << 63  # bytes; a server that prints a negative sum as unsigned gives this or more
 ANSWERS = 50_000  # mailboxes whose answers are remembered, in some 25 MB
-MOST_SKIPPED = 8  # tries to find a mailbox without mail in flight, which may be forgotten
 NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
 REVIEWS = 10  # in half of a question's time a session that waits looks so often whether to end it
@@ -689,9 +687,9 @@ class Account:
 
     __slots__ = ("answer", "before", "since", "recent")
 
-    def __init__(self, answer: Optional[Answer] = None, before: int = 0) -> None:
-        self.answer = answer
-        self.before = before  # bytes in flight when the answer's question was sent
+    def __init__(self) -> None:
+        self.answer: Optional[Answer] = None
+        self.before = 0  # bytes in flight when the answer's question was sent
         self.since = 0  # bytes accepted since then
         # When each message of the last minutes was accepted, and its bytes. It may have arrived.
         self.recent: tuple[tuple[float, int], ...] = ()
@@ -783,41 +781,35 @@ class Ledger:
     def remember(self, mailbox: Mailbox, answer: Answer) -> Finding:
         """Keep an answer, unless a newer one is there, and give what is known now."""
         with self.lock:
-            account = self.touch(mailbox, Account())
+            account = self.touch(mailbox)
             if account.answer is None or account.answer.at < answer.at:
                 account.learn(answer, self.options.in_flight)
             return Finding(account.answer, account.in_flight)
 
-    def accept(self, mailbox: Mailbox, size: int, at_rcpt: Finding) -> None:
+    def accept(self, mailbox: Mailbox, size: int) -> None:
         """Count a message of `size` bytes as in flight."""
         if self.options.in_flight <= 0:
             return
         size *= self.options.frontends
         with self.lock:
             now = time.monotonic()
-            # If the account was forgotten since RCPT, as many other mailboxes came, it is put back.
-            account = self.touch(mailbox, Account(at_rcpt.answer, at_rcpt.in_flight))
+            account = self.touch(mailbox)
             account.since += size
             # learn() looks back from the time of a question, which is --timeout ago at most.
             earliest = now - self.options.in_flight - self.options.timeout
             old = bisect.bisect(account.recent, (earliest, 0))
             account.recent = (*account.recent[old:], (now, size))
 
-    def touch(self, mailbox: Mailbox, new: Account) -> Account:
-        """Return the account of a mailbox, which is `new` if there is none. The lock is held.
+    def touch(self, mailbox: Mailbox) -> Account:
+        """Return the account of a mailbox, which may be a new one. The lock is held.
 
-        If there are too many, the one that has not changed for longest is forgotten. Accounts with
-        mail that may be in flight go to the end instead: that mail would be counted nowhere.
+        If there are too many, the one that has not changed for longest is forgotten. Mail in flight
+        to it would be, too, if so many mailboxes changed within --in-flight.
         """
-        account = self.accounts.pop(mailbox, new)
+        account = self.accounts.pop(mailbox, None) or Account()
         self.accounts[mailbox] = account
-        for _ in range(MOST_SKIPPED):
-            if len(self.accounts) <= ANSWERS:
-                break
-            oldest = next(iter(self.accounts))
-            unused = self.accounts.pop(oldest)
-            if unused.sum_up(time.monotonic() - self.options.in_flight - self.options.timeout):
-                self.accounts[oldest] = unused  # it is the last now
+        if len(self.accounts) > ANSWERS:
+            del self.accounts[next(iter(self.accounts))]
         return account
 
     def gauges(self) -> dict[str, int]:
@@ -905,11 +897,10 @@ class AliasFile:
 
     def stamp(self) -> object:
         """Return what differs after each change of the file."""
-        try:
+        with contextlib.suppress(OSError):
             status = os.stat(self.name)
-        except OSError as error:
-            return error.errno
-        return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
+            return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
+        return None
 
     def refresh(self) -> None:
         """Read the file again if it has changed; if it cannot be read the old names stay.
@@ -958,7 +949,7 @@ def read_lines(path: str) -> list[str]:
 
     Raises OSError, ValueError.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("not a file")
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         text = file.read()
@@ -1316,9 +1307,9 @@ class Policy:
                     refusals.append((decision, verdict, finding))
             is_accepted = message.others_passed or len(refusals) < len(message.passed)
             if is_accepted or self.options.dry_run:
-                for mailbox, decision in message.passed.items():
-                    size = (message.size + HEADER_BYTES) * len(message.copies[mailbox])
-                    self.ledger.accept(mailbox, size, decision.finding)
+                for mailbox, copies in message.copies.items():
+                    size = (message.size + HEADER_BYTES) * len(copies)
+                    self.ledger.accept(mailbox, size)
         if is_accepted:
             return None
         decision, verdict, finding = refusals[0]
@@ -1328,10 +1319,9 @@ class Policy:
     def since_rcpt(self, mailbox: Mailbox, at_rcpt: Finding) -> Finding:
         """Return what is known of a mailbox now; another session may have asked since RCPT."""
         now = self.ledger.look(mailbox)
-        if now.answer and now.answer is not at_rcpt.answer:
-            return now
-        in_flight = max(now.in_flight, at_rcpt.in_flight)
-        return Finding(at_rcpt.answer, in_flight, at_rcpt.cached, at_rcpt.fault)
+        if now.answer is None or now.answer is at_rcpt.answer:
+            return at_rcpt._replace(in_flight=now.in_flight)
+        return now
 
 
 # ---- Counters: what has happened ----
@@ -1432,16 +1422,11 @@ def write_whole(path: str, text: str) -> None:
     """Replace a file by one that nobody ever sees half. Raises OSError."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError("it is no file")
-    folder, name = os.path.split(os.path.abspath(path))
-    file, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
-    try:
-        with open(file, "w") as stream:
-            stream.write(text)
-            os.fchmod(file, 0o644)
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
+    new = path + ".new"
+    with open(new, "w") as stream:
+        stream.write(text)
+        os.fchmod(stream.fileno(), 0o644)
+    os.replace(new, path)
 
 
 # ---- QuotaMilter: the callbacks of libmilter ----
@@ -1474,11 +1459,7 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
     def envrcpt(self, recipient: str, *parameters: str) -> int:
         """Ask about a recipient, and let him through or answer why not."""
         policy = self.service.policy
-        try:
-            decision = policy.decide(recipient, self.message, self.resolved(recipient))
-        except Exception:  # a bug here lets him through, and so the whole message
-            self.message.others_passed = True
-            raise
+        decision = policy.decide(recipient, self.message, self.resolved(recipient))
         if decision.reply is None:
             self.message.let_through(decision)
         return self.finish(decision, "rcpt", policy)
@@ -1841,24 +1822,20 @@ def log_to(syslog: bool) -> Iterator[None]:
 
 
 def prepare_socket(where: str) -> str:
-    """Check that a socket can be listened on and remove a stale one; return its path.
+    """Remove a stale unix socket, and see whether one can be listened on; return its path, or "".
 
-    Raises OSError.
+    Libmilter would not say why it cannot listen. Raises OSError.
     """
     kind, _, path = where.partition(":")
     port, _, host = path.partition("@")
     family = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get(kind, socket.AF_UNIX)
     path = path if family == socket.AF_UNIX else ""
-    with socket.socket(family) as probe:
-        if path and os.path.lexists(path):
-            if not stat.S_ISSOCK(os.stat(path).st_mode):
-                raise OSError("it is no socket")
+    if pathlib.Path(path).is_socket():
+        with socket.socket(family) as probe:
             probe.settimeout(1)
-            result = probe.connect_ex(path)
-            if result != errno.ECONNREFUSED:
-                raise OSError(os.strerror(result) if result else "somebody answers there")
-            os.unlink(path)
-    with socket.socket(family) as probe:  # libmilter would not say why it cannot listen
+            if probe.connect_ex(path) == errno.ECONNREFUSED:  # nobody listens there
+                os.unlink(path)
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(path or (host.strip("[]"), int(port)))
     if path:
