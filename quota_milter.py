@@ -89,7 +89,7 @@ TOO_LARGE = 1 << 63  # bytes; a server that prints a negative sum as unsigned gi
 ANSWERS = 50_000  # mailboxes whose answers are remembered, in some 25 MB
 NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
-REVIEWS = 10  # in half of a question's time a session that waits looks so often whether to end it
+REVIEWS = 20  # in half of a question's time a session that waits looks so often whether to end it
 MOST_TIMEOUTS = 3  # different mailboxes in a row without an answer: then the backend is down
 HEADER_BYTES = 1024  # bytes that mail servers add to a message on its way: 500 to 1,500
 TABLE_QUERIES = 8  # postmap processes at a time; each runs for some five milliseconds
@@ -286,12 +286,10 @@ class Answer(NamedTuple):
 
     @property
     def usage(self) -> Optional[int]:
-        """The bytes used, if they are known.
-
-        Some servers answer for a mailbox that does not exist yet with a quota and no size: 0 bytes.
-        """
+        """The bytes used, if they are known."""
         if self.status == "UNKNOWN":
             return None
+        # Of a mailbox that does not exist yet some servers give a quota and no size.
         return 0 if self.used is None and self.quota is not None else self.used
 
     @property
@@ -431,7 +429,7 @@ class Client:
             urllib.parse.quote(name, safe="", errors="surrogateescape") for name in question.mailbox
         )
         query = f"u={user}&d={domain}" if domain else f"u={user}"
-        connection = http.client.HTTPConnection(self.host)
+        connection = http.client.HTTPConnection(self.host, self.port)
         try:
             self.connect(connection, question)
             connection.request("GET", self.target + query, headers=self.headers)
@@ -514,18 +512,16 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
 class Backend:
     """Asks a backend at most `max_queries` questions at a time, each until its deadline.
 
-    All sessions that ask about a mailbox share one question, whose deadline is that of the first. A
-    question that no thread took up in the first half of its time is ended. So a question that was
-    sent had about half of its time, and if it times out, that says something of the backend. The
-    oldest question is sent next. But if answers are so slow that the oldest may run out of time,
-    the newest is: otherwise, under overload, all questions would be sent too late.
+    All sessions that ask about a mailbox share one question, whose deadline is that of the first.
+    The oldest question is sent next. But if answers are so slow that the oldest may run out of
+    time, the newest is: otherwise, under overload, all questions would be sent too late.
 
-    At the deadline a session that waits ends the question: it shuts the connection down, and the
-    thread that reads from it is free. The mailbox is left alone for `retry_after` seconds.
-
-    If other questions wait for a thread, a question is ended early when both are true: it was sent
-    half of its time ago, and a question that was sent later has its answer. Then the backend works,
-    and this mailbox hangs.
+    The sessions end a question that no thread took up in the first half of its time. So each that
+    was sent had about half of its time, and if it times out, that says something of the backend.
+    They end a question at its deadline, too. And if others wait for a thread, one that was sent
+    half of its time ago, while a later one has its answer: the backend works, this mailbox hangs.
+    The connection is shut down then, which frees the thread, and the mailbox is left alone for
+    `retry_after` seconds.
 
     The circuit breaker: a backend is down if it cannot be reached, or if questions about three
     mailboxes timed out since its last answer. It is left alone for `retry_after` seconds. Then one
@@ -621,12 +617,9 @@ class Backend:
         return self.questions.get(question.mailbox) is question
 
     def end(self, question: Question, why: str) -> None:
-        """End a question without an answer. If it was sent, its mailbox is left alone for a while.
-
-        The lock is held.
-        """
+        """End a question without an answer. The lock is held."""
         del self.questions[question.mailbox]
-        if question.begun:
+        if question.begun:  # its mailbox is left alone for a while
             now = time.monotonic()
             self.left_alone = {m: until for m, until in self.left_alone.items() if until > now}
             self.left_alone[question.mailbox] = now + self.retry_after
@@ -634,10 +627,7 @@ class Backend:
         question.future.set_exception(Fault(why))
 
     def review(self, question: Question) -> None:
-        """End a question that has no turn by half of its time, or no answer by its deadline.
-
-        If others wait for a thread, end one that was overtaken, too.
-        """
+        """End a question if it is time, as the class says."""
         now = time.monotonic()
         with self.lock:
             if not self.is_under_way(question):
@@ -665,11 +655,8 @@ class Backend:
         self.latest_answered = max(self.latest_answered, question.begun)
 
     def record_failure(self, question: Question, unreachable: str = "") -> None:
-        """Open the breaker if the backend is unreachable, or if this was one timeout too many.
-
-        It stays closed if there was an answer since the question was asked. The lock is held.
-        """
-        if self.answered_at >= question.asked:
+        """Open the breaker if there is reason for it. The lock is held."""
+        if self.answered_at >= question.asked:  # it works
             return
         self.timed_out.add(question.mailbox)
         if unreachable or self.is_down or len(self.timed_out) >= MOST_TIMEOUTS:
@@ -756,17 +743,12 @@ class Ledger:
             return Finding(account.answer, account.in_flight, cached=account.answer is not None)
 
     def is_fresh(self, finding: Finding, sources: Iterable[str]) -> bool:
-        """Say whether an answer may be used again without a new question.
-
-        An answer of a backend that is not in `sources` may not: a reload has removed the backend.
-        While mail is in flight an answer is used no longer than --in-flight: only a new one shows
-        what has arrived.
-        """
+        """Say whether an answer of one of these backends may be used again."""
         answer = finding.answer
-        if answer is None or answer.source not in sources:
+        if answer is None or answer.source not in sources:  # a reload has removed the backend
             return False
         ttl: float = self.options.cache_ttl
-        if finding.in_flight:
+        if finding.in_flight:  # only a new answer shows what has arrived
             ttl = min(ttl, self.options.in_flight)
         return time.monotonic() - answer.at < ttl
 
@@ -801,14 +783,10 @@ class Ledger:
             account.recent = (*account.recent[old:], (now, size))
 
     def touch(self, mailbox: Mailbox) -> Account:
-        """Return the account of a mailbox, which may be a new one. The lock is held.
-
-        If there are too many, the one that has not changed for longest is forgotten. Mail in flight
-        to it would be, too, if so many mailboxes changed within --in-flight.
-        """
+        """Return the account of a mailbox, which may be a new one. The lock is held."""
         account = self.accounts.pop(mailbox, None) or Account()
         self.accounts[mailbox] = account
-        if len(self.accounts) > ANSWERS:
+        if len(self.accounts) > ANSWERS:  # forget the one that has not changed for longest
             del self.accounts[next(iter(self.accounts))]
         return account
 
@@ -905,8 +883,7 @@ class AliasFile:
     def refresh(self) -> None:
         """Read the file again if it has changed; if it cannot be read the old names stay.
 
-        It is called every second. A file is read when its stamp was the same twice in a row: before
-        that it may be only half written.
+        It is called every second. A file that has changed since the last time may be half written.
         """
         before, self.last_stamp = self.last_stamp, self.stamp()
         if self.last_stamp == self.read_stamp or self.last_stamp != before:
@@ -945,10 +922,7 @@ class AliasFile:
 
 
 def read_lines(path: str) -> list[str]:
-    """Read a text file, but nothing that could keep the reader waiting, such as a FIFO.
-
-    Raises OSError, ValueError.
-    """
+    """Read a text file, but no FIFO, which could hang. Raises OSError, ValueError."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("not a file")
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -1006,11 +980,8 @@ class Table:
         return {keys[key]: found[key] for key in reversed(asked) if key in found}
 
     def look_up(self, keys: Sequence[str], deadline: float) -> dict[str, str]:
-        """Ask postmap for some keys until the deadline. Raises Fault.
-
-        As with a backend, a turn comes in the first half of the time or not at all: a postmap that
-        starts late would only be ended.
-        """
+        """Ask postmap for some keys until the deadline. Raises Fault."""
+        # As with a backend, a turn comes in the first half of the time or not at all.
         if not Table.turns.acquire(timeout=max(0, deadline - time.monotonic()) / 2):
             raise Fault(f"table {self.name}: too many others are asked")
         path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
@@ -1066,12 +1037,9 @@ class Aliases(NamedTuple):
         return None  # names that stand for each other
 
     def follow(self, address: Address, deadline: float) -> Optional[Address]:
-        """Return what an address stands for, which may be itself; None for no single mailbox.
-
-        Raises Fault.
-        """
+        """Return what an address stands for, itself or None: no single mailbox. Raises Fault."""
         for value in self.rules(address, deadline):
-            target = TARGET.fullmatch(value) if len(value) <= ANSWER_LENGTH else None
+            target = TARGET.fullmatch(value)
             if not target:
                 return None
             text = external(address.local + target[1]) if target[1][0] == "@" else target[1]
@@ -1141,11 +1109,7 @@ class Message:
 
 
 class Policy:
-    """Decides about recipients and messages, by one set of options.
-
-    Their values are what OPTIONS makes of the text: `cafile` is a context, `aliases` are files that
-    were read and names of tables, `backend` are pairs of domains and a URL.
-    """
+    """Decides about recipients and messages, by one set of options."""
 
     def __init__(self, options: Namespace, ledger: Ledger, counters: Counters) -> None:
         self.options, self.ledger, self.counters = options, ledger, counters
@@ -1186,21 +1150,16 @@ class Policy:
                 by_domain[domain].append(self.backends[url])
         return {domain: Mailboxes(found, self.ledger) for domain, found in by_domain.items()}
 
-    def is_served(self, domain: str) -> bool:
-        """Say whether a domain has a backend."""
-        return domain in self.mailboxes or None in self.mailboxes
-
     def decide(self, recipient: str, message: Message, resolved: str = "") -> Decision:
         """Decide about a recipient of a message, within --timeout.
 
         `resolved` is the address that the MTA has made of the recipient, if that is another one.
-        The reply names the one that was given.
         """
         start = time.monotonic()
         deadline = start + self.options.timeout
         given = address = self.parse_address(recipient)
         if resolved:
-            address = self.parse_address(resolved)._replace(given=given.given)
+            address = self.parse_address(resolved)._replace(given=given.given)  # for the reply
         target, finding = None, Finding()
         try:
             is_trusted = message.is_authenticated and not self.options.check_authenticated
@@ -1231,10 +1190,7 @@ class Policy:
         return not re.search(r"[\s(),:;<>]", address.name)
 
     def find_target(self, address: Address, deadline: float) -> tuple[Optional[Address], str]:
-        """Return the address whose mailbox is to be asked about; if there is none, the verdict.
-
-        Its domain has a backend. Raises Fault.
-        """
+        """Return the address whose mailbox is asked about; for none, a verdict. Raises Fault."""
         if not address.can_exist:
             return None, "empty"
         target = self.aliases.resolve(address, deadline)
@@ -1242,13 +1198,11 @@ class Policy:
             return None, "alias"
         if target is not address and self.is_exempt(target):
             return None, "exempt"
-        return (target, "") if self.is_served(target.domain) else (None, "nobackend")
+        is_served = target.domain in self.mailboxes or None in self.mailboxes
+        return (target, "") if is_served else (None, "nobackend")
 
     def judge(self, finding: Finding, size: int, copies: int) -> str:
-        """Judge a message of `size` bytes (0: not known) by what is known of a mailbox.
-
-        `copies` is how many copies of it the mailbox gets.
-        """
+        """Judge copies of `size` bytes each (0: not known) by what is known of a mailbox."""
         answer = finding.answer
         if answer is None:
             return "fault"
@@ -1268,11 +1222,9 @@ class Policy:
         return "inactive" if self.is_inactive(finding, answer) else "overquota"
 
     def is_inactive(self, finding: Finding, answer: Answer) -> bool:
-        """Say whether a mailbox is full, and nothing has changed it for --inactive-after days.
-
-        A mailbox that merely has too little room for this message is not inactive.
-        """
+        """Say whether a mailbox is full, and nothing has changed it for --inactive-after days."""
         days: float = self.options.inactive_after
+        # It may merely have too little room for this message.
         has_room = answer.status == "OK" and (answer.usage or 0) < (answer.quota or 0)
         if not days or has_room or finding.in_flight or finding.fault:
             return False
@@ -1280,13 +1232,9 @@ class Policy:
         return changed is not None and time.time() - changed > days * DAY
 
     def reply(self, verdict: str, finding: Finding, address: Address) -> Optional[Reply]:
-        """Return the reply to a verdict, None to let the recipient through.
-
-        A permanent reply needs a fresh answer. While the backend fails, it becomes a temporary
-        one.
-        """
+        """Return the reply to a verdict, None to let the recipient through."""
         template = self.replies.get(verdict)
-        if template and template.is_permanent and finding.fault:
+        if template and template.is_permanent and finding.fault:  # that needs a fresh answer
             template = CANNOT_CHECK if verdict == "unknown" else DEFERRED
         return template and template.to(address.given)
 
@@ -1574,8 +1522,7 @@ def alias_source(text: str) -> Union[AliasFile, str]:
     try:
         return AliasFile(text)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ArgumentTypeError(f"{text} cannot be read: {reason}") from None
+        raise ArgumentTypeError(f"{text} cannot be read: {error}") from None
 
 
 def trust(file: str) -> ssl.SSLContext:
@@ -1661,13 +1608,10 @@ def option_parser() -> OptionParser:
 
 
 def read_options(arguments: Sequence[str]) -> Namespace:
-    """Read the command line and the files that it names. Raises BadOptions.
-
-    argparse gets one line of a file at a time, so that an error can name file and line.
-    """
+    """Read the command line and the files that it names. Raises BadOptions."""
     parser = option_parser()
     options = parser.parse_args([])
-    for where, words in option_lines(arguments):
+    for where, words in option_lines(arguments):  # one by one: an error names file and line
         try:
             parser.parse_args(words, options)
             asked = [(d, url) for domains, url in options.backend for d in domains]
@@ -1762,8 +1706,7 @@ class Service:
     def reload(self) -> None:
         """Read options and aliases again into a new Policy; bad ones change nothing.
 
-        Open sessions stay, and so do the answers, what is in flight and the counters. The breakers
-        of the backends begin anew. Questions under way finish in the old backends.
+        Questions under way finish in the old backends. The breakers of the new ones begin anew.
         """
         try:
             options = read_options(self.arguments)
@@ -1822,9 +1765,9 @@ def log_to(syslog: bool) -> Iterator[None]:
 
 
 def prepare_socket(where: str) -> str:
-    """Remove a stale unix socket, and see whether one can be listened on; return its path, or "".
+    """Remove a stale unix socket, and bind once: libmilter would not say what is wrong.
 
-    Libmilter would not say why it cannot listen. Raises OSError.
+    Return the path of a unix socket, else "". Raises OSError.
     """
     kind, _, path = where.partition(":")
     port, _, host = path.partition("@")
