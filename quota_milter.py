@@ -74,7 +74,7 @@ import time
 import urllib.parse
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, NoReturn, Optional, Union
+from typing import Any, NamedTuple, NoReturn, Optional, Union
 
 try:
     import Milter
@@ -92,7 +92,7 @@ LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that
 REVIEWS = 20  # in half of a question's time a session that waits looks so often whether to end it
 MOST_TIMEOUTS = 3  # different mailboxes in a row without an answer: then the backend is down
 HEADER_BYTES = 1024  # bytes that mail servers add to a message on its way: 500 to 1,500
-TABLE_QUERIES = 8  # postmap processes at a time; each runs for some five milliseconds
+TABLE_TURNS = threading.Semaphore(8)  # for all postmaps; each runs for some five milliseconds
 TABLE_RESULTS = 10_000  # names whose result a table remembers, in some 10 MB
 REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RFC 5321, 4.5.3.1.5)
 BACKLOG = 1024  # connections that wait to be accepted; libmilter's 20 are few for a burst
@@ -109,9 +109,8 @@ TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
 INACTIVE = "550 5.2.2 Mailbox of {address} is full and not in use"
 
 REFUSED = ("overquota", "toolarge", "inactive")  # verdicts: there is no room for the message
-# For the last four no backend is asked. empty: no name, or one too long for a mailbox. exempt:
-# --exempt, or an authenticated client. alias: leads to none or to several mailboxes. nobackend: no
-# --backend serves the domain.
+# For the last four no backend is asked. empty: no name, or one too long. exempt: --exempt, or an
+# authenticated client. alias: none or several mailboxes. nobackend: none serves the domain.
 VERDICTS = ("ok", *REFUSED, "unknown", "fault", "empty", "exempt", "alias", "nobackend")
 
 DOWN = "the backend is down and is left alone for a while"
@@ -368,7 +367,6 @@ class Question:
         self.asked, self.deadline = asked, deadline
         self.half_time = (deadline - asked) / 2  # seconds
         self.begun = 0.0  # when a thread began to ask; 0: the question waits for its turn
-        # For all sessions that want to know.
         self.future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
         self.lock = threading.Lock()  # guards what follows
         self.end_reason = ""  # why it was ended before there was an answer
@@ -527,7 +525,7 @@ class Backend:
     mailboxes timed out since its last answer. It is left alone for `retry_after` seconds. Then one
     question tries it.
 
-    A question has ended exactly when it is no longer in `questions`.
+    A question is in `questions` exactly until its future is done.
     """
 
     def __init__(self, client: Client, options: Namespace, counters: Counters) -> None:
@@ -600,21 +598,17 @@ class Backend:
         now = time.monotonic()
         self.counters.record_question(self.name, now - question.begun, fault is not None)
         with self.lock:
-            if not self.is_under_way(question):  # what came may be cut short
+            if question.future.done():  # it was ended: what came may be cut short
                 return
             del self.questions[question.mailbox]
             if isinstance(fault, Unreachable):
                 self.record_failure(question, unreachable=str(fault))
             elif fault is None or isinstance(fault, BadAnswer):
                 self.record_answer(question, now)
-        if fault:
-            question.future.set_exception(fault)
-        else:
-            question.future.set_result(answer)
-
-    def is_under_way(self, question: Question) -> bool:
-        """Say whether a question has not ended. The lock is held."""
-        return self.questions.get(question.mailbox) is question
+            if fault:
+                question.future.set_exception(fault)
+            else:
+                question.future.set_result(answer)
 
     def end(self, question: Question, why: str) -> None:
         """End a question without an answer. The lock is held."""
@@ -630,7 +624,7 @@ class Backend:
         """End a question if it is time, as the class says."""
         now = time.monotonic()
         with self.lock:
-            if not self.is_under_way(question):
+            if question.future.done():
                 return
             if not question.begun:
                 if now >= question.asked + question.half_time:
@@ -693,16 +687,15 @@ class Account:
     def learn(self, answer: Answer, window: float) -> None:
         """Replace the answer by a newer one; `window` is --in-flight in seconds.
 
-        A mailbox is expected to hold the usage that the answer gave, and what is in flight. With a
-        new answer what was in flight when its question was sent is the rest of what was expected:
+        A mailbox is expected to hold the old usage and what is in flight. What of that the new
+        usage does not show was in flight when the question was sent:
 
             before = old usage + in flight at that time - new usage, but at least 0
 
         It is also at most what was accepted in the `window` before the question: older mail has
         arrived or never will. This bound holds only if the same backend gave both answers, as the
         usage on a stand-by may be old. Mail that was accepted after the question was sent comes on
-        top: the answer does not include it. Without two usages to compare, all mail of the `window`
-        is in flight.
+        top. Without two usages to compare, all mail of the `window` is in flight.
 
         Example, of one backend: the usage was 500 and a message of 100 was accepted. If the new
         usage is 500, 100 are still in flight; if it is 560, 40; if it is 600 or 900, none. If it is
@@ -724,9 +717,9 @@ class Account:
 class Ledger:
     """Remembers answers, and counts the mail that was accepted since.
 
-    RCPT reserves nothing: a client that opens sessions and sends no mail must not fill anybody's
-    mailbox. At the end of the data the Policy decides and counts in one step, holding `lock`. So no
-    two sessions count on the same free space.
+    RCPT reserves nothing: a client that sends no mail must not fill anybody's mailbox. At the end
+    of the data the Policy decides and counts in one step, holding `lock`: no two sessions count on
+    the same free space.
     """
 
     def __init__(self, options: Namespace) -> None:
@@ -952,10 +945,9 @@ def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
 class Table:
     """A Postfix table, which is asked with `postmap -q` in the session's own thread."""
 
-    turns: ClassVar[threading.Semaphore] = threading.Semaphore(TABLE_QUERIES)  # of all tables
-
-    def __init__(self, name: str, cache_ttl: float) -> None:
-        self.name, self.cache_ttl = name, cache_ttl  # seconds
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.cache_ttl = 0.0  # seconds; the Policy sets it
         kind = name.removeprefix("proxy:").partition(":")[0]
         self.takes_whole_address = kind in ("regexp", "pcre", "tcp", "socketmap")
         self.results: dict[tuple[str, ...], tuple[float, dict[str, str]]] = {}  # until when, what
@@ -982,7 +974,7 @@ class Table:
     def look_up(self, keys: Sequence[str], deadline: float) -> dict[str, str]:
         """Ask postmap for some keys until the deadline. Raises Fault."""
         # As with a backend, a turn comes in the first half of the time or not at all.
-        if not Table.turns.acquire(timeout=max(0, deadline - time.monotonic()) / 2):
+        if not TABLE_TURNS.acquire(timeout=max(0, deadline - time.monotonic()) / 2):
             raise Fault(f"table {self.name}: too many others are asked")
         path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
         command = [shutil.which("postmap", path=path) or "postmap", "-q", "-", self.name]
@@ -996,7 +988,7 @@ class Table:
         except OSError as error:
             raise Fault(f"postmap cannot be run: {error}") from None
         finally:
-            Table.turns.release()
+            TABLE_TURNS.release()
         # "Not found" and a fault both end with status 1, but only a fault says why.
         complaint = re.search(rb"postmap: fatal: (.*)", done.stderr)
         if done.returncode and (complaint or done.returncode != 1):
@@ -1097,12 +1089,8 @@ class Message:
             self.copies.setdefault(mailbox, set()).add(decision.address.name)
 
     def wants_body(self) -> bool:
-        """Say whether more of the body can matter.
-
-        It cannot if the first part, of up to 64 KB, fits into the declared size: this is believed
-        then. And it cannot if no mailbox has a limit that what has come still fits into.
-        """
-        if self.counted <= self.declared:
+        """Say whether more of the body can matter: what has come fits into a mailbox's limit."""
+        if self.counted <= self.declared:  # the first part, up to 64 KB: the size is believed
             return False
         answers = [decision.finding.answer for decision in self.passed.values()]
         return any(answer and self.counted <= answer.capacity for answer in answers)
@@ -1113,22 +1101,18 @@ class Policy:
 
     def __init__(self, options: Namespace, ledger: Ledger, counters: Counters) -> None:
         self.options, self.ledger, self.counters = options, ledger, counters
-        self.replies: dict[str, Optional[Reply]] = {
-            verdict: getattr(options, f"{verdict}_reply", None) for verdict in VERDICTS
-        }
+        self.replies = {verdict: getattr(options, f"{verdict}_reply", None) for verdict in VERDICTS}
         if options.on_error == "tempfail":
             self.replies["fault"] = CANNOT_CHECK
         self.exempt = {self.parse_address(e).name for e in ["postmaster", *options.exempt]}
         self.backends: dict[str, Backend] = {}  # by URL
         self.mailboxes = self.map_domains()
-        sources = [
-            Table(source, options.cache_ttl) if isinstance(source, str) else source
-            for source in options.aliases
-        ]
-        for source in sources:
+        for source in options.aliases:
             if isinstance(source, AliasFile):
                 source.log_state()
-        self.aliases = Aliases(sources, self.parse_address, frozenset(self.mailboxes))
+            else:
+                source.cache_ttl = options.cache_ttl
+        self.aliases = Aliases(options.aliases, self.parse_address, frozenset(self.mailboxes))
 
     def parse_address(self, text: str) -> Address:
         """Read an envelope address. It never fails."""
@@ -1233,7 +1217,7 @@ class Policy:
 
     def reply(self, verdict: str, finding: Finding, address: Address) -> Optional[Reply]:
         """Return the reply to a verdict, None to let the recipient through."""
-        template = self.replies.get(verdict)
+        template: Optional[Reply] = self.replies[verdict]
         if template and template.is_permanent and finding.fault:  # that needs a fresh answer
             template = CANNOT_CHECK if verdict == "unknown" else DEFERRED
         return template and template.to(address.given)
@@ -1515,10 +1499,10 @@ def parse_backend(text: str) -> tuple[list[Optional[str]], str]:
     return domains, match[2]
 
 
-def alias_source(text: str) -> Union[AliasFile, str]:
-    """Read an alias file, or give the name of a table. Raises ArgumentTypeError."""
+def alias_source(text: str) -> Union[AliasFile, Table]:
+    """Read an alias file, or make a table of TYPE:NAME. Raises ArgumentTypeError."""
     if re.match("[a-z][a-z0-9_-]*:.", text):
-        return text
+        return Table(text)
     try:
         return AliasFile(text)
     except (OSError, ValueError) as error:
@@ -1765,10 +1749,7 @@ def log_to(syslog: bool) -> Iterator[None]:
 
 
 def prepare_socket(where: str) -> str:
-    """Remove a stale unix socket, and bind once: libmilter would not say what is wrong.
-
-    Return the path of a unix socket, else "". Raises OSError.
-    """
+    """Remove a stale unix socket; return the path of a new one, "" for a port. Raises OSError."""
     kind, _, path = where.partition(":")
     port, _, host = path.partition("@")
     family = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get(kind, socket.AF_UNIX)
@@ -1778,7 +1759,7 @@ def prepare_socket(where: str) -> str:
             probe.settimeout(1)
             if probe.connect_ex(path) == errno.ECONNREFUSED:  # nobody listens there
                 os.unlink(path)
-    with socket.socket(family) as probe:
+    with socket.socket(family) as probe:  # libmilter would not say why it cannot listen
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(path or (host.strip("[]"), int(port)))
     if path:
