@@ -2992,22 +2992,7 @@ def test_without_descriptors_left_a_question_is_a_fault_and_no_verdict(site):
         assert session.rcpt("paul")[:3] == "452"
 
 
-def test_where_no_thread_can_be_started_nobody_passes_unchecked(site):
-    site.backend.default = FULL
-    milter = site.milter(*TEMPFAIL, trick="threads")
-    with milter.session() as session:
-        session.mail()
-        milter.trick_file.touch()
-        for user in "john", "mary":
-            assert session.rcpt(user)[:3] in ("451", "452")
-        milter.trick_file.unlink()
-        for user in "john", "mary", "paul":
-            assert session.rcpt(user)[:3] == "452"
-        milter.trick_file.touch()
-        assert milter.process.stop() == 0
-
-
-def test_after_a_shortage_of_threads_a_backend_has_all_its_places_again(site):
+def test_without_threads_nobody_passes_unchecked_and_afterwards_all_places_are_there_again(site):
     gates = {user: Gate(FULL) for user in ("held", "one", "two", "three")}
     site.backend.default, site.backend.answers = FULL, gates
     milter = site.milter("--max-queries", "3", "--timeout", "60", *TEMPFAIL, trick="threads")
@@ -3019,19 +3004,23 @@ def test_after_a_shortage_of_threads_a_backend_has_all_its_places_again(site):
         wait_for(functools.partial(site.backend.has_question, user), "the question")
         return session
 
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, milter.session() as session:
+        session.mail()
+        milter.trick_file.touch()
+        assert session.rcpt("john")[:3] == "451"
+        milter.trick_file.unlink()
         sessions = [ask("held")]
-        with milter.session() as session:
-            session.mail()
-            milter.trick_file.touch()
-            assert {session.rcpt(f"user{number}")[:3] for number in range(20)} == {"451"}
-            milter.trick_file.unlink()
+        milter.trick_file.touch()
+        assert {session.rcpt(f"user{number}")[:3] for number in range(20)} == {"451"}
+        milter.trick_file.unlink()
         gates["held"].is_open.set()
-        assert sessions[0].reply()[:3] == "452"
+        assert sessions[0].reply()[:3] == "452" == session.rcpt("john")[:3]
         sessions = [ask(user) for user in ("one", "two", "three")]
         for gate in gates.values():
             gate.is_open.set()
         assert {session.reply()[:3] for session in sessions} == {"452"}
+        milter.trick_file.touch()
+        assert milter.process.stop() == 0
 
 
 def test_garbage_on_the_milter_port_ends_that_session_alone(site):
