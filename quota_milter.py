@@ -917,11 +917,11 @@ class AliasFile:
 def read_lines(path: str) -> list[str]:
     """Read a text file, but no FIFO, which could hang. Raises OSError, ValueError."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("not a file")
+        raise ValueError(f"{path} is not a file")
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         text = file.read()
     if "\0" in text:
-        raise ValueError("not a text file")
+        raise ValueError(f"{path} is not a text file")
     return text.split("\n")
 
 
@@ -1506,7 +1506,7 @@ def alias_source(text: str) -> Union[AliasFile, Table]:
     try:
         return AliasFile(text)
     except (OSError, ValueError) as error:
-        raise ArgumentTypeError(f"{text} cannot be read: {error}") from None
+        raise ArgumentTypeError(f"cannot be read: {error}") from None
 
 
 def trust(file: str) -> ssl.SSLContext:
@@ -1616,7 +1616,7 @@ def option_lines(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
             try:
                 lines = read_lines(word[1:])
             except (OSError, ValueError) as error:
-                raise BadOptions(f"argument {word}: cannot be read: {error}") from None
+                raise BadOptions(f"cannot be read: {error}") from None
             for number, line in enumerate(lines, 1):
                 yield f"{word[1:]} line {number}: ", split_line(line)
 
