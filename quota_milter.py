@@ -72,6 +72,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import urllib.request
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn, Optional, Union
@@ -380,7 +381,7 @@ class Question:
         with self.lock:
             if self.end_reason:
                 raise OSError(self.end_reason)
-            self.socket = sock.dup()  # TLS and http.client close the original when they like
+            self.socket = sock.dup()  # TLS detaches the socket object that it wraps
 
     def detach(self) -> None:
         """Forget the connection, which the Client closes."""
@@ -402,20 +403,17 @@ class Client:
     """Asks one URL, over a connection of its own for each question.
 
     So bytes that come late, or too many, cannot be read as the answer to another question.
-    http.client uses no proxies and follows no redirects.
     """
 
     def __init__(self, url: str, context: ssl.SSLContext) -> None:
         parts = urllib.parse.urlsplit(url)
-        host, path = parts.netloc.rpartition("@")[2], parts.path or "/"
-        self.name = f"{parts.scheme}://{host}{path}"  # for the log
-        self.target = path + (f"?{parts.query}&" if parts.query else "?")
+        netloc = parts.netloc.rpartition("@")[2]
+        self.url = parts._replace(netloc=netloc, path=parts.path or "/", fragment="").geturl()
         self.context = context if parts.scheme == "https" else None
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if self.context else 80)
-        self.last_address = ""  # the one that could be connected to last
-        self.headers = {"Host": host, "User-Agent": "quota_milter/" + VERSION}
-        self.headers["Connection"] = "close"
+        self.last_address: object = None  # the one that could be connected to last
+        self.headers = {"Host": netloc, "User-Agent": "quota_milter/" + VERSION}
         if parts.username is not None:
             secret = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
             encoded = base64.b64encode(secret.encode()).decode()
@@ -423,20 +421,21 @@ class Client:
 
     def fetch(self, question: Question) -> Answer:
         """Send the question and read the answer. Whatever goes wrong raises Fault."""
-        user, domain = (
-            urllib.parse.quote(name, safe="", errors="surrogateescape") for name in question.mailbox
-        )
-        query = f"u={user}&d={domain}" if domain else f"u={user}"
         connection = http.client.HTTPConnection(self.host, self.port)
+
+        def use_connection(host: str, **options: Any) -> http.client.HTTPConnection:
+            return connection
+
         try:
             self.connect(connection, question)
-            connection.request("GET", self.target + query, headers=self.headers)
-            with connection.getresponse() as response:
+            # urllib's own opener would follow redirects, and use proxies of the environment.
+            handler = urllib.request.AbstractHTTPHandler()
+            with handler.do_open(use_connection, self.request(question.mailbox)) as response:
                 return read_answer(response)
         except Fault:
             raise
-        except Exception as error:  # what http.client and ssl raise has no common base
-            raise Fault(repr(error)) from None
+        except Exception as error:  # urllib's, http.client's and ssl's have no common base
+            raise Fault(str(getattr(error, "reason", "")) or repr(error)) from None
         finally:
             connection.close()
             question.detach()
@@ -450,38 +449,47 @@ class Client:
             connection.sock = self.open_socket(question)
             question.attach(connection.sock)
             if self.context:
-                connection.sock = self.context.wrap_socket(
-                    connection.sock, server_hostname=self.host
-                )
-        except (OSError, ValueError) as error:
+                tls = self.context.wrap_socket(connection.sock, server_hostname=self.host)
+                connection.sock = tls
+        except (OSError, ValueError) as error:  # ValueError: a bad name
             hint = ": see --cafile" if isinstance(error, ssl.SSLCertVerificationError) else ""
             raise Unreachable(f"no connection: {error}{hint}") from None
         # From here on the question ends with its deadline, not with a timeout of the socket.
         connection.sock.settimeout(question.seconds_left() + 1)
 
     def open_socket(self, question: Question) -> socket.socket:
-        """Connect to one of the host's addresses. Raises OSError, ValueError for a bad name.
+        """Connect to one of the host's addresses. Raises OSError, ValueError.
 
         The addresses and the answer share the time that is left. So an address that swallows
         packets, such as IPv6 behind a filter, leaves enough for the next one. The address that
         worked the last time comes first.
         """
         found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        addresses = [str(entry[4][0]) for entry in found]
-        addresses.sort(key=lambda address: address != self.last_address)
-        left = len(addresses)
-        for address in addresses:
+        found.sort(key=lambda entry: entry[4] != self.last_address)
+        left = len(found)
+        for family, kind, protocol, _, address in found:
+            sock = socket.socket(family, kind, protocol)
             try:
-                share = question.seconds_left() / (left + 1)
-                sock = socket.create_connection((address, self.port), share)
+                sock.settimeout(question.seconds_left() / (left + 1))
+                sock.connect(address)
                 break
             except OSError:
+                sock.close()
                 left -= 1
                 if not left:
                     raise
         self.last_address = address
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
+
+    def request(self, mailbox: Mailbox) -> urllib.request.Request:
+        """Make the request about a mailbox (README, Protocol)."""
+        user, domain = (urllib.parse.quote(n, safe="", errors="surrogateescape") for n in mailbox)
+        query = f"u={user}&d={domain}" if domain else f"u={user}"
+        url = self.url + ("&" if "?" in self.url else "?") + query
+        request = urllib.request.Request(url, headers=self.headers)
+        request.timeout = None  # the connection has its own
+        return request
 
 
 def read_answer(response: http.client.HTTPResponse) -> Answer:
@@ -530,7 +538,7 @@ class Backend:
 
     def __init__(self, client: Client, options: Namespace, counters: Counters) -> None:
         self.client, self.counters = client, counters
-        self.name = client.name
+        self.name = client.url.partition("?")[0]  # for the log
         self.retry_after: float = options.retry_after  # seconds
         self.max_queries: int = options.max_queries
         self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
@@ -668,9 +676,9 @@ class Account:
 
     __slots__ = ("answer", "before", "since", "recent")
 
-    def __init__(self) -> None:
-        self.answer: Optional[Answer] = None
-        self.before = 0  # bytes in flight when the answer's question was sent
+    def __init__(self, answer: Optional[Answer] = None, before: int = 0) -> None:
+        self.answer = answer
+        self.before = before  # bytes in flight when the answer's question was sent
         self.since = 0  # bytes accepted since then
         # When each message of the last minutes was accepted, and its bytes. It may have arrived.
         self.recent: tuple[tuple[float, int], ...] = ()
@@ -756,28 +764,29 @@ class Ledger:
     def remember(self, mailbox: Mailbox, answer: Answer) -> Finding:
         """Keep an answer, unless a newer one is there, and give what is known now."""
         with self.lock:
-            account = self.touch(mailbox)
+            account = self.touch(mailbox, Account())
             if account.answer is None or account.answer.at < answer.at:
                 account.learn(answer, self.options.in_flight)
             return Finding(account.answer, account.in_flight)
 
-    def accept(self, mailbox: Mailbox, size: int) -> None:
+    def accept(self, mailbox: Mailbox, size: int, at_rcpt: Finding) -> None:
         """Count a message of `size` bytes as in flight."""
         if self.options.in_flight <= 0:
             return
         size *= self.options.frontends
         with self.lock:
             now = time.monotonic()
-            account = self.touch(mailbox)
+            # If the account was forgotten since RCPT, as many other mailboxes came, it is put back.
+            account = self.touch(mailbox, Account(at_rcpt.answer, at_rcpt.in_flight))
             account.since += size
             # learn() looks back from the time of a question, which is --timeout ago at most.
             earliest = now - self.options.in_flight - self.options.timeout
             old = bisect.bisect(account.recent, (earliest, 0))
             account.recent = (*account.recent[old:], (now, size))
 
-    def touch(self, mailbox: Mailbox) -> Account:
-        """Return the account of a mailbox, which may be a new one. The lock is held."""
-        account = self.accounts.pop(mailbox, None) or Account()
+    def touch(self, mailbox: Mailbox, new: Account) -> Account:
+        """Return the account of a mailbox, which is `new` if there is none. The lock is held."""
+        account = self.accounts.pop(mailbox, new)
         self.accounts[mailbox] = account
         if len(self.accounts) > ANSWERS:  # forget the one that has not changed for longest
             del self.accounts[next(iter(self.accounts))]
@@ -1239,9 +1248,9 @@ class Policy:
                     refusals.append((decision, verdict, finding))
             is_accepted = message.others_passed or len(refusals) < len(message.passed)
             if is_accepted or self.options.dry_run:
-                for mailbox, copies in message.copies.items():
-                    size = (message.size + HEADER_BYTES) * len(copies)
-                    self.ledger.accept(mailbox, size)
+                for mailbox, decision in message.passed.items():
+                    size = (message.size + HEADER_BYTES) * len(message.copies[mailbox])
+                    self.ledger.accept(mailbox, size, decision.finding)
         if is_accepted:
             return None
         decision, verdict, finding = refusals[0]
@@ -1251,9 +1260,9 @@ class Policy:
     def since_rcpt(self, mailbox: Mailbox, at_rcpt: Finding) -> Finding:
         """Return what is known of a mailbox now; another session may have asked since RCPT."""
         now = self.ledger.look(mailbox)
-        if now.answer is None or now.answer is at_rcpt.answer:
-            return at_rcpt._replace(in_flight=now.in_flight)
-        return now
+        if now.answer and now.answer is not at_rcpt.answer:
+            return now
+        return at_rcpt._replace(in_flight=max(now.in_flight, at_rcpt.in_flight))
 
 
 # ---- Counters: what has happened ----
@@ -1391,7 +1400,11 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
     def envrcpt(self, recipient: str, *parameters: str) -> int:
         """Ask about a recipient, and let him through or answer why not."""
         policy = self.service.policy
-        decision = policy.decide(recipient, self.message, self.resolved(recipient))
+        try:
+            decision = policy.decide(recipient, self.message, self.resolved(recipient))
+        except Exception:  # a bug here lets him through, and so the whole message
+            self.message.others_passed = True
+            raise
         if decision.reply is None:
             self.message.let_through(decision)
         return self.finish(decision, "rcpt", policy)
