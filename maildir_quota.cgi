@@ -8,20 +8,19 @@
 
 The answer is one line, `OK john 1048576 209715200`: status, user, bytes used
 and quota in bytes (0: no limit). The status is OK, OVERQUOTA or UNKNOWN. An
-error is `ERROR why` with an HTTP status of 400 or more (in a shell on standard
-error, with status 1) and never a verdict; the detail of a 500 goes to standard error.
+error is `ERROR why` with an HTTP status of 400 or more, and never a verdict (in
+a shell on standard error, with status 1). The detail of a 500 goes to standard error.
 
 With QUOTA_DOVEADM Dovecot itself is asked, whatever the format of its mailboxes.
-Else the status foretells what the server that keeps the Maildir, QUOTA_KEEPER,
-will do with the next message:
+Without it the Maildir's files are read, by the rule of its keeper: the server
+that delivers there and refuses mail when the quota is reached.
     courier        deliverquota: sizes in names (`,S=`), the file `maildirsize`
-    dovecot        Dovecot's `maildir` driver: as courier, but trash counts
+    dovecot        Dovecot's `maildir` driver: the same files, other details
     dovecot-count  Dovecot's `count` driver: virtual sizes in names (`,W=`)
-For the first two `maildirsize` has the limits and a sum. A mailbox is over its
-quota when it reaches the limit of bytes or of messages. Messages are counted if
-that file is missing, broken or long, or if it says "over" and may be stale. The
-third has no `maildirsize`: messages are counted, and the limits are settings.
-QUOTA_KEEPER=auto tells them apart: see find_keeper().
+`maildirsize` has the limits and a sum. Where it is missing, broken or too long,
+or says "over" and may be stale, the messages are counted. For dovecot-count they
+always are, and the limits are settings. QUOTA_KEEPER=auto: see find_keeper(). A
+mailbox is over its quota when it reaches its limit of bytes or of messages.
 
 SETTINGS are the constants below; an environment variable of the same name
 overrides them.
@@ -32,7 +31,8 @@ of a path. Under a web server the command line is ignored: a query without `=`
 is passed there. The script opens no message and never writes.
 """
 
-# ruff: noqa: E402 - most of a CGI's time is its start: imports it does not need come after its end.
+# ruff: noqa: E402 - A CGI spends its time on its start. What only the other ways to run the script
+# need is imported after the end of the CGI.
 from __future__ import annotations
 
 import os
@@ -44,14 +44,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import Any, Callable, Optional
 
-    Env = Mapping[bytes, bytes]  # names and files are not always UTF-8: all text is bytes
+    Env = Mapping[bytes, bytes]  # users and paths are not always UTF-8: they are bytes
     Response = tuple[str, list[tuple[str, str]], bytes]  # status line, header fields, body
-    Amount = tuple[int, int]  # bytes and messages: what there is, or limits, of which 0 is none
+    Amount = tuple[int, int]  # bytes and messages: a sum, or limits (0: no limit)
 
-QUOTA_LIMIT = ""  # where there is no other: bytes, or with K, M, G, T (powers of 1024); 0: no limit
+QUOTA_LIMIT = ""  # where no other is known: bytes, or with K, M, G, T (powers of 1024); 0: none
 QUOTA_MAILDIR = "%h/Maildir"  # %n user, %d domain, %u user@domain, %h home, %% percent
 QUOTA_USERS = ""  # a file of lines `user limit`, `user@domain limit`, `@domain limit`
-QUOTA_KEEPER = "auto"  # the server: courier, dovecot (its maildir driver) or dovecot-count
+QUOTA_KEEPER = "auto"  # courier, dovecot (its maildir driver), dovecot-count, or auto: by the files
 QUOTA_TRASH = "auto"  # count (as Dovecot), skip (as Courier), auto (as QUOTA_KEEPER)
 QUOTA_CONTROL = ""  # where Dovecot has its CONTROL files, if not in the Maildir: %n, %d, %u, %h
 QUOTA_DOVEADM = ""  # ask Dovecot instead: http://127.0.0.1:8080/doveadm/v1
@@ -60,12 +60,14 @@ QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/3
 QUOTA_GRACE = "auto"  # how far the last message may exceed the quota: 1M, 10%; auto: as the keeper
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
-DOVEADM_SECONDS = 3  # to connect, and for each piece of the answer; usually there is one
+DOVEADM_SECONDS = 3  # to connect, and for each read of the answer
 DOVEADM_LENGTH = 65536  # bytes of its answer
-TRUSTED_LENGTH = 5120  # bytes from which on the servers rebuild a maildirsize rather than read it
-TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize with one entry is believed to be "over"
+TOO_LONG = 5120  # bytes; a maildirsize of this length the servers rebuild rather than read
+TRUSTED_AGE = (
+    15 * 60
+)  # seconds for which a maildirsize with one entry is believed if it says "over"
 SAME_TIME = 60  # seconds; the files that one delivery writes have times no further apart
-NEVER = float("-inf")  # when a file that is missing was written
+NEVER = float("-inf")  # the time of a file that is missing
 NO_LIMITS = 0, 0
 LONGEST_NUMBER = 20  # digits; a longer one does not fit the servers' 64 bits
 DIGITS = b"0123456789"
@@ -82,42 +84,44 @@ def measure(question: Question) -> None:
 def measure_maildir(question: Question) -> None:
     """Measure the Maildir of a user. Raises NoSuchUser, Problem, OSError.
 
-    The sum in `maildirsize` counts where the server would believe it, else the messages do.
+    The sum in `maildirsize` is used where the server would believe it. Else messages are counted.
     """
     named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
     trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
+    # Limits that nobody gave are None. NO_LIMITS, which somebody gave as 0, are limits, too.
     own, default = question.own_limit(), question.setting("QUOTA_LIMIT")
     of_user = None if own is None else (own, 0)
-    defaults = (parse_limit("QUOTA_LIMIT", default), 0) if default else None
-    question.quota = (of_user or defaults or NO_LIMITS)[0]
+    of_all = (parse_limit("QUOTA_LIMIT", default), 0) if default else None
+    question.quota = (of_user or of_all or NO_LIMITS)[0]
     path = control = question.path("QUOTA_MAILDIR")
     if question.setting("QUOTA_CONTROL"):
         control = question.path("QUOTA_CONTROL")
     if modified(path) == NEVER:
-        return  # 0 bytes
+        return  # no mail has come yet
 
     text, written_at = (b"", NEVER) if named == b"dovecot-count" else read_maildirsize(control)
     keeper = KEEPERS.get(named) or find_keeper(path, control, written_at)
     header, entries = keeper.split_lines(text)
     in_file = (keeper.limit(header, b"S"), keeper.limit(header, b"C")) if text else None
     if keeper.has_sum:
-        limits: Optional[Amount] = of_user or in_file or defaults or NO_LIMITS
-    else:  # the file is a leftover of an earlier driver
-        limits = of_user or defaults or in_file
+        limits: Optional[Amount] = of_user or in_file or of_all or NO_LIMITS
+    else:  # this `maildirsize` is a leftover of an earlier driver
+        limits = of_user or of_all or in_file
     if limits is None:
         raise Problem("only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
 
     folders = find_folders(path, keeper.follows_links)
     question.changed = last_change(folders)
-    is_sound = 0 < len(text) < TRUSTED_LENGTH and b"\0" not in text  # else it is rebuilt
+    is_sound = 0 < len(text) < TOO_LONG and b"\0" not in text  # else the server rebuilds it
     total = add_up(entries) if keeper.has_sum and is_sound else None
-    # One entry: the server has just counted. Mail that was removed since may have added none.
+    # A file with one entry is fresh at first: the server has just counted. But some programs remove
+    # mail without a new entry.
     may_be_stale = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
     if total is not None and may_be_stale and is_over(total, limits, keeper.doubts_beyond):
         total = None
     if total is None or min(total) < 0:
         total = count(folders, keeper, trash)
-        if is_over(total, limits):
+        if is_over(total, limits):  # a message that was seen twice must not make it so
             total = count(folders, keeper, trash, once=True)
     question.status = b"OVERQUOTA" if is_over(total, limits) else b"OK"
     question.used, question.quota = total[0], limits[0]
@@ -125,7 +129,7 @@ def measure_maildir(question: Question) -> None:
 
 
 def is_over(total: Amount, limits: Amount, beyond: int = 0) -> bool:
-    """Say whether bytes or messages have reached a limit (0: none), or exceed it by `beyond`."""
+    """Say whether bytes or messages have reached a limit, or with `beyond` exceed it by so much."""
     return any(0 < limit <= have - beyond for have, limit in zip(total, limits))
 
 
@@ -135,25 +139,26 @@ def is_over(total: Amount, limits: Amount, beyond: int = 0) -> bool:
 class Courier:
     """The rule of Courier's deliverquota, which maildrop, Exim and Postfix' VDA share."""
 
-    has_sum = True  # `maildirsize` has a line for each delivery
-    doubts_beyond = 0  # a sum that may be stale is doubted if it exceeds a limit by so much
-    follows_links = False  # to folders
-    counts_trash = False  # the folder .Trash and messages with the flag T
+    has_sum = True  # it keeps `maildirsize` up to date
+    doubts_beyond = 0  # a sum that may be stale is doubted from so far beyond a limit on
+    follows_links = False  # whether a symbolic link to a folder is a folder
+    counts_trash = False  # trash: the folder .Trash and messages with the flag T
     hidden = b"."  # files whose names begin so are not messages
     size_field = b",S="  # where in its name a message's size is
-    grace = b"0"  # by default
+    grace = b"0"  # what QUOTA_GRACE=auto is
 
     def split_lines(self, text: bytes) -> tuple[bytes, list[bytes]]:
         """Split `maildirsize` into its first line and the others."""
         header, *entries = text.split(b"\n")
+        # A last line that is no entry is empty, or somebody is still writing it.
         if entries and add_up(entries[-1:]) is None:
-            entries.pop()  # it is empty, or somebody is still writing it
+            entries.pop()
         return header, entries
 
     def limit(self, header: bytes, letter: bytes) -> int:
         """Read a limit in the first line of `maildirsize`: the digits before the last S or C."""
         before = header.rpartition(letter)[0]
-        digits = before[len(before.rstrip(DIGITS)) :]
+        digits = before[len(before.rstrip(DIGITS)) :]  # those at its end
         return int(digits) if 0 < len(digits) <= LONGEST_NUMBER else 0
 
 
@@ -172,7 +177,7 @@ class Dovecot(Courier):
         return (lines[0], lines[1:]) if lines else (b"", [])
 
     def limit(self, header: bytes, letter: bytes) -> int:
-        """Read a limit in the first line: the last item of digits and S or C that is not 0."""
+        """Read a limit in the first line: the last item of digits and that letter but for 0."""
         limit = 0
         for item in header.split(b","):
             digits = item[:-1]
@@ -195,24 +200,23 @@ KEEPERS = {b"courier": Courier(), b"dovecot": Dovecot(), b"dovecot-count": Count
 def find_keeper(path: bytes, control: bytes, written_at: float) -> Courier:
     """Tell by its files which server keeps a Maildir. Raises OSError.
 
-    Only Dovecot writes `dovecot-uidlist`. Its maildir driver appends to `maildirsize` at each
-    delivery, its count driver never does: there a `maildirsize` older than the mail was left
-    behind. Two times show that: when `dovecot-uidlist` was written, and when a message was
-    delivered, by which its name begins. Neither alone is proof: reading changes the former, and
-    other programs deliver without Dovecot. If both are newer it is the count driver.
+    Only Dovecot writes `dovecot-uidlist`. Its maildir driver adds to `maildirsize` at each
+    delivery, its count driver never does. So a `maildirsize` that is older than the mail was left
+    behind by an earlier driver. It is older if `dovecot-uidlist` was written later, and some
+    message was delivered later: its name begins with that time. One of the two is not enough, as
+    reading changes `dovecot-uidlist`, too, and other programs deliver without Dovecot.
     """
     names = b"/dovecot-uidlist", b"/.INBOX/dovecot-uidlist"
     uidlist = max(modified(control + name) for name in names)
-    if uidlist == NEVER and control == path:  # with QUOTA_CONTROL it is Dovecot all the same
+    if uidlist == NEVER and control == path:  # only Dovecot has a QUOTA_CONTROL
         return KEEPERS[b"courier"]
     if written_at == NEVER:
         return KEEPERS[b"dovecot-count"]
-    newer = written_at + SAME_TIME
-    if uidlist > newer:
-        future = time.time() + SAME_TIME  # a number beyond that is not a time
-        for entry in list_messages(find_folders(path, True)):
+    start, end = written_at + SAME_TIME, time.time() + SAME_TIME  # a number beyond is not a time
+    if uidlist > start:
+        for entry in list_messages(find_folders(path, follows_links=True)):
             digits = entry.name.partition(b".")[0]
-            if digits.isdigit() and newer < int(digits) < future:
+            if digits.isdigit() and start < int(digits) < end:
                 return KEEPERS[b"dovecot-count"]
     return KEEPERS[b"dovecot"]
 
@@ -231,8 +235,8 @@ def modified(path: bytes) -> float:
 def read_maildirsize(control: bytes) -> tuple[bytes, float]:
     """Read the beginning of `maildirsize`, and when it was written. Raises OSError.
 
-    The text is empty where the file is missing, was left empty by a full disk, or has a NUL byte,
-    as after a crash, in its first line. The time is NEVER where the file is missing.
+    The text is empty where the file is missing or empty, or where its first line has a NUL byte, as
+    after a crash. The time is NEVER where the file is missing.
     """
     path = control + b"/maildirsize"
     try:
@@ -240,7 +244,7 @@ def read_maildirsize(control: bytes) -> tuple[bytes, float]:
         if not stat.S_ISREG(status.st_mode):
             return b"", NEVER  # to open a FIFO or a device could take for ever, or do harm
         with open(path, "rb") as file:
-            text = file.read(TRUSTED_LENGTH)
+            text = file.read(TOO_LONG)
     except FileNotFoundError:
         return b"", NEVER
     return b"" if b"\0" in text.partition(b"\n")[0] else text, status.st_mtime
@@ -267,7 +271,7 @@ def find_folders(path: bytes, follows_links: bool) -> list[bytes]:
         hidden = [entry for entry in entries if entry.name[:1] == b"."]
     folders = [path]
     for entry in hidden:
-        # isdir() takes links in a circle for no folder; is_dir() would raise an error.
+        # For links in a circle isdir() says False; is_dir() would raise an error.
         if entry.is_dir(follow_symlinks=False) or (follows_links and os.path.isdir(entry.path)):
             folders.append(entry.path)
     return folders
@@ -276,10 +280,9 @@ def find_folders(path: bytes, follows_links: bool) -> list[bytes]:
 def last_change(folders: list[bytes]) -> float:
     """Return when a message was last delivered, read or removed, in seconds since the epoch.
 
-    Each of these changes the folder `new` or `cur`. Other files change without it: a refused
-    delivery, too, may have `maildirsize` written again. Raises OSError, and Problem if the first
-    folder is not a Maildir. One with `maildirsize` alone is a Maildir: Dovecot makes that file if
-    it is asked before the first mail.
+    Each of these changes the folder `new` or `cur`. `maildirsize` tells nothing: a refused delivery
+    may write it again. Raises OSError, and Problem if the first folder is not a Maildir. A folder
+    with `maildirsize` alone is one: Dovecot makes that file if it is asked before the first mail.
     """
     times = [modified(folder + part) for folder in folders for part in (b"/new", b"/cur")]
     if max(times[:2]) == NEVER == modified(folders[0] + b"/maildirsize"):
@@ -307,8 +310,8 @@ def count(folders: list[bytes], keeper: Courier, trash: bytes, once: bool = Fals
 
     Trash is the folder .Trash and, in Courier, messages with the flag T. A message that vanishes
     meanwhile is left out; one that cannot be read is an error. A message that is renamed meanwhile
-    (moved to `cur`, marked as read) may be seen under both names. With `once`, files in a folder
-    whose names are the same up to the colon count once, which takes more memory.
+    (moved to `cur`, marked as read) may be seen under both names. With `once` such names, which are
+    the same up to the colon, are one message; to remember them takes time and memory.
     """
     skip_trash = trash == b"skip" or (trash == b"auto" and not keeper.counts_trash)
     skip_flagged = skip_trash and not keeper.counts_trash
@@ -333,7 +336,7 @@ def count(folders: list[bytes], keeper: Courier, trash: bytes, once: bool = Fals
 
 
 def size_of(entry: os.DirEntry[bytes], field: bytes) -> int:
-    """Return a message's size in bytes: from that field of its name, else the file's.
+    """Return a message's size in bytes: what its name says behind `field`, else the file's.
 
     Raises OSError.
     """
@@ -347,16 +350,17 @@ def size_of(entry: os.DirEntry[bytes], field: bytes) -> int:
 
 # ---- Dovecot asked itself ----
 
-logged: list[str] = []  # what is logged once
+warnings: list[str] = []  # those that were logged: once is enough
 
 
 def ask_dovecot(question: Question) -> None:
     """Ask Dovecot for a user's quota. Raises NoSuchUser, Problem."""
     import json  # here and below: at the top, imports would make the start of all CGIs longer
 
-    names = filter(None, [question.user, question.domain])
-    name = b"@".join(names).decode(errors="replace")
-    # Dovecot's names are UTF-8. One with * or ? is a pattern: all that match would be opened.
+    address = question.user + (b"@" + question.domain if question.domain else b"")
+    name = address.decode(errors="replace")
+    # Dovecot takes a name with * or ? for a pattern, and opens all mailboxes that match. It knows
+    # no names that are not UTF-8, whose bytes were replaced.
     if any(letter in name for letter in "*?\ufffd"):
         raise NoSuchUser
     text = post_to_doveadm(json.dumps([["quotaGet", {"user": name}, "q"]]), question)
@@ -377,7 +381,7 @@ def ask_dovecot(question: Question) -> None:
             if row["type"] == "STORAGE":  # in kilobytes
                 room = limit - value if limit else float("inf")
                 figures.append((room, value << 10, limit << 10))
-        # Of several quota roots the one with the least room counts.
+        # Of several quota roots the one with the least room, their first figure, counts.
         _, question.used, question.quota = min(figures)
     except (LookupError, RecursionError, TypeError, ValueError):
         raise Problem("Dovecot's answer has no quota of bytes", text[:200]) from None
@@ -396,11 +400,11 @@ def post_to_doveadm(query: str, question: Question) -> bytes:
         why = "QUOTA_DOVEADM is not like http://127.0.0.1:8080/doveadm/v1: no https, no other path"
         raise Problem(why)
     key = question.contents("QUOTA_DOVEADM_KEY").partition(b"\n")[0].strip()
-    if os.stat(question.setting("QUOTA_DOVEADM_KEY")).st_mode & stat.S_IROTH and not logged:
-        logged.append("every user of this system may read the file QUOTA_DOVEADM_KEY")
-        log(logged[0])
-    shown = "X-Dovecot-API " + base64.b64encode(key).decode()
-    fields = {"Authorization": shown, "Content-Type": "application/json"}
+    if os.stat(question.setting("QUOTA_DOVEADM_KEY")).st_mode & stat.S_IROTH and not warnings:
+        warnings.append("every user of this system may read the file QUOTA_DOVEADM_KEY")
+        log(warnings[0])
+    credentials = "X-Dovecot-API " + base64.b64encode(key).decode()
+    fields = {"Authorization": credentials, "Content-Type": "application/json"}
     try:
         connection = http.client.HTTPConnection(host, timeout=DOVEADM_SECONDS)
         with contextlib.closing(connection):
@@ -421,8 +425,8 @@ def post_to_doveadm(query: str, question: Question) -> bytes:
 HEX = b"0123456789abcdefABCDEF"
 IPV4_IN_IPV6 = 10 * b"\0" + b"\xff\xff"  # what ::ffff:192.0.2.25 begins with
 BAD_PATH = (
-    " is not like /var/mail/%n: it begins with / or %h, names the user by %n, %u or %h,"
-    " and else has only %d, %%, %1n and %1.2n"
+    " is not like /var/mail/%n: it must begin with / or %h, name the user by %n, %u or %h,"
+    " and have no other placeholders but %d, %% and parts like %1n and %1.2n"
 )
 HINT = ": in systemd and uWSGI each % is written twice"
 END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
@@ -431,11 +435,11 @@ FAILED = "500 Internal Server Error"
 
 
 class Problem(Exception):
-    """Ends a question: a line for the client without paths, a detail for the log, HTTP status."""
+    """Ends a question: the client is told why, without paths, and the log has the detail."""
 
     def __init__(self, why: str, detail: object = "", status: str = FAILED) -> None:
         super().__init__(why)
-        self.detail, self.status = detail, status
+        self.detail, self.status = detail, status  # that of HTTP
 
 
 class NoSuchUser(Exception):
@@ -491,7 +495,7 @@ class Question:
         return parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
 
     def contents(self, name: str) -> bytes:
-        """Return what is in the file that a setting names. Raises Problem."""
+        """Return what is in the file whose path is a setting. Raises Problem."""
         try:
             with open(self.setting(name), "rb") as file:
                 return file.read()
@@ -502,10 +506,11 @@ class Question:
         """Look up user@domain, user or @domain in QUOTA_USERS: a limit in bytes. Raises Problem."""
         if not self.setting("QUOTA_USERS"):
             return None
-        text = b"\n" + fold(self.contents("QUOTA_USERS"))
-        if text[-1:] != b"\n":
+        text = fold(self.contents("QUOTA_USERS"))
+        if text[-1:] != b"\n":  # somebody is still writing it, or the disk is full
             raise Problem("QUOTA_USERS does not end in a newline: is it half a file?")
-        for name in self.user + b"@" + self.domain, self.user, b"@" + self.domain:
+        text = b"\n" + text
+        for name in (self.user + b"@" + self.domain, self.user, b"@" + self.domain):
             before, found, after = text.partition(b"\n" + fold(name) + b" ")
             if found:
                 number = before.count(b"\n") + 1
@@ -518,11 +523,11 @@ class Question:
         template = self.setting(name)
         bad = Problem(name + BAD_PATH + HINT, template)
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
-        letters = {part[:1] for part in parts}  # of %n it is n; of %1n 1, which names no user
+        letters = {part[:1] for part in parts}  # a digit, as of %1n, does not name the user
         if letters.isdisjoint((b"n", b"u", b"h")) or not template.startswith((b"/", b"%h")):
             raise bad
         folder = os.path.dirname(path).replace(b"\0", b"%") or b"/"
-        try:
+        try:  # else each mailbox below a path that is mistyped would look empty
             os.stat(folder)
         except FileNotFoundError:
             why = name + " begins with a folder that does not exist" + HINT
@@ -533,16 +538,18 @@ class Question:
             values[b"h"] = home_of(self.user)
         try:
             for part in parts:
-                rest = part.lstrip(b"0123456789.")  # of 1.2n/: n/, and skip is 1, width is 2
+                # Of %1.2n/ this is 1.2n/: skip 1 character, take 2. Of %1n it is 1n: take 1.
+                rest = part.lstrip(b"0123456789.")
                 skip, _, width = part[: -len(rest)].rpartition(b".")
                 value = values[rest[:1]]
-                if not value:  # it is the domain: there is always a user
+                if not value:  # the domain, as there is always a user
                     raise Problem("no domain (d=) given", status=BAD_REQUEST)
                 path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
         except (KeyError, ValueError):
             raise bad from None
+        # Of the user a..b the part %1.2n is `..`, which would lead out of the folder.
         if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):
-            raise Problem("no mailbox has such a user", status=BAD_REQUEST)  # a..b, by %1.2n
+            raise Problem("no mailbox has such a user", status=BAD_REQUEST)
         return path.replace(b"\0", b"%")
 
 
@@ -556,11 +563,11 @@ def check_name(what: str, name: bytes) -> None:
 
 def unquote(text: bytes) -> bytes:
     """Decode a form-encoded name or value, as urllib.parse.unquote_plus does."""
-    first, *parts = text.replace(b"+", b" ").split(b"%")
+    decoded, *parts = text.replace(b"+", b" ").split(b"%")
     for part in parts:
         is_code = len(part) > 1 and not part[:2].strip(HEX)
-        first += bytes((int(part[:2], 16),)) + part[2:] if is_code else b"%" + part
-    return first
+        decoded += bytes((int(part[:2], 16),)) + part[2:] if is_code else b"%" + part
+    return decoded
 
 
 def parse_limit(where: str, text: bytes) -> int:
@@ -574,9 +581,9 @@ def parse_limit(where: str, text: bytes) -> int:
 
 
 def parse_network(text: str) -> tuple[int, int]:
-    """Return the address of a network as a number, and how many of its last bits are the host's.
+    """Return the address of a network as a number, and how many of its last bits do not matter.
 
-    A bit above the address tells IPv4 from IPv6. Raises OSError, ValueError.
+    A 1 before the address tells IPv4 from IPv6. Raises OSError, ValueError.
     """
     from _socket import AF_INET, AF_INET6, inet_pton  # `socket` or `ipaddress` would take longer
 
@@ -590,7 +597,7 @@ def parse_network(text: str) -> tuple[int, int]:
 
 
 def is_allowed(peer: str, allow: bytes) -> bool:
-    """Say whether QUOTA_ALLOW has an address, or is empty. Raises Problem."""
+    """Say whether QUOTA_ALLOW is empty or has the peer's address. Raises Problem."""
     if not allow:
         return True
     try:
@@ -606,10 +613,10 @@ def is_allowed(peer: str, allow: bytes) -> bool:
 
 
 def fold(text: bytes) -> bytes:
-    """Fold what does not matter in QUOTA_USERS: capitals do not, and a tab is a space.
+    """Fold the text of QUOTA_USERS, or a name to be found in it: to lower case, tabs to spaces.
 
-    A colon and the end of a line get a space before them. So `john: 5M` and `john` are found, and
-    parse_limit() reports them.
+    A colon and the end of a line get a space before them. So the mistakes `john: 5M` and `john` are
+    found, too, and parse_limit() reports them.
     """
     text = text.lower().replace(b"\t", b" ")
     return text.replace(b":", b" :").replace(b"\n", b" \n")
@@ -622,12 +629,12 @@ def home_of(user: bytes) -> bytes:
     try:
         return os.fsencode(pwd.getpwnam(os.fsdecode(user)).pw_dir)
     except KeyError:
-        pwd.getpwuid(0)  # fails, too, where users cannot be looked up: that is no UNKNOWN
+        pwd.getpwuid(0)  # root exists: else users cannot be looked up now, and nobody is UNKNOWN
         raise NoSuchUser from None
 
 
 def respond(env: Env) -> Response:
-    """Answer a question."""
+    """Answer a question, given a CGI's environment, with an HTTP response."""
     question, status, line = Question(env), "200 OK", b""
     method = env.get(b"REQUEST_METHOD", b"GET")
     fields = [("Content-Type", "text/plain"), ("Cache-Control", "no-store")]  # no proxy may keep it
@@ -666,7 +673,7 @@ if __name__ == "__main__" and IS_CGI:
     status, fields, body = respond(os.environb)
     head = "".join(f"{name}: {value}\n" for name, value in [("Status", status), *fields])
     os.write(1, head.encode() + b"\n" + body)
-    os._exit(0)  # a normal exit would take as long as the answer
+    os._exit(0)  # a normal exit would take half as long as all this
 
 # A CGI has ended here: what follows is for the other ways to run the script.
 import contextlib
@@ -696,9 +703,9 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65536  # bytes of it
 THREADS = 200  # connections at a time
-PATIENCE = 5  # seconds; if a question takes longer, the same one is answered with HANGS meanwhile
+PATIENCE = 5  # seconds; while a question takes longer, the same one gets the answer HANGS at once
 SLOW = 1  # seconds; an answer that took longer is kept
-KEPT_SECONDS = 60  # for which it is used again
+KEPT_SECONDS = 60  # for which such an answer is used again
 MOST_KEPT = 1000  # answers
 TEXT = [("Content-Type", "text/plain")]
 STRANGER = "403 Forbidden", TEXT, b"ERROR this address is not in QUOTA_ALLOW\n"
@@ -712,7 +719,7 @@ class Server:
 
     def __init__(self, settings: Env) -> None:
         self.allow = Question(settings).setting("QUOTA_ALLOW")
-        self.settings = {**settings, b"QUOTA_ALLOW": b""}  # run() has checked the address
+        self.settings = {**settings, b"QUOTA_ALLOW": b""}  # run() checks the address
         self.under_way: dict[bytes, float] = {}  # request: since when
         self.kept: dict[bytes, tuple[float, Response]] = {}  # request: until when, slow answer
 
@@ -722,28 +729,32 @@ class Server:
             try:
                 connection, peer = listener.accept()
                 with connection:
-                    is_friend = is_allowed(peer[0], self.allow)
-                    send(connection, self.answer(receive(connection)) if is_friend else STRANGER)
+                    if is_allowed(peer[0], self.allow):
+                        send(connection, self.answer(receive(connection)))
+                    else:
+                        send(connection, STRANGER)
             except ConnectionError:
                 pass  # the client has left
-            except OSError:  # it was too slow, or no descriptor is free: that must not spin
+            except OSError:  # the client was too slow, or no descriptor is free: that must not spin
                 time.sleep(0.1)
 
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
 
         If a mailbox hangs, only the questions about it that came in the first seconds hold threads.
-        A slow answer is kept: a milter that could not wait for it gets it the next time.
+        A slow answer is kept: a milter that could not wait for it may ask again within a minute.
         """
         method, _, rest = line.partition(b" ")
         if method not in (b"GET", b"HEAD", b"POST"):
             return NOT_IMPLEMENTED
         query = rest.rpartition(b" ")[0].partition(b"?")[2]
         began = time.monotonic()
-        until, response = self.kept.get(line, (0, HANGS))
-        if began < until:
-            return response
-        if began > self.under_way.setdefault(line, began) + PATIENCE:
+        kept = self.kept.get(line)
+        if kept and began < kept[0]:
+            return kept[1]
+        since = self.under_way.setdefault(line, began)
+        if since + PATIENCE < began:
+            log(f"the mailbox hangs: {line!a}")
             return HANGS
         try:
             env = {**self.settings, b"REQUEST_METHOD": method, b"QUERY_STRING": query}
@@ -764,7 +775,7 @@ class Server:
 def receive(connection: socket.socket) -> bytes:
     """Receive a request and return its first line. Raises OSError.
 
-    Its header is received whole: the first line of half a request could name another mailbox.
+    The header is received to its end: a request that was cut off could name another mailbox.
     """
     request, deadline = b"", time.monotonic() + REQUEST_SECONDS
     while len(request) < REQUEST_LENGTH and b"\n\n" not in request.replace(b"\r", b""):
@@ -782,7 +793,7 @@ def send(connection: socket.socket, response: Response) -> None:
     head = "".join(f"{name}: {value}\r\n" for name, value in fields)
     connection.setblocking(False)
     connection.sendall(f"HTTP/1.0 {status}\r\n{head}\r\n".encode() + body)
-    # A stranger's request, left unread, would reset the connection, and he would get no answer.
+    # To close with a stranger's request unread would reset the connection, and lose the answer.
     with contextlib.suppress(BlockingIOError):
         connection.recv(REQUEST_LENGTH)
 
@@ -797,7 +808,7 @@ def serve(where: str) -> int:
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
         server = Server(dict(os.environb))
-        is_allowed(host, server.allow)  # a bad QUOTA_ALLOW is reported now, not at each question
+        is_allowed(host, server.allow)  # reports a bad QUOTA_ALLOW now, not at each question
         if not (server.allow or host.startswith("127.") or host in ("::1", "localhost")):
             raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
         listener = socket.create_server(
@@ -807,7 +818,7 @@ def serve(where: str) -> int:
             threading.Thread(target=server.run, args=(listener,), daemon=True).start()
     except (OSError, OverflowError, ValueError, Problem) as error:
         log(f"--serve {where}: {error}")
-        return 1 if isinstance(error, OSError) else 2  # 1: an address may come later
+        return 1 if isinstance(error, OSError) else 2  # 1: to try again may help
     log("serving on " + host + " port " + port)
     signal.sigwait(ends)
     return 0

@@ -9,7 +9,7 @@
 The answer is one line, `OK john 1048576 209715200`: status, user, bytes used
 and quota in bytes (0: no limit). The status is OK, OVERQUOTA (the file is larger
 than the limit) or UNKNOWN. An error is `ERROR why` with an HTTP status of 400 or
-more (in a shell on standard error, with status 1) and never a verdict; the
+more, and never a verdict (in a shell on standard error, with status 1). The
 detail of a 500 goes to standard error.
 
 SETTINGS are the constants below; an environment variable of the same name
@@ -22,7 +22,8 @@ is passed there. The script opens no mailbox and never writes: it needs search
 permission on the mail folder and none on the files.
 """
 
-# ruff: noqa: E402 - most of a CGI's time is its start: imports it does not need come after its end.
+# ruff: noqa: E402 - A CGI spends its time on its start. What only the other ways to run the script
+# need is imported after the end of the CGI.
 from __future__ import annotations
 
 import os
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any, Callable, Optional
 
-    Env = Mapping[bytes, bytes]  # names and files are not always UTF-8: all text is bytes
+    Env = Mapping[bytes, bytes]  # users and paths are not always UTF-8: they are bytes
     Response = tuple[str, list[tuple[str, str]], bytes]  # status line, header fields, body
 
 QUOTA_LIMIT = "200M"  # bytes, or with K, M, G, T (powers of 1024); 0: no limit
@@ -65,8 +66,8 @@ def measure(question: Question) -> None:
 HEX = b"0123456789abcdefABCDEF"
 IPV4_IN_IPV6 = 10 * b"\0" + b"\xff\xff"  # what ::ffff:192.0.2.25 begins with
 BAD_PATH = (
-    " is not like /var/mail/%n: it begins with / or %h, names the user by %n, %u or %h,"
-    " and else has only %d, %%, %1n and %1.2n"
+    " is not like /var/mail/%n: it must begin with / or %h, name the user by %n, %u or %h,"
+    " and have no other placeholders but %d, %% and parts like %1n and %1.2n"
 )
 HINT = ": in systemd and uWSGI each % is written twice"
 END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
@@ -75,11 +76,11 @@ FAILED = "500 Internal Server Error"
 
 
 class Problem(Exception):
-    """Ends a question: a line for the client without paths, a detail for the log, HTTP status."""
+    """Ends a question: the client is told why, without paths, and the log has the detail."""
 
     def __init__(self, why: str, detail: object = "", status: str = FAILED) -> None:
         super().__init__(why)
-        self.detail, self.status = detail, status
+        self.detail, self.status = detail, status  # that of HTTP
 
 
 class NoSuchUser(Exception):
@@ -135,7 +136,7 @@ class Question:
         return parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
 
     def contents(self, name: str) -> bytes:
-        """Return what is in the file that a setting names. Raises Problem."""
+        """Return what is in the file whose path is a setting. Raises Problem."""
         try:
             with open(self.setting(name), "rb") as file:
                 return file.read()
@@ -146,10 +147,11 @@ class Question:
         """Look up user@domain, user or @domain in QUOTA_USERS: a limit in bytes. Raises Problem."""
         if not self.setting("QUOTA_USERS"):
             return None
-        text = b"\n" + fold(self.contents("QUOTA_USERS"))
-        if text[-1:] != b"\n":
+        text = fold(self.contents("QUOTA_USERS"))
+        if text[-1:] != b"\n":  # somebody is still writing it, or the disk is full
             raise Problem("QUOTA_USERS does not end in a newline: is it half a file?")
-        for name in self.user + b"@" + self.domain, self.user, b"@" + self.domain:
+        text = b"\n" + text
+        for name in (self.user + b"@" + self.domain, self.user, b"@" + self.domain):
             before, found, after = text.partition(b"\n" + fold(name) + b" ")
             if found:
                 number = before.count(b"\n") + 1
@@ -162,11 +164,11 @@ class Question:
         template = self.setting(name)
         bad = Problem(name + BAD_PATH + HINT, template)
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
-        letters = {part[:1] for part in parts}  # of %n it is n; of %1n 1, which names no user
+        letters = {part[:1] for part in parts}  # a digit, as of %1n, does not name the user
         if letters.isdisjoint((b"n", b"u", b"h")) or not template.startswith((b"/", b"%h")):
             raise bad
         folder = os.path.dirname(path).replace(b"\0", b"%") or b"/"
-        try:
+        try:  # else each mailbox below a path that is mistyped would look empty
             os.stat(folder)
         except FileNotFoundError:
             why = name + " begins with a folder that does not exist" + HINT
@@ -177,16 +179,18 @@ class Question:
             values[b"h"] = home_of(self.user)
         try:
             for part in parts:
-                rest = part.lstrip(b"0123456789.")  # of 1.2n/: n/, and skip is 1, width is 2
+                # Of %1.2n/ this is 1.2n/: skip 1 character, take 2. Of %1n it is 1n: take 1.
+                rest = part.lstrip(b"0123456789.")
                 skip, _, width = part[: -len(rest)].rpartition(b".")
                 value = values[rest[:1]]
-                if not value:  # it is the domain: there is always a user
+                if not value:  # the domain, as there is always a user
                     raise Problem("no domain (d=) given", status=BAD_REQUEST)
                 path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
         except (KeyError, ValueError):
             raise bad from None
+        # Of the user a..b the part %1.2n is `..`, which would lead out of the folder.
         if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):
-            raise Problem("no mailbox has such a user", status=BAD_REQUEST)  # a..b, by %1.2n
+            raise Problem("no mailbox has such a user", status=BAD_REQUEST)
         return path.replace(b"\0", b"%")
 
 
@@ -200,11 +204,11 @@ def check_name(what: str, name: bytes) -> None:
 
 def unquote(text: bytes) -> bytes:
     """Decode a form-encoded name or value, as urllib.parse.unquote_plus does."""
-    first, *parts = text.replace(b"+", b" ").split(b"%")
+    decoded, *parts = text.replace(b"+", b" ").split(b"%")
     for part in parts:
         is_code = len(part) > 1 and not part[:2].strip(HEX)
-        first += bytes((int(part[:2], 16),)) + part[2:] if is_code else b"%" + part
-    return first
+        decoded += bytes((int(part[:2], 16),)) + part[2:] if is_code else b"%" + part
+    return decoded
 
 
 def parse_limit(where: str, text: bytes) -> int:
@@ -218,9 +222,9 @@ def parse_limit(where: str, text: bytes) -> int:
 
 
 def parse_network(text: str) -> tuple[int, int]:
-    """Return the address of a network as a number, and how many of its last bits are the host's.
+    """Return the address of a network as a number, and how many of its last bits do not matter.
 
-    A bit above the address tells IPv4 from IPv6. Raises OSError, ValueError.
+    A 1 before the address tells IPv4 from IPv6. Raises OSError, ValueError.
     """
     from _socket import AF_INET, AF_INET6, inet_pton  # `socket` or `ipaddress` would take longer
 
@@ -234,7 +238,7 @@ def parse_network(text: str) -> tuple[int, int]:
 
 
 def is_allowed(peer: str, allow: bytes) -> bool:
-    """Say whether QUOTA_ALLOW has an address, or is empty. Raises Problem."""
+    """Say whether QUOTA_ALLOW is empty or has the peer's address. Raises Problem."""
     if not allow:
         return True
     try:
@@ -250,10 +254,10 @@ def is_allowed(peer: str, allow: bytes) -> bool:
 
 
 def fold(text: bytes) -> bytes:
-    """Fold what does not matter in QUOTA_USERS: capitals do not, and a tab is a space.
+    """Fold the text of QUOTA_USERS, or a name to be found in it: to lower case, tabs to spaces.
 
-    A colon and the end of a line get a space before them. So `john: 5M` and `john` are found, and
-    parse_limit() reports them.
+    A colon and the end of a line get a space before them. So the mistakes `john: 5M` and `john` are
+    found, too, and parse_limit() reports them.
     """
     text = text.lower().replace(b"\t", b" ")
     return text.replace(b":", b" :").replace(b"\n", b" \n")
@@ -266,12 +270,12 @@ def home_of(user: bytes) -> bytes:
     try:
         return os.fsencode(pwd.getpwnam(os.fsdecode(user)).pw_dir)
     except KeyError:
-        pwd.getpwuid(0)  # fails, too, where users cannot be looked up: that is no UNKNOWN
+        pwd.getpwuid(0)  # root exists: else users cannot be looked up now, and nobody is UNKNOWN
         raise NoSuchUser from None
 
 
 def respond(env: Env) -> Response:
-    """Answer a question."""
+    """Answer a question, given a CGI's environment, with an HTTP response."""
     question, status, line = Question(env), "200 OK", b""
     method = env.get(b"REQUEST_METHOD", b"GET")
     fields = [("Content-Type", "text/plain"), ("Cache-Control", "no-store")]  # no proxy may keep it
@@ -310,7 +314,7 @@ if __name__ == "__main__" and IS_CGI:
     status, fields, body = respond(os.environb)
     head = "".join(f"{name}: {value}\n" for name, value in [("Status", status), *fields])
     os.write(1, head.encode() + b"\n" + body)
-    os._exit(0)  # a normal exit would take as long as the answer
+    os._exit(0)  # a normal exit would take half as long as all this
 
 # A CGI has ended here: what follows is for the other ways to run the script.
 import contextlib
@@ -340,9 +344,9 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65536  # bytes of it
 THREADS = 200  # connections at a time
-PATIENCE = 5  # seconds; if a question takes longer, the same one is answered with HANGS meanwhile
+PATIENCE = 5  # seconds; while a question takes longer, the same one gets the answer HANGS at once
 SLOW = 1  # seconds; an answer that took longer is kept
-KEPT_SECONDS = 60  # for which it is used again
+KEPT_SECONDS = 60  # for which such an answer is used again
 MOST_KEPT = 1000  # answers
 TEXT = [("Content-Type", "text/plain")]
 STRANGER = "403 Forbidden", TEXT, b"ERROR this address is not in QUOTA_ALLOW\n"
@@ -356,7 +360,7 @@ class Server:
 
     def __init__(self, settings: Env) -> None:
         self.allow = Question(settings).setting("QUOTA_ALLOW")
-        self.settings = {**settings, b"QUOTA_ALLOW": b""}  # run() has checked the address
+        self.settings = {**settings, b"QUOTA_ALLOW": b""}  # run() checks the address
         self.under_way: dict[bytes, float] = {}  # request: since when
         self.kept: dict[bytes, tuple[float, Response]] = {}  # request: until when, slow answer
 
@@ -366,28 +370,32 @@ class Server:
             try:
                 connection, peer = listener.accept()
                 with connection:
-                    is_friend = is_allowed(peer[0], self.allow)
-                    send(connection, self.answer(receive(connection)) if is_friend else STRANGER)
+                    if is_allowed(peer[0], self.allow):
+                        send(connection, self.answer(receive(connection)))
+                    else:
+                        send(connection, STRANGER)
             except ConnectionError:
                 pass  # the client has left
-            except OSError:  # it was too slow, or no descriptor is free: that must not spin
+            except OSError:  # the client was too slow, or no descriptor is free: that must not spin
                 time.sleep(0.1)
 
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
 
         If a mailbox hangs, only the questions about it that came in the first seconds hold threads.
-        A slow answer is kept: a milter that could not wait for it gets it the next time.
+        A slow answer is kept: a milter that could not wait for it may ask again within a minute.
         """
         method, _, rest = line.partition(b" ")
         if method not in (b"GET", b"HEAD", b"POST"):
             return NOT_IMPLEMENTED
         query = rest.rpartition(b" ")[0].partition(b"?")[2]
         began = time.monotonic()
-        until, response = self.kept.get(line, (0, HANGS))
-        if began < until:
-            return response
-        if began > self.under_way.setdefault(line, began) + PATIENCE:
+        kept = self.kept.get(line)
+        if kept and began < kept[0]:
+            return kept[1]
+        since = self.under_way.setdefault(line, began)
+        if since + PATIENCE < began:
+            log(f"the mailbox hangs: {line!a}")
             return HANGS
         try:
             env = {**self.settings, b"REQUEST_METHOD": method, b"QUERY_STRING": query}
@@ -408,7 +416,7 @@ class Server:
 def receive(connection: socket.socket) -> bytes:
     """Receive a request and return its first line. Raises OSError.
 
-    Its header is received whole: the first line of half a request could name another mailbox.
+    The header is received to its end: a request that was cut off could name another mailbox.
     """
     request, deadline = b"", time.monotonic() + REQUEST_SECONDS
     while len(request) < REQUEST_LENGTH and b"\n\n" not in request.replace(b"\r", b""):
@@ -426,7 +434,7 @@ def send(connection: socket.socket, response: Response) -> None:
     head = "".join(f"{name}: {value}\r\n" for name, value in fields)
     connection.setblocking(False)
     connection.sendall(f"HTTP/1.0 {status}\r\n{head}\r\n".encode() + body)
-    # A stranger's request, left unread, would reset the connection, and he would get no answer.
+    # To close with a stranger's request unread would reset the connection, and lose the answer.
     with contextlib.suppress(BlockingIOError):
         connection.recv(REQUEST_LENGTH)
 
@@ -441,7 +449,7 @@ def serve(where: str) -> int:
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
         server = Server(dict(os.environb))
-        is_allowed(host, server.allow)  # a bad QUOTA_ALLOW is reported now, not at each question
+        is_allowed(host, server.allow)  # reports a bad QUOTA_ALLOW now, not at each question
         if not (server.allow or host.startswith("127.") or host in ("::1", "localhost")):
             raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
         listener = socket.create_server(
@@ -451,7 +459,7 @@ def serve(where: str) -> int:
             threading.Thread(target=server.run, args=(listener,), daemon=True).start()
     except (OSError, OverflowError, ValueError, Problem) as error:
         log(f"--serve {where}: {error}")
-        return 1 if isinstance(error, OSError) else 2  # 1: an address may come later
+        return 1 if isinstance(error, OSError) else 2  # 1: to try again may help
     log("serving on " + host + " port " + port)
     signal.sigwait(ends)
     return 0

@@ -3294,7 +3294,7 @@ def test_limits_of_users_beat_all_others_and_only_the_line_that_counts_is_looked
 UNREADABLE = "ERROR the file QUOTA_USERS cannot be read"
 BAD_USERS = [
     # (what the file is, the line)
-    *((half, "ERROR QUOTA_USERS does not end in a newline") for half in (b"a 5\njohn 5", b"john")),
+    *((half, "ERROR QUOTA_USERS does not end in a newline") for half in (b"a 5\njohn 5", b"")),
     *((path, UNREADABLE) for path in (".", "none")),
 ]
 
