@@ -8,20 +8,22 @@ USE
     At each RCPT the milter sends an HTTP request to the backend that holds the mailbox:
     `GET URL?u=USER&d=DOMAIN`. A recipient who is over quota gets a temporary failure,
     `452 4.2.2 Quota exceeded for ...`: the sending server keeps the mail and tries again.
-    At the end of the data the message is judged again by its size: the declared one, or
-    that of its body if the first 64 KB are more. Accepted mail counts as in flight until
-    an answer shows it, or for --in-flight: many messages at once overfill no mailbox.
+    At the end of the data the message is judged again by its size: the declared one, but
+    that of its body if the first 64 KB exceed it. Accepted mail counts as in flight until
+    an answer shows it, or for --in-flight: so many messages at once overfill no mailbox.
 
     A file given as @FILE holds one option and its value a line, `#` comments. HUP reads
-    the option files and the aliases again, USR1 logs the counters, TERM and INT end the
-    program. Its status is 2 for a bad option, 1 if it cannot listen. After --check: 0 if
-    all would be accepted, 1 if one would be refused, 2 if a backend could not be asked,
-    none serves the domain, or an unknown mailbox is let through.
+    the option files and the aliases again (all but --listen and --syslog), USR1 logs the
+    counters, TERM and INT end the program. Its status is 2 for a bad option, 1 if it
+    cannot listen. After --check: 0 if all would be accepted, 1 if one would be refused, 2
+    if a backend could not be asked, none serves the domain, or an unknown mailbox is let
+    through.
 
 WHEN SOMETHING FAILS
-    If no backend answers within --timeout, the last answer is used for up to an hour.
-    After that --on-error decides; by default mail is let through. A backend that cannot
-    be reached is left alone for --retry-after seconds. Each failure is logged.
+    If no backend gives an answer within --timeout, the last one is used for an hour at
+    most. After that --on-error decides; by default mail is let through. A backend that
+    cannot be reached, or that has no answer about three mailboxes in a row, is left alone
+    for --retry-after seconds. Each failure is logged.
 
 SECURITY
     The milter believes its backends, and trusts no address: each is escaped before it
@@ -41,7 +43,7 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # while it starts: HUP and USR1 end nothing, INT ends it in silence
+if __name__ == "__main__":  # During the start HUP and USR1 are ignored; INT shows no traceback.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -86,27 +88,26 @@ VERSION = "3.0"
 DEFAULT_BACKEND = "http://127.0.0.1:8025/cgi-bin/quota.cgi"
 
 ANSWER_LENGTH = 4096  # bytes read of an answer: the longest line is far below
-TOO_LARGE = 1 << 63  # bytes; a server that prints a negative sum as unsigned gives this or more
-ANSWERS = 50_000  # mailboxes whose answers are remembered, in some 25 MB
+NUMBER_LIMIT = 1 << 63  # bytes; a negative sum that a server prints as unsigned is this or more
+MOST_ACCOUNTS = 50_000  # mailboxes whose answers are remembered, in some 25 MB
 NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
-REVIEWS = 20  # in half of a question's time a session that waits looks so often whether to end it
-MOST_TIMEOUTS = 3  # different mailboxes in a row without an answer: then the backend is down
+REVIEWS = 20  # looks of a session at the question it waits for, in half of the question's time
+TIMEOUTS_UNTIL_DOWN = 3  # different mailboxes in a row without an answer
 HEADER_BYTES = 1024  # bytes that mail servers add to a message on its way: 500 to 1,500
-TABLE_TURNS = threading.Semaphore(8)  # for all postmaps; each runs for some five milliseconds
-TABLE_RESULTS = 10_000  # names whose result a table remembers, in some 10 MB
+TABLE_RESULTS = 10_000  # addresses whose result a table remembers, in some 10 MB
 REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RFC 5321, 4.5.3.1.5)
 BACKLOG = 1024  # connections that wait to be accepted; libmilter's 20 are few for a burst
 LOG_LENGTH = 10_000  # lines that may wait to be written; what comes then is lost
 TICK = 1  # seconds between two looks at alias files, and at whether libmilter runs
 METRICS_EVERY = 15  # seconds, as Prometheus usually asks
 DAY = 86400  # seconds
-STOPPING = 1.7  # seconds from TERM to a hard exit, whatever hangs; the promise is 2
+STOPPING = 1.7  # seconds from TERM to a hard exit
 
 OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
 TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
-# Not 552: after RCPT some clients read that as "too many recipients" and go on trying (RFC 5321,
-# 4.5.3.1.10), and this reply is to end the tries.
+# This reply is to end the tries. So it is no 552: after RCPT some clients read that as "too many
+# recipients" and go on trying (RFC 5321, 4.5.3.1.10).
 INACTIVE = "550 5.2.2 Mailbox of {address} is full and not in use"
 
 REFUSED = ("overquota", "toolarge", "inactive")  # verdicts: there is no room for the message
@@ -116,7 +117,7 @@ VERDICTS = ("ok", *REFUSED, "unknown", "fault", "empty", "exempt", "alias", "nob
 
 DOWN = "the backend is down and is left alone for a while"
 NO_TURN = "too many other questions: this one could not be sent in time"
-OVERTAKEN = "no answer in half of the time, while later questions were answered and others waited"
+OVERTAKEN = "no answer in half of the time; others waited, and a later question was answered"
 HUNG = "the last question about this mailbox had no answer: it is left alone for a while"
 HINTS = {  # what an administrator has usually got wrong
     401: ": is the password in --backend right?",
@@ -250,7 +251,7 @@ class Reply(NamedTuple):
         return self.code[0] == "5"
 
     def to(self, address: str) -> Reply:
-        """Put the address in, as printable ASCII; libmilter would take a % for a format."""
+        """Put the address in, as printable ASCII without %, which libmilter reads as a format."""
         text = self.text.replace("{address}", re.sub("[^ -~]|%", "?", address))
         return self._replace(text=text[:REPLY_LENGTH])
 
@@ -265,7 +266,7 @@ class Answer(NamedTuple):
     status: str
     used: Optional[int] = None
     quota: Optional[int] = None  # 0: no limit
-    grace: int = 0  # what the message that fills the mailbox may take beyond the quota
+    grace: int = 0  # how far the message that fills the mailbox may exceed the quota
     changed: str = ""  # an HTTP date: the last change by a delivery or by the user
     source: str = ""  # the name of the backend that gave it
     at: float = 0.0  # when the question was sent, on the monotonic clock
@@ -300,8 +301,9 @@ class Answer(NamedTuple):
 
 def read_number(text: bytes) -> Optional[int]:
     """Read a plain non-negative integer below 2^63; None if it is something else."""
-    number = int(text) if text.isdigit() and len(text) <= 20 else TOO_LARGE
-    return number if number < TOO_LARGE else None
+    if text.isdigit() and len(text) <= 20 and int(text) < NUMBER_LIMIT:
+        return int(text)
+    return None
 
 
 def read_date(text: str) -> Optional[float]:
@@ -366,7 +368,8 @@ class Question:
         self.mailbox = mailbox
         # On the monotonic clock: when the first session asked, and when the question must end.
         self.asked, self.deadline = asked, deadline
-        self.half_time = (deadline - asked) / 2  # seconds
+        self.half = (deadline - asked) / 2  # seconds: half of its time
+        # The Backend sets these two.
         self.begun = 0.0  # when a thread began to ask; 0: the question waits for its turn
         self.future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
         self.lock = threading.Lock()  # guards what follows
@@ -412,7 +415,7 @@ class Client:
         self.context = context if parts.scheme == "https" else None
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if self.context else 80)
-        self.last_address: object = None  # the one that could be connected to last
+        self.last_address = ""  # the one that could be connected to last
         self.headers = {"Host": netloc, "User-Agent": "quota_milter/" + VERSION}
         if parts.username is not None:
             secret = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
@@ -454,29 +457,27 @@ class Client:
         except (OSError, ValueError) as error:  # ValueError: a bad name
             hint = ": see --cafile" if isinstance(error, ssl.SSLCertVerificationError) else ""
             raise Unreachable(f"no connection: {error}{hint}") from None
-        # From here on the question ends with its deadline, not with a timeout of the socket.
+        # A session ends the question at its deadline. The socket's timeout is later: it says less.
         connection.sock.settimeout(question.seconds_left() + 1)
 
     def open_socket(self, question: Question) -> socket.socket:
         """Connect to one of the host's addresses. Raises OSError, ValueError.
 
-        The addresses and the answer share the time that is left. So an address that swallows
-        packets, such as IPv6 behind a filter, leaves enough for the next one. The address that
-        worked the last time comes first.
+        The time that is left is divided by the addresses to be tried, and one share is for the
+        answer. So an address that swallows packets, such as IPv6 behind a filter, leaves enough for
+        the next one. The address that worked the last time comes first.
         """
         found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        found.sort(key=lambda entry: entry[4] != self.last_address)
-        left = len(found)
-        for family, kind, protocol, _, address in found:
-            sock = socket.socket(family, kind, protocol)
+        addresses = [str(entry[4][0]) for entry in found]
+        addresses.sort(key=lambda address: address != self.last_address)
+        for number, address in enumerate(addresses, 1):
+            shares = len(addresses) - number + 2
             try:
-                sock.settimeout(question.seconds_left() / (left + 1))
-                sock.connect(address)
+                seconds = question.seconds_left() / shares
+                sock = socket.create_connection((address, self.port), seconds)
                 break
             except OSError:
-                sock.close()
-                left -= 1
-                if not left:
+                if number == len(addresses):
                     raise
         self.last_address = address
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -520,18 +521,20 @@ class Backend:
 
     All sessions that ask about a mailbox share one question, whose deadline is that of the first.
     The oldest question is sent next. But if answers are so slow that the oldest may run out of
-    time, the newest is: otherwise, under overload, all questions would be sent too late.
+    time, the newest is: under overload all questions would be sent too late for their answers.
 
-    The sessions end a question that no thread took up in the first half of its time. So each that
-    was sent had about half of its time, and if it times out, that says something of the backend.
-    They end a question at its deadline, too. And if others wait for a thread, one that was sent
-    half of its time ago, while a later one has its answer: the backend works, this mailbox hangs.
-    The connection is shut down then, which frees the thread, and the mailbox is left alone for
-    `retry_after` seconds.
+    The sessions that wait for a question end it in three cases:
+    - No thread has taken it up in the first half of its time. So each question that was sent had
+      about half of its time, and if it times out, that says something of the backend.
+    - Its deadline has come.
+    - It was sent half of its time ago, others wait for a thread, and a question that was sent later
+      has its answer. So the backend works, and this mailbox hangs.
+    If the question was sent, its connection is shut down, which frees the thread that reads from
+    it, and its mailbox is left alone for `retry_after` seconds.
 
     The circuit breaker: a backend is down if it cannot be reached, or if questions about three
     mailboxes timed out since its last answer. It is left alone for `retry_after` seconds. Then one
-    question tries it.
+    question, about any mailbox, tries it.
 
     A question is in `questions` exactly until its future is done.
     """
@@ -541,14 +544,14 @@ class Backend:
         self.name = client.url.partition("?")[0]  # for the log
         self.retry_after: float = options.retry_after  # seconds
         self.max_queries: int = options.max_queries
-        self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
         self.lock = threading.Lock()  # guards what follows
+        self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
         self.questions: dict[Mailbox, Question] = {}  # under way, the newest last
         self.left_alone: dict[Mailbox, float] = {}  # mailboxes that ran out of time, until when
-        self.latest_answered = 0.0  # the latest time at which a question began that has its answer
+        self.newest_answered = 0.0  # when the newest question that has its answer began
         self.answered_at = 0.0  # when the last answer came
         self.answer_time = 0.0  # seconds that the last answer took
-        self.timed_out: set[Mailbox] = set()  # since the last answer
+        self.failed: set[Mailbox] = set()  # mailboxes without an answer since the last answer
         self.is_down = False
         self.retry_at = 0.0  # when a backend that is down is asked again
 
@@ -559,7 +562,7 @@ class Backend:
             # A session that joined may have less time than the question has left.
             left = max(0, deadline - time.monotonic())
             try:
-                return question.future.result(min(left, question.half_time / REVIEWS))
+                return question.future.result(min(left, question.half / REVIEWS))
             except concurrent.futures.TimeoutError:
                 self.review(question)
                 if not left and not question.future.done():
@@ -580,9 +583,10 @@ class Backend:
                 self.retry_at = now + self.retry_after  # only this question tries the backend
             question = Question(mailbox, now, deadline)
             try:
-                self.pool.submit(self.take_turn)  # which chooses the question when its turn comes
+                self.pool.submit(self.take_turn)  # as many turns as questions; it chooses whose
             except RuntimeError as error:  # the system's limit of threads
-                # After a failed start a pool may never start another thread. A new one does.
+                # The pool keeps this turn. The thread that takes it up later counts as idle once
+                # too often, and the pool starts too few threads for ever. So it is replaced.
                 self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
                 raise Fault(f"no thread for a question: {error}") from None
             self.questions[mailbox] = question
@@ -635,17 +639,16 @@ class Backend:
             if question.future.done():
                 return
             if not question.begun:
-                if now >= question.asked + question.half_time:
+                if now >= question.asked + question.half:
                     self.end(question, NO_TURN)
             elif now >= question.deadline:
-                self.end(question, f"no answer within {round(2 * question.half_time, 1):g} s")
+                self.end(question, f"no answer within {round(2 * question.half, 1):g} s")
                 self.record_failure(question)
-            elif (
-                len(self.questions) > self.max_queries
-                and now >= question.begun + question.half_time
-                and question.begun < self.latest_answered
-            ):
-                self.end(question, OVERTAKEN)
+            else:
+                others_wait = len(self.questions) > self.max_queries
+                had_half = now >= question.begun + question.half
+                if others_wait and had_half and question.begun < self.newest_answered:
+                    self.end(question, OVERTAKEN)
 
     def record_answer(self, question: Question, now: float) -> None:
         """Close the breaker: the backend works. The lock is held."""
@@ -653,17 +656,17 @@ class Backend:
             log.warning("backend=%s state=up", self.name)
         self.is_down, self.answered_at = False, now
         self.answer_time = now - question.begun
-        self.timed_out.clear()
-        self.latest_answered = max(self.latest_answered, question.begun)
+        self.failed.clear()
+        self.newest_answered = max(self.newest_answered, question.begun)
 
     def record_failure(self, question: Question, unreachable: str = "") -> None:
         """Open the breaker if there is reason for it. The lock is held."""
-        if self.answered_at >= question.asked:  # it works
+        if self.answered_at >= question.asked:  # the backend has worked since
             return
-        self.timed_out.add(question.mailbox)
-        if unreachable or self.is_down or len(self.timed_out) >= MOST_TIMEOUTS:
+        self.failed.add(question.mailbox)
+        if unreachable or self.is_down or len(self.failed) >= TIMEOUTS_UNTIL_DOWN:
             if not self.is_down:
-                why = unreachable or f"{MOST_TIMEOUTS} mailboxes in a row gave no answer"
+                why = unreachable or f"{TIMEOUTS_UNTIL_DOWN} mailboxes in a row gave no answer"
                 log.warning("backend=%s state=down reason=%s", self.name, printable(why))
             self.is_down, self.retry_at = True, time.monotonic() + self.retry_after
 
@@ -678,9 +681,9 @@ class Account:
 
     def __init__(self, answer: Optional[Answer] = None, before: int = 0) -> None:
         self.answer = answer
-        self.before = before  # bytes in flight when the answer's question was sent
-        self.since = 0  # bytes accepted since then
-        # When each message of the last minutes was accepted, and its bytes. It may have arrived.
+        self.before = before  # bytes that were in flight when the answer's question was sent
+        self.since = 0  # bytes that were accepted after that
+        # When each message of the last minutes was accepted, and its bytes. Some may have arrived.
         self.recent: tuple[tuple[float, int], ...] = ()
 
     @property
@@ -695,8 +698,8 @@ class Account:
     def learn(self, answer: Answer, window: float) -> None:
         """Replace the answer by a newer one; `window` is --in-flight in seconds.
 
-        A mailbox is expected to hold the old usage and what is in flight. What of that the new
-        usage does not show was in flight when the question was sent:
+        A mailbox is expected to hold the old usage and what is in flight. The part of this sum that
+        the new usage lacks was in flight when the question was sent:
 
             before = old usage + in flight at that time - new usage, but at least 0
 
@@ -749,7 +752,7 @@ class Ledger:
         if answer is None or answer.source not in sources:  # a reload has removed the backend
             return False
         ttl: float = self.options.cache_ttl
-        if finding.in_flight:  # only a new answer shows what has arrived
+        if finding.in_flight:  # only a new answer shows what has arrived: do not wait longer for it
             ttl = min(ttl, self.options.in_flight)
         return time.monotonic() - answer.at < ttl
 
@@ -788,7 +791,7 @@ class Ledger:
         """Return the account of a mailbox, which is `new` if there is none. The lock is held."""
         account = self.accounts.pop(mailbox, new)
         self.accounts[mailbox] = account
-        if len(self.accounts) > ANSWERS:  # forget the one that has not changed for longest
+        if len(self.accounts) > MOST_ACCOUNTS:  # forget the one that has not changed for longest
             del self.accounts[next(iter(self.accounts))]
         return account
 
@@ -885,7 +888,8 @@ class AliasFile:
     def refresh(self) -> None:
         """Read the file again if it has changed; if it cannot be read the old names stay.
 
-        It is called every second. A file that has changed since the last time may be half written.
+        It is called every second. A changed file is read once it is as it was at the last call:
+        before that it may be half written.
         """
         before, self.last_stamp = self.last_stamp, self.stamp()
         if self.last_stamp == self.read_stamp or self.last_stamp != before:
@@ -954,6 +958,8 @@ def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
 class Table:
     """A Postfix table, which is asked with `postmap -q` in the session's own thread."""
 
+    turns = threading.Semaphore(8)  # of all tables; a postmap runs for some five milliseconds
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.cache_ttl = 0.0  # seconds; the Policy sets it
@@ -963,7 +969,8 @@ class Table:
 
     def find(self, names: Sequence[str], deadline: float) -> dict[str, str]:
         """Return what the table has for some names, from memory or from postmap. Raises Fault."""
-        forms: Sequence[Callable[[str], str]] = external, str  # in Postfix' order
+        # Postfix looks up the quoted form of a name first, then the plain one.
+        forms: Sequence[Callable[[str], str]] = quoted, str
         if self.takes_whole_address:
             names, forms = names[:1], forms[:1]
         else:  # of names without a domain Postfix looks up only the last: the user, without detail
@@ -983,9 +990,9 @@ class Table:
     def look_up(self, keys: Sequence[str], deadline: float) -> dict[str, str]:
         """Ask postmap for some keys until the deadline. Raises Fault."""
         # As with a backend, a turn comes in the first half of the time or not at all.
-        if not TABLE_TURNS.acquire(timeout=max(0, deadline - time.monotonic()) / 2):
+        if not Table.turns.acquire(timeout=max(0, deadline - time.monotonic()) / 2):
             raise Fault(f"table {self.name}: too many others are asked")
-        path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
+        path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/usr/local/sbin"
         command = [shutil.which("postmap", path=path) or "postmap", "-q", "-", self.name]
         try:
             # The keys go in on standard input: as an argument the key `-` would mean that.
@@ -997,7 +1004,7 @@ class Table:
         except OSError as error:
             raise Fault(f"postmap cannot be run: {error}") from None
         finally:
-            TABLE_TURNS.release()
+            Table.turns.release()
         # "Not found" and a fault both end with status 1, but only a fault says why.
         complaint = re.search(rb"postmap: fatal: (.*)", done.stderr)
         if done.returncode and (complaint or done.returncode != 1):
@@ -1009,10 +1016,10 @@ class Table:
         return dict(line.split("\t", 1) for line in lines)
 
 
-def external(name: str) -> str:
+def quoted(name: str) -> str:
     """Quote the local part of a name where that must be (RFC 5321), as Postfix does for tables."""
     local, at, domain = name.rpartition("@") if "@" in name else (name, "", "")
-    if re.search(r'[\s"(),:;<>@[\\\]]', local):
+    if re.search(r'[\s"(),:;<>@[\\\]]|^\.|\.\.|\.$', local):
         local = '"' + re.sub(r'(["\\])', r"\\\1", local) + '"'
     return local + at + domain
 
@@ -1043,12 +1050,12 @@ class Aliases(NamedTuple):
             target = TARGET.fullmatch(value)
             if not target:
                 return None
-            text = external(address.local + target[1]) if target[1][0] == "@" else target[1]
+            text = quoted(address.local + target[1]) if target[1][0] == "@" else target[1]
             following = self.parse_address(text)
             if not following.domain:
                 following = following._replace(domain=address.domain)
-            # A rule that maps a name to itself ends virtual(5) alone: aliases(5) still applies. So
-            # the next, less specific rule is tried.
+            # With a rule that maps a name to itself only virtual(5) ends, and aliases(5) still
+            # applies. So the next, less specific rule is tried.
             if following.name != address.name:
                 return following
         return address
@@ -1060,9 +1067,9 @@ class Aliases(NamedTuple):
             names = names[:2]  # names without a domain apply to domains that have a backend
         catch_all = "@" + address.domain
         found = [source.find([*names, catch_all], deadline) for source in self.sources]
-        values = {name: table[name] for table in reversed(found) for name in table}
+        values = {name: table[name] for table in reversed(found) for name in table}  # first wins
         rules = [values[name] for name in dict.fromkeys(names) if name in values]
-        if not rules and catch_all in values:
+        if not rules and catch_all in values:  # for names that nothing else is known of
             rules.append(values[catch_all])
         return rules
 
@@ -1074,7 +1081,7 @@ class Message:
     """The message that a session is giving: its size as far as it is known, and its recipients."""
 
     def __init__(self, declared: int = 0, sender: str = "", is_authenticated: bool = False) -> None:
-        self.declared = declared  # bytes (RFC 1870), 0 if it was not
+        self.declared = declared  # bytes (RFC 1870), 0 if there were none
         self.sender, self.is_authenticated = sender, is_authenticated
         self.counted = 0  # bytes of the body until now
         # For each mailbox: the decision about the first recipient who was let through, and the
@@ -1099,7 +1106,7 @@ class Message:
 
     def wants_body(self) -> bool:
         """Say whether more of the body can matter: what has come fits into a mailbox's limit."""
-        if self.counted <= self.declared:  # the first part, up to 64 KB: the size is believed
+        if self.counted <= self.declared:  # the first 64 KB are no more: the size is believed
             return False
         answers = [decision.finding.answer for decision in self.passed.values()]
         return any(answer and self.counted <= answer.capacity for answer in answers)
@@ -1227,7 +1234,8 @@ class Policy:
     def reply(self, verdict: str, finding: Finding, address: Address) -> Optional[Reply]:
         """Return the reply to a verdict, None to let the recipient through."""
         template: Optional[Reply] = self.replies[verdict]
-        if template and template.is_permanent and finding.fault:  # that needs a fresh answer
+        # A permanent reply needs a fresh answer.
+        if template and template.is_permanent and finding.fault:
             template = CANNOT_CHECK if verdict == "unknown" else DEFERRED
         return template and template.to(address.given)
 
@@ -1242,12 +1250,12 @@ class Policy:
         refusals = []
         with self.ledger.lock:  # to decide and to count is one step
             for mailbox, decision in message.passed.items():
-                finding = self.since_rcpt(mailbox, decision.finding)
+                finding = self.finding_now(mailbox, decision.finding)
                 verdict = self.judge(finding, message.size, len(message.copies[mailbox]))
                 if verdict in REFUSED:
                     refusals.append((decision, verdict, finding))
             is_accepted = message.others_passed or len(refusals) < len(message.passed)
-            if is_accepted or self.options.dry_run:
+            if is_accepted or self.options.dry_run:  # a dry run lets all pass
                 for mailbox, decision in message.passed.items():
                     size = (message.size + HEADER_BYTES) * len(message.copies[mailbox])
                     self.ledger.accept(mailbox, size, decision.finding)
@@ -1257,7 +1265,7 @@ class Policy:
         reply = self.reply(verdict, finding, decision.address)
         return decision._replace(verdict=verdict, reply=reply, finding=finding, seconds=0)
 
-    def since_rcpt(self, mailbox: Mailbox, at_rcpt: Finding) -> Finding:
+    def finding_now(self, mailbox: Mailbox, at_rcpt: Finding) -> Finding:
         """Return what is known of a mailbox now; another session may have asked since RCPT."""
         now = self.ledger.look(mailbox)
         if now.answer and now.answer is not at_rcpt.answer:
@@ -1323,7 +1331,8 @@ class Counters:
             self.values["backend_questions_total", (label,)] += 1
             self.values["backend_faults_total", (label,)] += is_fault
             for bound, text in BUCKETS:
-                self.values["backend_seconds_bucket", (label, ("le", text))] += seconds <= bound
+                bucket = "backend_seconds_bucket", (label, ("le", text))
+                self.values[bucket] += int(seconds <= bound)
             self.values["backend_seconds_count", (label,)] += 1
             self.values["backend_seconds_sum", (label,)] += seconds
 
@@ -1402,7 +1411,7 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
         policy = self.service.policy
         try:
             decision = policy.decide(recipient, self.message, self.resolved(recipient))
-        except Exception:  # a bug here lets him through, and so the whole message
+        except Exception:  # a bug lets him through, so the end of the data must accept the message
             self.message.others_passed = True
             raise
         if decision.reply is None:
@@ -1439,7 +1448,7 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
         self.message.counted += len(chunk)
         if self.message.wants_body() and not self.service.policy.options.ignore_size:
             return int(Milter.CONTINUE)
-        knows_skip = self._protocol & Milter.P_SKIP  # an old MTA does not
+        knows_skip = bool(self._protocol & Milter.P_SKIP)  # old MTAs do not
         return int(Milter.SKIP if knows_skip else Milter.CONTINUE)
 
     def eom(self) -> int:
@@ -1522,7 +1531,7 @@ def alias_source(text: str) -> Union[AliasFile, Table]:
         raise ArgumentTypeError(f"cannot be read: {error}") from None
 
 
-def trust(file: str) -> ssl.SSLContext:
+def read_cafile(file: str) -> ssl.SSLContext:
     """Read the certificates to trust. Raises ArgumentTypeError."""
     try:
         return ssl.create_default_context(cafile=file)
@@ -1561,7 +1570,7 @@ OPTIONS: list[tuple[str, str, Callable[[str], Any], Any, str]] = [
     ("exempt", "ADDRESS", EXEMPT, [], "user or user@domain that is never asked about"),
     ("check-authenticated", "", bool, False, "check what authenticated clients send, too"),
     ("aliases", "FILE|TYPE:NAME", alias_source, [], "an alias file, or a Postfix table"),
-    ("cafile", "FILE", trust, None, "certificates to trust for https (the system's)"),
+    ("cafile", "FILE", read_cafile, None, "certificates to trust for https (the system's)"),
     ("dry-run", "", bool, False, "log what would be answered, let everything through"),
     ("check", "[ADDRESS...]", str, None, "ask now, print the verdicts, exit"),
     ("metrics", "FILE", str, None, "counters for Prometheus, every 15 seconds"),
@@ -1682,6 +1691,7 @@ class Service:
         self.counters, self.ledger = Counters(), Ledger(options)
         self.policy = Policy(options, self.ledger, self.counters)
         self.reload_wanted = threading.Event()
+        self.metrics_lock = threading.Lock()  # for one writer at a time: at the end there are two
 
     def do_housekeeping(self) -> None:
         """Do what is due every second, for ever, and what a HUP asks for."""
@@ -1703,7 +1713,7 @@ class Service:
     def reload(self) -> None:
         """Read options and aliases again into a new Policy; bad ones change nothing.
 
-        Questions under way finish in the old backends. The breakers of the new ones begin anew.
+        Questions under way finish in the old backends; the breakers of the new ones begin anew.
         """
         try:
             options = read_options(self.arguments)
@@ -1727,7 +1737,8 @@ class Service:
         for backend in self.policy.backends.values():
             gauges["backend_up", (("backend", backend.name),)] = int(not backend.is_down)
         try:
-            write_whole(file, self.counters.render(gauges))
+            with self.metrics_lock:
+                write_whole(file, self.counters.render(gauges))
         except OSError as error:
             log.error("metrics=%s state=failed reason=%s", file, printable(error))
 
@@ -1835,24 +1846,24 @@ def wait_for_end(
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    doing = ""  # for the error line
+    error_prefix = ""
     try:
         options = read_options(arguments)
-        doing = "argument --syslog: "
+        error_prefix = "argument --syslog: "
         with log_to(options.syslog):
-            doing = ""
+            error_prefix = ""
             service = Service(arguments, options)
             if options.check is not None:
                 return check(service.policy, options.check)
             if Milter is None:
                 raise OSError("pymilter is missing: apt-get install python3-milter")
-            doing = f"argument --listen: {options.listen}: "
+            error_prefix = f"argument --listen: {options.listen}: "
             return serve(service, options.listen)
     except SystemExit as end:  # --help and --version
         return int(end.code or 0)
     except (BadOptions, OSError) as error:
         hint = ": may this user write there?" if isinstance(error, PermissionError) else ""
-        print(f"quota_milter.py: error: {doing}{error}{hint}", file=sys.stderr)
+        print(f"quota_milter.py: error: {error_prefix}{error}{hint}", file=sys.stderr)
         return 2 if isinstance(error, BadOptions) else 1
 
 

@@ -1510,6 +1510,7 @@ TABLED: list[tuple[Any, ...]] = [
     ("hash", OTHER, f"{OTHER} other@example.com other @example.com", "other"),
     ("hash", "Other@Example.COM", "other@example.com other @example.com", "other"),
     ("hash", '"o x"@all.org', '"o x"@all.org|o x@all.org|"o x"|o x|@all.org', "mary"),
+    ("hash", "a..b@all.org", '"a..b"@all.org|a..b@all.org|"a..b"|a..b|@all.org', "mary"),
     ("hash", "other@elsewhere.net", "other@elsewhere.net @elsewhere.net", ""),
     *((kind, OTHER, OTHER, "other") for kind in ("regexp", "pcre", "tcp", "socketmap")),
     ("hash", "postmaster@example.com", "", ""),
@@ -2608,7 +2609,7 @@ def test_of_many_sessions_at_once_no_two_use_the_same_room():
 def test_what_many_others_have_pushed_out_since_rcpt_is_put_back_at_the_end_of_the_data():
     answers = {"john": ("OK", 0, LIMIT), "mary": ("OK", 0, LIMIT)}
     ours = Ours(lambda user, backend: answers.pop(user, None))
-    ours.module.ANSWERS = 1
+    ours.module.MOST_ACCOUNTS = 1
     message, _ = ours.rcpt("john", 60_000)
     ours.rcpt("mary", 1)
     assert ours.policy.end_of_data(message) is None
