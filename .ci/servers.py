@@ -1053,6 +1053,22 @@ $HTTP["url"] =~ "^/cgi-bin/quota\.cgi" {
     }
 }
 """
+NGINX = """# sites-available/quota
+# apt-get install fcgiwrap && ln -s ../sites-available/quota /etc/nginx/sites-enabled/ && systemctl reload nginx
+# fcgiwrap runs one script at a time; DAEMON_OPTS=-fc8 (in one word) in /etc/default/fcgiwrap makes it eight.
+server {
+    listen 8025;
+    location = /cgi-bin/quota.cgi {
+        allow 192.0.2.25;
+        deny all;
+        include /etc/nginx/fastcgi_params;
+        fastcgi_param SCRIPT_FILENAME /usr/local/lib/quota/quota.cgi;
+        fastcgi_param QUOTA_LIMIT 200M;
+        fastcgi_param QUOTA_ALLOW 192.0.2.25;
+        fastcgi_pass unix:/run/fcgiwrap.socket;
+    }
+}
+"""
 UWSGI = """[uwsgi]
 plugin = python3
 http-socket = 192.0.2.10:8025
@@ -1117,7 +1133,7 @@ class Nginx(Site):
             "/run/fcgiwrap.socket": f"{run}/socket",
             "/etc/nginx/": f"{copy}/",
         }
-        block = self.adapt(readme_block("/etc/nginx/sites-available/quota"), own)
+        block = self.adapt(NGINX, own)
         (copy / "sites-available/quota").write_text(block)
         run_commands(command_of(block))
         arguments = ["-c", copy / "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
