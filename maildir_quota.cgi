@@ -267,13 +267,17 @@ def add_up(entries: list[bytes]) -> Optional[Amount]:
 
 def find_folders(path: bytes, follows_links: bool) -> list[bytes]:
     """List the paths of a Maildir and of its folders. Raises OSError."""
-    with os.scandir(path) as entries:
-        hidden = [entry for entry in entries if entry.name[:1] == b"."]
     folders = [path]
-    for entry in hidden:
-        # For links in a circle isdir() says False; is_dir() would raise an error.
-        if entry.is_dir(follow_symlinks=False) or (follows_links and os.path.isdir(entry.path)):
-            folders.append(entry.path)
+    with os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                if entry.name[:1] == b"." and entry.is_dir(follow_symlinks=follows_links):
+                    folders.append(entry.path)
+            except OSError as error:
+                import errno
+
+                if error.errno != errno.ELOOP:  # links in a circle lead to no folder
+                    raise
     return folders
 
 
@@ -383,7 +387,7 @@ def ask_dovecot(question: Question) -> None:
                 figures.append((room, value << 10, limit << 10))
         # Of several quota roots the one with the least room, their first figure, counts.
         _, question.used, question.quota = min(figures)
-    except (LookupError, RecursionError, TypeError, ValueError):
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
         raise Problem("Dovecot's answer has no quota of bytes", text[:200]) from None
     question.auto_grace = b"10%"
 
@@ -613,23 +617,26 @@ def is_allowed(peer: str, allow: bytes) -> bool:
 
 
 def fold(text: bytes) -> bytes:
-    """Fold the text of QUOTA_USERS, or a name to be found in it: to lower case, tabs to spaces.
+    """Fold the text of QUOTA_USERS, or a name to be found there: lower case, spaces for tabs, CR.
 
     A colon and the end of a line get a space before them. So the mistakes `john: 5M` and `john` are
     found, too, and parse_limit() reports them.
     """
-    text = text.lower().replace(b"\t", b" ")
+    text = text.lower().replace(b"\t", b" ").replace(b"\r", b" ")
     return text.replace(b":", b" :").replace(b"\n", b" \n")
 
 
 def home_of(user: bytes) -> bytes:
-    """Return the home directory of a system user. Raises NoSuchUser, KeyError."""
+    """Return the home directory of a system user. Raises NoSuchUser, Problem."""
     import pwd
 
     try:
         return os.fsencode(pwd.getpwnam(os.fsdecode(user)).pw_dir)
     except KeyError:
-        pwd.getpwuid(0)  # root exists: else users cannot be looked up now, and nobody is UNKNOWN
+        try:
+            pwd.getpwuid(0)  # root exists, if users can be looked up at all
+        except KeyError:
+            raise Problem("the users of the system cannot be looked up") from None
         raise NoSuchUser from None
 
 
@@ -816,9 +823,9 @@ def serve(where: str) -> int:
         )
         for _ in range(THREADS):
             threading.Thread(target=server.run, args=(listener,), daemon=True).start()
-    except (OSError, OverflowError, ValueError, Problem) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError, Problem) as error:
         log(f"--serve {where}: {error}")
-        return 1 if isinstance(error, OSError) else 2  # 1: to try again may help
+        return 1 if isinstance(error, (OSError, RuntimeError)) else 2  # 1: to try again may help
     log("serving on " + host + " port " + port)
     signal.sigwait(ends)
     return 0

@@ -254,23 +254,26 @@ def is_allowed(peer: str, allow: bytes) -> bool:
 
 
 def fold(text: bytes) -> bytes:
-    """Fold the text of QUOTA_USERS, or a name to be found in it: to lower case, tabs to spaces.
+    """Fold the text of QUOTA_USERS, or a name to be found there: lower case, spaces for tabs, CR.
 
     A colon and the end of a line get a space before them. So the mistakes `john: 5M` and `john` are
     found, too, and parse_limit() reports them.
     """
-    text = text.lower().replace(b"\t", b" ")
+    text = text.lower().replace(b"\t", b" ").replace(b"\r", b" ")
     return text.replace(b":", b" :").replace(b"\n", b" \n")
 
 
 def home_of(user: bytes) -> bytes:
-    """Return the home directory of a system user. Raises NoSuchUser, KeyError."""
+    """Return the home directory of a system user. Raises NoSuchUser, Problem."""
     import pwd
 
     try:
         return os.fsencode(pwd.getpwnam(os.fsdecode(user)).pw_dir)
     except KeyError:
-        pwd.getpwuid(0)  # root exists: else users cannot be looked up now, and nobody is UNKNOWN
+        try:
+            pwd.getpwuid(0)  # root exists, if users can be looked up at all
+        except KeyError:
+            raise Problem("the users of the system cannot be looked up") from None
         raise NoSuchUser from None
 
 
@@ -457,9 +460,9 @@ def serve(where: str) -> int:
         )
         for _ in range(THREADS):
             threading.Thread(target=server.run, args=(listener,), daemon=True).start()
-    except (OSError, OverflowError, ValueError, Problem) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError, Problem) as error:
         log(f"--serve {where}: {error}")
-        return 1 if isinstance(error, OSError) else 2  # 1: to try again may help
+        return 1 if isinstance(error, (OSError, RuntimeError)) else 2  # 1: to try again may help
     log("serving on " + host + " port " + port)
     signal.sigwait(ends)
     return 0

@@ -92,7 +92,7 @@ NUMBER_LIMIT = 1 << 63  # bytes; a negative sum that a server prints as unsigned
 MOST_ACCOUNTS = 50_000  # mailboxes whose answers are remembered, in some 25 MB
 NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
-REVIEWS = 20  # looks of a session at the question it waits for, in half of the question's time
+REVIEWS = 40  # looks of a session at the question it waits for, in half of the question's time
 TIMEOUTS_UNTIL_DOWN = 3  # different mailboxes in a row without an answer
 HEADER_BYTES = 1024  # bytes that mail servers add to a message on its way: 500 to 1,500
 TABLE_RESULTS = 10_000  # addresses whose result a table remembers, in some 10 MB
@@ -1373,7 +1373,9 @@ def write_whole(path: str, text: str) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError("it is no file")
     new = path + ".new"
-    with open(new, "w") as stream:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(new)  # a link there would lead to another file
+    with open(new, "x") as stream:
         stream.write(text)
         os.fchmod(stream.fileno(), 0o644)
     os.replace(new, path)

@@ -1054,8 +1054,7 @@ $HTTP["url"] =~ "^/cgi-bin/quota\.cgi" {
 }
 """
 NGINX = """# sites-available/quota
-# apt-get install fcgiwrap && ln -s ../sites-available/quota /etc/nginx/sites-enabled/ && systemctl reload nginx
-# fcgiwrap runs one script at a time; DAEMON_OPTS=-fc8 (in one word) in /etc/default/fcgiwrap makes it eight.
+# ln -s ../sites-available/quota /etc/nginx/sites-enabled/
 server {
     listen 8025;
     location = /cgi-bin/quota.cgi {
