@@ -8,22 +8,23 @@ USE
     At each RCPT the milter sends an HTTP request to the backend that holds the mailbox:
     `GET URL?u=USER&d=DOMAIN`. A recipient who is over quota gets a temporary failure,
     `452 4.2.2 Quota exceeded for ...`: the sending server keeps the mail and tries again.
-    At the end of the data the message is judged again by its size: the declared one, but
-    that of its body if the first 64 KB exceed it. Accepted mail counts as in flight until
-    an answer shows it, or for --in-flight: so many messages at once overfill no mailbox.
+    At the end of the data the message is judged again by its size. That is the declared
+    one (SIZE= of MAIL), if the first 64 KB of the body are no more, else that of the body.
+    Accepted mail counts as in flight until an answer shows it, or comes more than
+    --in-flight later: so many messages at once overfill no mailbox.
 
     A file given as @FILE holds one option and its value a line, `#` comments. HUP reads
     the option files and the aliases again (all but --listen and --syslog), USR1 logs the
     counters, TERM and INT end the program. Its status is 2 for a bad option, 1 if it
-    cannot listen. After --check: 0 if all would be accepted, 1 if one would be refused, 2
+    cannot run. After --check: 0 if all would be accepted, 1 if one would be refused, 2
     if a backend could not be asked, none serves the domain, or an unknown mailbox is let
     through.
 
 WHEN SOMETHING FAILS
-    If no backend gives an answer within --timeout, the last one is used for an hour at
-    most. After that --on-error decides; by default mail is let through. A backend that
-    cannot be reached, or that has no answer about three mailboxes in a row, is left alone
-    for --retry-after seconds. Each failure is logged.
+    If no backend gives an answer within --timeout, the last answer about the mailbox is
+    used, for an hour at most. After that --on-error decides; by default mail is let
+    through. A backend that cannot be reached, or lets questions about three mailboxes in a
+    row run out of time, is left alone for --retry-after seconds. Each failure is logged.
 
 SECURITY
     The milter believes its backends, and trusts no address: each is escaped before it
@@ -92,7 +93,7 @@ NUMBER_LIMIT = 1 << 63  # bytes; a negative sum that a server prints as unsigned
 MOST_ACCOUNTS = 50_000  # mailboxes whose answers are remembered, in some 25 MB
 NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
-REVIEWS = 40  # looks of a session at the question it waits for, in half of the question's time
+REVIEWS = 40  # times that a waiting session wakes, in half of its question's time, to review() it
 TIMEOUTS_UNTIL_DOWN = 3  # different mailboxes in a row without an answer
 HEADER_BYTES = 1024  # bytes that mail servers add to a message on its way: 500 to 1,500
 TABLE_RESULTS = 10_000  # addresses whose result a table remembers, in some 10 MB
@@ -106,12 +107,12 @@ STOPPING = 1.7  # seconds from TERM to a hard exit
 
 OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
 TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
-# This reply is to end the tries. So it is no 552: after RCPT some clients read that as "too many
-# recipients" and go on trying (RFC 5321, 4.5.3.1.10).
+# This one is a 550, to end the tries: after RCPT some clients read a 552 as "too many recipients",
+# and go on trying (RFC 5321, 4.5.3.1.10).
 INACTIVE = "550 5.2.2 Mailbox of {address} is full and not in use"
 
 REFUSED = ("overquota", "toolarge", "inactive")  # verdicts: there is no room for the message
-# For the last four no backend is asked. empty: no name, or one too long. exempt: --exempt, or an
+# For the last four no backend is asked. empty: no name, or too long a one. exempt: --exempt, or an
 # authenticated client. alias: none or several mailboxes. nobackend: none serves the domain.
 VERDICTS = ("ok", *REFUSED, "unknown", "fault", "empty", "exempt", "alias", "nobackend")
 
@@ -457,7 +458,7 @@ class Client:
         except (OSError, ValueError) as error:  # ValueError: a bad name
             hint = ": see --cafile" if isinstance(error, ssl.SSLCertVerificationError) else ""
             raise Unreachable(f"no connection: {error}{hint}") from None
-        # A session ends the question at its deadline. The socket's timeout is later: it says less.
+        # The session's own end of the question comes first, and says more than this timeout.
         connection.sock.settimeout(question.seconds_left() + 1)
 
     def open_socket(self, question: Question) -> socket.socket:
@@ -521,7 +522,7 @@ class Backend:
 
     All sessions that ask about a mailbox share one question, whose deadline is that of the first.
     The oldest question is sent next. But if answers are so slow that the oldest may run out of
-    time, the newest is: under overload all questions would be sent too late for their answers.
+    time, the newest is: else, under overload, every question would be sent too late.
 
     The sessions that wait for a question end it in three cases:
     - No thread has taken it up in the first half of its time. So each question that was sent had
@@ -583,10 +584,12 @@ class Backend:
                 self.retry_at = now + self.retry_after  # only this question tries the backend
             question = Question(mailbox, now, deadline)
             try:
-                self.pool.submit(self.take_turn)  # as many turns as questions; it chooses whose
+                self.pool.submit(
+                    self.take_turn
+                )  # for each question a turn: which goes is chosen then
             except RuntimeError as error:  # the system's limit of threads
-                # The pool keeps this turn. The thread that takes it up later counts as idle once
-                # too often, and the pool starts too few threads for ever. So it is replaced.
+                # The pool has queued the turn. When a thread has taken it, the pool counts one idle
+                # thread too many, and starts too few for ever. So it is replaced.
                 self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
                 raise Fault(f"no thread for a question: {error}") from None
             self.questions[mailbox] = question
@@ -969,7 +972,7 @@ class Table:
 
     def find(self, names: Sequence[str], deadline: float) -> dict[str, str]:
         """Return what the table has for some names, from memory or from postmap. Raises Fault."""
-        # Postfix looks up the quoted form of a name first, then the plain one.
+        # Of each name Postfix looks up the quoted form first, then the plain one.
         forms: Sequence[Callable[[str], str]] = quoted, str
         if self.takes_whole_address:
             names, forms = names[:1], forms[:1]
@@ -985,6 +988,7 @@ class Table:
             if len(self.results) >= TABLE_RESULTS:
                 self.results = {}
             self.results[asked] = time.monotonic() + self.cache_ttl, found
+        # Backwards, so that the quoted form, if it is there, comes last and stays.
         return {keys[key]: found[key] for key in reversed(asked) if key in found}
 
     def look_up(self, keys: Sequence[str], deadline: float) -> dict[str, str]:
@@ -1011,7 +1015,7 @@ class Table:
             text = complaint[1] if complaint else b"postmap failed"
             raise Fault(f"table {self.name}: {text.decode('utf-8', 'replace')}")
         lines = done.stdout.decode("utf-8", "replace").splitlines()
-        if any("\t" not in line for line in lines):  # a value of several lines is no mailbox
+        if any("\t" not in line for line in lines):  # a value has several lines: no single mailbox
             return {keys[0]: NO_MAILBOX}
         return dict(line.split("\t", 1) for line in lines)
 
@@ -1054,8 +1058,8 @@ class Aliases(NamedTuple):
             following = self.parse_address(text)
             if not following.domain:
                 following = following._replace(domain=address.domain)
-            # With a rule that maps a name to itself only virtual(5) ends, and aliases(5) still
-            # applies. So the next, less specific rule is tried.
+            # A rule that maps a name to itself ends the look-up in virtual(5), but aliases(5) comes
+            # after that. So the next, less specific rule is tried.
             if following.name != address.name:
                 return following
         return address
@@ -1106,7 +1110,9 @@ class Message:
 
     def wants_body(self) -> bool:
         """Say whether more of the body can matter: what has come fits into a mailbox's limit."""
-        if self.counted <= self.declared:  # the first 64 KB are no more: the size is believed
+        # The body comes in chunks of up to 64 KB. If the first is no more than declared, the
+        # declared size is believed.
+        if self.counted <= self.declared:
             return False
         answers = [decision.finding.answer for decision in self.passed.values()]
         return any(answer and self.counted <= answer.capacity for answer in answers)
@@ -1117,6 +1123,7 @@ class Policy:
 
     def __init__(self, options: Namespace, ledger: Ledger, counters: Counters) -> None:
         self.options, self.ledger, self.counters = options, ledger, counters
+        # A verdict has the reply of its option, as --overquota-reply. One without is let through.
         self.replies = {verdict: getattr(options, f"{verdict}_reply", None) for verdict in VERDICTS}
         if options.on_error == "tempfail":
             self.replies["fault"] = CANNOT_CHECK
@@ -1211,7 +1218,7 @@ class Policy:
         is_full = answer.status == "OVERQUOTA"
         if answer.quota and not self.options.ignore_size:
             if size > answer.capacity:
-                # An old answer must not refuse for good: the quota may have been raised.
+                # A last known answer must not refuse for good: the quota may have been raised.
                 return "overquota" if finding.fault else "toolarge"
             expected = (answer.usage or 0) + finding.in_flight
             is_full = is_full or expected + size * copies > answer.capacity
@@ -1234,7 +1241,7 @@ class Policy:
     def reply(self, verdict: str, finding: Finding, address: Address) -> Optional[Reply]:
         """Return the reply to a verdict, None to let the recipient through."""
         template: Optional[Reply] = self.replies[verdict]
-        # A permanent reply needs a fresh answer.
+        # The last known answer, which stands in for a fault, is not enough for a permanent reply.
         if template and template.is_permanent and finding.fault:
             template = CANNOT_CHECK if verdict == "unknown" else DEFERRED
         return template and template.to(address.given)
@@ -1242,8 +1249,8 @@ class Policy:
     def end_of_data(self, message: Message) -> Optional[Decision]:
         """Decide about a whole message; None: it is accepted. Count it as in flight then.
 
-        SMTP has one reply for all recipients. So a message is accepted if at least one of them has
-        room for it, or was let through without an answer.
+        SMTP has one reply for all recipients. So a message is accepted if at least one mailbox has
+        room for its copies, or a recipient was let through without an answer.
         """
         if self.options.ignore_size or not message.passed:
             return None
@@ -1800,8 +1807,9 @@ def serve(service: Service, where: str) -> int:
     # Without a free file descriptor libmilter loops.
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # libmilter waits for HUP, TERM and INT in a thread of its own, and would end at each of them.
-    # The kernel prefers the main thread, so nearly always Python's handlers get them. A handler may
-    # interrupt another one: only SimpleQueue.put() is safe there.
+    # The kernel prefers the main thread, so nearly always Python's handlers get them; else
+    # wait_for_end() ends the program. A handler may interrupt another one: only SimpleQueue.put()
+    # is safe there.
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1:
         signal.signal(number, lambda number, frame: signals.put(number))
