@@ -242,9 +242,8 @@ def read_maildirsize(control: bytes) -> tuple[bytes, float]:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            return b"", NEVER  # to open a FIFO or a device could take for ever, or do harm
-        with open(path, "rb") as file:
-            text = file.read(TOO_LONG)
+            return b"", NEVER  # a device is better not opened
+        text = read_file(path, TOO_LONG)
     except FileNotFoundError:
         return b"", NEVER
     return b"" if b"\0" in text.partition(b"\n")[0] else text, status.st_mtime
@@ -419,8 +418,8 @@ def post_to_doveadm(query: str, question: Question) -> bytes:
     except (OSError, OverflowError, ValueError, http.client.HTTPException) as error:
         raise Problem("Dovecot cannot be asked: see QUOTA_DOVEADM", repr(error)) from None
     if response.status != 200:
-        why = f"Dovecot answers with status {response.status} (401: wrong key in QUOTA_DOVEADM_KEY)"
-        raise Problem(why, text[:200])
+        hint = ": the key in QUOTA_DOVEADM_KEY is wrong" if response.status == 401 else ""
+        raise Problem(f"Dovecot answers with status {response.status}{hint}", text[:200])
     return text
 
 
@@ -501,8 +500,7 @@ class Question:
     def contents(self, name: str) -> bytes:
         """Return what is in the file whose path is a setting. Raises Problem."""
         try:
-            with open(self.setting(name), "rb") as file:
-                return file.read()
+            return read_file(self.setting(name))
         except OSError as error:
             raise Problem(f"the file {name} cannot be read", error) from None
 
@@ -515,6 +513,8 @@ class Question:
             raise Problem("QUOTA_USERS does not end in a newline: is it half a file?")
         text = b"\n" + text
         for name in (self.user + b"@" + self.domain, self.user, b"@" + self.domain):
+            if b" " in name or name[:1] == b"#":
+                continue  # it would match another name's line, or a comment
             before, found, after = text.partition(b"\n" + fold(name) + b" ")
             if found:
                 number = before.count(b"\n") + 1
@@ -614,6 +614,15 @@ def is_allowed(peer: str, allow: bytes) -> bool:
     except (OSError, ValueError):
         return False  # it is the peer of a unix socket, or nothing
     return any(number >> bits == network >> bits for network, bits in networks)
+
+
+def read_file(path: bytes, most: int = -1) -> bytes:
+    """Read at most so many bytes of a file (-1: all). A FIFO, with O_NONBLOCK, holds nobody up.
+
+    Raises OSError.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        return file.read(most) or b""
 
 
 def fold(text: bytes) -> bytes:

@@ -138,8 +138,7 @@ class Question:
     def contents(self, name: str) -> bytes:
         """Return what is in the file whose path is a setting. Raises Problem."""
         try:
-            with open(self.setting(name), "rb") as file:
-                return file.read()
+            return read_file(self.setting(name))
         except OSError as error:
             raise Problem(f"the file {name} cannot be read", error) from None
 
@@ -152,6 +151,8 @@ class Question:
             raise Problem("QUOTA_USERS does not end in a newline: is it half a file?")
         text = b"\n" + text
         for name in (self.user + b"@" + self.domain, self.user, b"@" + self.domain):
+            if b" " in name or name[:1] == b"#":
+                continue  # it would match another name's line, or a comment
             before, found, after = text.partition(b"\n" + fold(name) + b" ")
             if found:
                 number = before.count(b"\n") + 1
@@ -251,6 +252,15 @@ def is_allowed(peer: str, allow: bytes) -> bool:
     except (OSError, ValueError):
         return False  # it is the peer of a unix socket, or nothing
     return any(number >> bits == network >> bits for network, bits in networks)
+
+
+def read_file(path: bytes, most: int = -1) -> bytes:
+    """Read at most so many bytes of a file (-1: all). A FIFO, with O_NONBLOCK, holds nobody up.
+
+    Raises OSError.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        return file.read(most) or b""
 
 
 def fold(text: bytes) -> bytes:

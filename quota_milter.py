@@ -469,7 +469,8 @@ class Client:
         the next one. The address that worked the last time comes first.
         """
         found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        addresses = [str(entry[4][0]) for entry in found]
+        numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+        addresses = [socket.getnameinfo(entry[4], numeric)[0] for entry in found]  # with a scope
         addresses.sort(key=lambda address: address != self.last_address)
         for number, address in enumerate(addresses, 1):
             shares = len(addresses) - number + 2

@@ -11,7 +11,6 @@ The tests with real servers are in .ci/test_servers.py.
 from __future__ import annotations
 
 import base64
-import builtins
 import concurrent.futures
 import contextlib
 import email.utils
@@ -3243,6 +3242,7 @@ mary\t1K # a boss
 #paul 1
 mary@x.org 10
 @x.org 20
+a b 0
 mary 1
 hash#tag 8
 a:b 9
@@ -3267,12 +3267,17 @@ OF_USERS = [
     *[("u=mary", "OK mary 101 1024"), ("u=mary&d=x.org", "OVERQUOTA mary 101 10")],
     *[("u=paul", "OK paul 0 100"), ("u=paul&d=x.org", "OK paul 0 20")],
     *[("u=mary&d=y.org", "OK mary 101 1024"), ("u=x.org", "OK x.org 0 100")],
-    ("u=hash%23tag", "OK hash#tag 0 8"),
+    *[("u=a+b", "OVERQUOTA a b 101 100"), ("u=john+50", "OK john 50 0 100")],  # no spaces in names
+    *[
+        ("u=hash%23tag", "OK hash#tag 0 8"),
+        ("u=%23paul", "OK #paul 0 100"),
+        ("u=%23", "OK # 0 100"),
+    ],
     *[("u=a:b", "OK a:b 0 9"), ("u=joh", "OK joh 0 100"), ("u=J%D6HN", "OK J\udcd6HN 0 100")],
     *[("u=JOHN", "OK JOHN 0 50"), ("u=fred", "OK fred 0 5"), ("u=upper&d=y.org", "OK upper 0 6")],
-    ("u=broken&d=z.org", 24),
-    *((f"u={name}", 13 + n) for n, name in enumerate("broken spaces colon spaced nothing".split())),
-    *((f"u={name}", 18 + n) for n, name in enumerate("empty comment two minus point zero".split())),
+    ("u=broken&d=z.org", 25),
+    *((f"u={name}", 14 + n) for n, name in enumerate("broken spaces colon spaced nothing".split())),
+    *((f"u={name}", 19 + n) for n, name in enumerate("empty comment two minus point zero".split())),
 ]
 
 
@@ -3299,12 +3304,14 @@ UNREADABLE = "ERROR the file QUOTA_USERS cannot be read"
 BAD_USERS = [
     # (what the file is, the line)
     *((half, "ERROR QUOTA_USERS does not end in a newline") for half in (b"a 5\njohn 5", b"")),
+    ("pipe", "ERROR QUOTA_USERS does not end in a newline"),
     *((path, UNREADABLE) for path in (".", "none")),
 ]
 
 
 @pytest.mark.parametrize(("what", "line"), BAD_USERS)
 def test_users_that_cannot_be_read_whole_are_an_error(what, line, tmp_path, capfd):
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "users").write_bytes(what if isinstance(what, bytes) else b"")
     path = tmp_path / ("users" if isinstance(what, bytes) else what)
     for user in "john", "nobody":
@@ -3408,16 +3415,15 @@ def test_a_setting_does_what_it_says_or_is_an_error(settings, user, status, line
 
 
 def refuse_to(monkeypatch, name: str, path: object, error: int) -> None:
-    """Let a function fail for a path, as for a user without the right to it."""
-    module: Any = builtins if name == "open" else os
-    function = getattr(module, name)
+    """Let a function of `os` fail for a path, as for a user without the right to it."""
+    function = getattr(os, name)
 
     def fail(given: Any, *rest: Any, **options: Any) -> Any:
         if isinstance(given, (str, bytes)) and os.fsdecode(given) == str(path):
             raise OSError(error, os.strerror(error), given)
         return function(given, *rest, **options)
 
-    monkeypatch.setattr(module, name, fail)
+    monkeypatch.setattr(os, name, fail)
 
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.EIO])
@@ -4021,6 +4027,21 @@ def test_a_bad_maildir_gets_a_verdict_by_counting_or_an_error(what, spoiled, lin
     got = ask_maildir(path, QUOTA_LIMIT="1500")
     assert got.line.startswith(line) and str(tmp_path) not in got.line
     assert (got.status == 500) == line.startswith("ERROR")
+
+
+def test_a_fifo_that_its_owner_puts_in_place_of_maildirsize_holds_nobody_up(tmp_path, monkeypatch):
+    make_maildir(tmp_path / "Maildir", {"cur/1": 2000}, HUGE)
+    open_it = os.open
+
+    def open_late(name: Any, *flags: Any) -> int:
+        if os.fsdecode(name).endswith("/maildirsize"):
+            os.unlink(name)
+            os.mkfifo(name)
+        return open_it(name, *flags)
+
+    monkeypatch.setattr(os, "open", open_late)
+    got = ask(MAILDIR_CGI, "u=Maildir", QUOTA_MAILDIR=tmp_path / "%n", QUOTA_LIMIT="1500")
+    assert got.line == "OVERQUOTA Maildir 2000 1500"
 
 
 NO_MAILDIRS = [
