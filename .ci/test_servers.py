@@ -625,7 +625,7 @@ def test_with_readmes_limits_many_full_mailboxes_in_one_message_hinder_no_other(
 
 def test_postfix_accepts_mail_while_the_milter_hangs_and_a_session_outlives_it(folder):
     port, action = free_port(), "default_action=accept"
-    quicker = milter_elsewhere(port).replace(action, f"{action}, command_timeout=2s")
+    quicker = milter_elsewhere(port).replace(action, f"{action}, command_timeout=8s")
     with Backend(FULL) as backend, Postfix(quicker) as postfix:
         front = Front(postfix, f"inet:{port}@127.0.0.1")
         full = [quota_exceeded("john@example.com")]
