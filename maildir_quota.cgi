@@ -63,9 +63,7 @@ QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than
 DOVEADM_SECONDS = 3  # to connect, and for each read of the answer
 DOVEADM_LENGTH = 65536  # bytes of its answer
 TOO_LONG = 5120  # bytes; a maildirsize of this length the servers rebuild rather than read
-TRUSTED_AGE = (
-    15 * 60
-)  # seconds for which a maildirsize with one entry is believed if it says "over"
+TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize of one entry is believed to be "over"
 SAME_TIME = 60  # seconds; the files that one delivery writes have times no further apart
 NEVER = float("-inf")  # the time of a file that is missing
 NO_LIMITS = 0, 0
@@ -82,10 +80,7 @@ def measure(question: Question) -> None:
 
 
 def measure_maildir(question: Question) -> None:
-    """Measure the Maildir of a user. Raises NoSuchUser, Problem, OSError.
-
-    The sum in `maildirsize` is used where the server would believe it. Else messages are counted.
-    """
+    """Measure the Maildir of a user. Raises NoSuchUser, Problem, OSError."""
     named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
     trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
     # Limits that nobody gave are None. NO_LIMITS, which somebody gave as 0, are limits, too.
@@ -101,7 +96,7 @@ def measure_maildir(question: Question) -> None:
 
     text, written_at = (b"", NEVER) if named == b"dovecot-count" else read_maildirsize(control)
     keeper = KEEPERS.get(named) or find_keeper(path, control, written_at)
-    header, entries = keeper.split_lines(text)
+    header, _ = keeper.split_lines(text)
     in_file = (keeper.limit(header, b"S"), keeper.limit(header, b"C")) if text else None
     if keeper.has_sum:
         limits: Optional[Amount] = of_user or in_file or of_all or NO_LIMITS
@@ -112,14 +107,8 @@ def measure_maildir(question: Question) -> None:
 
     folders = find_folders(path, keeper.follows_links)
     question.changed = last_change(folders)
-    is_sound = 0 < len(text) < TOO_LONG and b"\0" not in text  # else the server rebuilds it
-    total = add_up(entries) if keeper.has_sum and is_sound else None
-    # A file with one entry is fresh at first: the server has just counted. But some programs remove
-    # mail without a new entry.
-    may_be_stale = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
-    if total is not None and may_be_stale and is_over(total, limits, keeper.doubts_beyond):
-        total = None
-    if total is None or min(total) < 0:
+    total = believed_sum(text, written_at, keeper, limits)
+    if total is None:
         total = count(folders, keeper, trash)
         if is_over(total, limits):  # a message that was seen twice must not make it so
             total = count(folders, keeper, trash, once=True)
@@ -247,6 +236,22 @@ def read_maildirsize(control: bytes) -> tuple[bytes, float]:
     except FileNotFoundError:
         return b"", NEVER
     return b"" if b"\0" in text.partition(b"\n")[0] else text, status.st_mtime
+
+
+def believed_sum(
+    text: bytes, written_at: float, keeper: Courier, limits: Amount
+) -> Optional[Amount]:
+    """Return the sum in `maildirsize`; None if the server would rather count the messages."""
+    if not keeper.has_sum or not 0 < len(text) < TOO_LONG or b"\0" in text:
+        return None
+    _, entries = keeper.split_lines(text)
+    total = add_up(entries)
+    if total is None or min(total) < 0:
+        return None
+    # A file with one entry is fresh at first: the server has just counted. But some programs remove
+    # mail without a new entry.
+    may_be_stale = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
+    return None if may_be_stale and is_over(total, limits, keeper.doubts_beyond) else total
 
 
 def add_up(entries: list[bytes]) -> Optional[Amount]:

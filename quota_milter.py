@@ -585,9 +585,8 @@ class Backend:
                 self.retry_at = now + self.retry_after  # only this question tries the backend
             question = Question(mailbox, now, deadline)
             try:
-                self.pool.submit(
-                    self.take_turn
-                )  # for each question a turn: which goes is chosen then
+                # Each question adds a turn. Which question a turn is for is chosen when it comes.
+                self.pool.submit(self.take_turn)
             except RuntimeError as error:  # the system's limit of threads
                 # The pool has queued the turn. When a thread has taken it, the pool counts one idle
                 # thread too many, and starts too few for ever. So it is replaced.
