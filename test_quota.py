@@ -2945,6 +2945,14 @@ def test_metrics_are_replaced_and_tell_what_the_milter_did(site):
     assert milter.process.stop() == 0 and os.listdir(folder) == ["quota.prom"]
 
 
+def test_metrics_are_not_written_through_a_link_that_somebody_left(tmp_path):
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / "prom.new").symlink_to("victim")
+    milter_module().write_whole(str(tmp_path / "prom"), "metrics")
+    assert (tmp_path / "victim").read_text() == "kept" and not (tmp_path / "prom").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["prom", "victim"]
+
+
 def test_metrics_that_cannot_be_written_harm_nothing_and_are_logged(site):
     site.backend.answers["full"] = FULL
     os.mkfifo(site.folder / "pipe")
