@@ -64,7 +64,7 @@ def measure(question: Question) -> None:
 # ---- From here to the end the text is the same in quota.cgi and maildir_quota.cgi. ----
 
 HEX = b"0123456789abcdefABCDEF"
-IPV4_IN_IPV6 = 10 * b"\0" + b"\xff\xff"  # what ::ffff:192.0.2.25 begins with
+IPV4_IN_IPV6 = "::ffff:"
 BAD_PATH = (
     " is not like /var/mail/%n: it must begin with / or %h, name the user by %n, %u or %h,"
     " and have no other placeholders but %d, %% and parts like %1n and %1.2n"
@@ -98,14 +98,14 @@ def log(text: str) -> None:
 class Question:
     """A question with its settings, and the answer as far as it is known."""
 
+    user = domain = b""  # a domain may be missing
+    status = b"OK"
+    used = quota = 0  # bytes; a quota of 0 is none
+    auto_grace = b"0"  # what QUOTA_GRACE=auto is for this mailbox
+    changed = 0.0  # seconds since the epoch: when mail was last delivered, read or removed
+
     def __init__(self, env: Env) -> None:
         self.env = env  # variables of a CGI (RFC 3875), and settings
-        self.user = self.domain = b""  # a domain may be missing
-        self.status = b"OK"
-        self.used = self.quota = 0  # bytes; a quota of 0 is none
-        self.auto_grace = b"0"  # what QUOTA_GRACE=auto is for this mailbox
-        # Seconds since the epoch: when mail was last delivered, read or removed; 0: not known.
-        self.changed = 0.0
 
     def setting(self, name: str, *choices: bytes) -> bytes:
         """Return a setting, which has to be one of the choices if there are any. Raises Problem."""
@@ -122,10 +122,9 @@ class Question:
             fields[name] = unquote(value)
         if b"u" not in fields:
             raise Problem("no user (u=) given", status=BAD_REQUEST)
-        self.user, self.domain = fields[b"u"], fields.get(b"d", b"")
-        check_name("user", self.user)
+        self.user = checked("user", fields[b"u"])
         if b"d" in fields:
-            check_name("domain", self.domain)
+            self.domain = checked("domain", fields[b"d"])
 
     def grace(self) -> int:
         """Return QUOTA_GRACE, which may be a share of the quota, in bytes. Raises Problem."""
@@ -169,11 +168,9 @@ class Question:
         if letters.isdisjoint((b"n", b"u", b"h")) or not template.startswith((b"/", b"%h")):
             raise bad
         folder = os.path.dirname(path).replace(b"\0", b"%") or b"/"
-        try:  # else each mailbox below a path that is mistyped would look empty
-            os.stat(folder)
-        except FileNotFoundError:
-            why = name + " begins with a folder that does not exist" + HINT
-            raise Problem(why, folder) from None
+        if not os.path.exists(folder):  # each mailbox below would look empty
+            why = name + " begins with a folder that does not exist or is hidden" + HINT
+            raise Problem(why, folder)
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
         if b"h" in letters:
@@ -189,18 +186,18 @@ class Question:
                 path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
         except (KeyError, ValueError):
             raise bad from None
-        # Of the user a..b the part %1.2n is `..`, which would lead out of the folder.
-        if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):
+        if b".." in path.split(b"/"):  # of the user a..b the part %1.2n would lead out of a folder
             raise Problem("no mailbox has such a user", status=BAD_REQUEST)
         return path.replace(b"\0", b"%")
 
 
-def check_name(what: str, name: bytes) -> None:
-    """Raise Problem if a user or domain cannot be a file's name or has control characters."""
+def checked(what: str, name: bytes) -> bytes:
+    """Return a user or domain. Raises Problem if it cannot be a file's name or is not text."""
     text = name.decode("utf-8", "surrogateescape")
     has_control = any(c < " " or "\x7f" <= c <= "\x9f" for c in text)
     if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name or has_control:
         raise Problem("no mailbox has such a " + what, status=BAD_REQUEST)
+    return name
 
 
 def unquote(text: bytes) -> bytes:
@@ -222,36 +219,28 @@ def parse_limit(where: str, text: bytes) -> int:
     return int(digits) << 10 * power
 
 
-def parse_network(text: str) -> tuple[int, int]:
-    """Return the address of a network as a number, and how many of its last bits do not matter.
-
-    A 1 before the address tells IPv4 from IPv6. Raises OSError, ValueError.
-    """
-    from _socket import AF_INET, AF_INET6, inet_pton  # `socket` or `ipaddress` would take longer
-
-    address, slash, length = text.partition("/")
-    family, bits = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
-    packed = inet_pton(family, address).removeprefix(IPV4_IN_IPV6)
-    host_bits = bits - int(length) if slash else 0
-    if not 0 <= host_bits <= 8 * len(packed):  # ::ffff:192.0.2.0/24 would be all of IPv4
-        raise ValueError("bad length of a prefix: " + length)
-    return int.from_bytes(b"\1" + packed, "big"), host_bits
-
-
 def is_allowed(peer: str, allow: bytes) -> bool:
     """Say whether QUOTA_ALLOW is empty or has the peer's address. Raises Problem."""
     if not allow:
         return True
+    # A socket for IPv6 gives an IPv4 address as ::ffff:192.0.2.25.
+    peer = peer.partition("%")[0].removeprefix(IPV4_IN_IPV6)
+    words = allow.decode("latin-1").replace(",", " ").split()
+    listed = [word.removeprefix(IPV4_IN_IPV6) for word in words]
+    if peer in listed:
+        return True
+    import ipaddress  # this takes long: an address that is listed as it is does without
+
     try:
-        networks = [parse_network(text) for text in allow.decode().replace(",", " ").split()]
-    except (OSError, ValueError):
+        networks = [ipaddress.ip_network(word, strict=False) for word in listed]
+    except ValueError:
         why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
         raise Problem(why, allow) from None
     try:
-        number, _ = parse_network(peer.partition("%")[0])
-    except (OSError, ValueError):
+        address = ipaddress.ip_address(peer)
+    except ValueError:
         return False  # it is the peer of a unix socket, or nothing
-    return any(number >> bits == network >> bits for network, bits in networks)
+    return any(address in network for network in networks)
 
 
 def read_file(path: bytes, most: int = -1) -> bytes:
@@ -291,13 +280,12 @@ def respond(env: Env) -> Response:
     """Answer a question, given a CGI's environment, with an HTTP response."""
     question, status, line = Question(env), "200 OK", b""
     method = env.get(b"REQUEST_METHOD", b"GET")
-    fields = [("Content-Type", "text/plain"), ("Cache-Control", "no-store")]  # no proxy may keep it
+    fields = [("Content-Type", "text/plain"), ("Allow", "GET, HEAD"), ("Cache-Control", "no-store")]
     try:
         peer = env.get(b"REMOTE_ADDR", b"").decode("latin-1")
         if not is_allowed(peer, question.setting("QUOTA_ALLOW")):
             raise Problem("this address is not in QUOTA_ALLOW", status="403 Forbidden")
         if method not in (b"GET", b"HEAD"):
-            fields.append(("Allow", "GET, HEAD"))
             raise Problem("only GET and HEAD are answered", status="405 Method Not Allowed")
         question.read_query()
         if question.setting("QUOTA_UNKNOWN", b"off", b"1", b"0", b"") == b"1":
@@ -365,7 +353,6 @@ TEXT = [("Content-Type", "text/plain")]
 STRANGER = "403 Forbidden", TEXT, b"ERROR this address is not in QUOTA_ALLOW\n"
 NOT_IMPLEMENTED = "501 Not Implemented", TEXT, b"ERROR there is no such method\n"
 HANGS = FAILED, TEXT, b"ERROR the mailbox hangs\n"
-CRASHED = FAILED, TEXT, b"ERROR the script failed\n"
 
 
 class Server:
@@ -383,14 +370,14 @@ class Server:
             try:
                 connection, peer = listener.accept()
                 with connection:
-                    if is_allowed(peer[0], self.allow):
-                        send(connection, self.answer(receive(connection)))
-                    else:
-                        send(connection, STRANGER)
+                    is_friend = is_allowed(peer[0], self.allow)
+                    send(connection, self.answer(receive(connection)) if is_friend else STRANGER)
             except ConnectionError:
                 pass  # the client has left
             except OSError:  # the client was too slow, or no descriptor is free: that must not spin
                 time.sleep(0.1)
+            except Exception:  # a bug, or a limit of the system: the client gets no answer
+                log(traceback.format_exc())
 
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
@@ -413,9 +400,6 @@ class Server:
         try:
             env = {**self.settings, b"REQUEST_METHOD": method, b"QUERY_STRING": query}
             response = respond(env)
-        except Exception:  # a bug, or a limit of the system
-            log(traceback.format_exc())
-            return CRASHED
         finally:
             self.under_way.pop(line, None)
         ended = time.monotonic()
@@ -470,9 +454,9 @@ def serve(where: str) -> int:
         )
         for _ in range(THREADS):
             threading.Thread(target=server.run, args=(listener,), daemon=True).start()
-    except (OSError, OverflowError, RuntimeError, ValueError, Problem) as error:
+    except Exception as error:  # to try again may help if the system is the reason
         log(f"--serve {where}: {error}")
-        return 1 if isinstance(error, (OSError, RuntimeError)) else 2  # 1: to try again may help
+        return 1 if isinstance(error, (OSError, RuntimeError)) else 2
     log("serving on " + host + " port " + port)
     signal.sigwait(ends)
     return 0
