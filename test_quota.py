@@ -525,8 +525,8 @@ class Milter:
             return list(pool.map(self.rcpt, recipients))
 
     def lines(self, *words: str) -> list[str]:
-        lines = self.process.output().splitlines()
-        return [line for line in lines if all(word in line for word in words)]
+        whole = self.process.output().split("\n")[:-1]
+        return [line for line in whole if all(word in line for word in words)]
 
     def log(self, *words: str) -> str:
         """Wait for a line of the log that has these words; return the last one."""
