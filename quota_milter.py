@@ -176,6 +176,7 @@ class Address(NamedTuple):
     local: str  # unquoted local part
     user: str  # the local part without the tail behind a delimiter
     domain: str  # lower case, "" if there is none
+    names: tuple[str, ...]  # by which alias files and tables list it, the most specific first
 
     @classmethod
     def parse(cls, text: str, delimiters: str, case_sensitive: bool) -> Address:
@@ -189,7 +190,10 @@ class Address(NamedTuple):
             local = re.sub(r'\\(.)|"', r"\1", local, flags=re.DOTALL)
         if not case_sensitive:
             local = lower(local)
-        return cls(given, local, without_detail(local, delimiters), ascii_domain(domain))
+        user, domain = without_detail(local, delimiters), ascii_domain(domain)
+        bare = lower(local), lower(user)
+        names = (f"{bare[0]}@{domain}", f"{bare[1]}@{domain}", *bare) if domain else bare
+        return cls(given, local, user, domain, names)
 
     @property
     def mailbox(self) -> Mailbox:
@@ -197,18 +201,13 @@ class Address(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The same text for all spellings of the address; alias files and tables list it so."""
-        return lower(f"{self.local}@{self.domain}" if self.domain else self.local)
+        """The same text for all spellings of the address."""
+        return self.names[0]
 
     @property
     def can_exist(self) -> bool:
         """Say whether a mailbox can have this name."""
         return self.local != "" and len(self.user) + len(self.domain) <= NAME_LENGTH
-
-    def names(self) -> list[str]:
-        """Return the names by which tables list this address, the most specific first."""
-        bare = [lower(self.local), lower(self.user)]
-        return [f"{name}@{self.domain}" for name in bare if self.domain] + bare
 
 
 def without_brackets(path: str) -> str:
@@ -818,12 +817,13 @@ class Mailboxes(NamedTuple):
     """The backends of a domain: its mailboxes may be spread over them."""
 
     backends: Sequence[Backend]
+    names: Sequence[str]  # of the backends
     ledger: Ledger
 
     def find(self, mailbox: Mailbox, deadline: float) -> Finding:
         """Say what is known of a mailbox, from memory or by a question."""
         known = self.ledger.look(mailbox)
-        if self.ledger.is_fresh(known, [backend.name for backend in self.backends]):
+        if self.ledger.is_fresh(known, self.names):
             return known
         try:
             return self.ledger.remember(mailbox, self.ask_in_order(mailbox, deadline))
@@ -1056,8 +1056,8 @@ class Aliases(NamedTuple):
                 return None
             text = quoted(address.local + target[1]) if target[1][0] == "@" else target[1]
             following = self.parse_address(text)
-            if not following.domain:
-                following = following._replace(domain=address.domain)
+            if address.domain and not following.domain:
+                following = self.parse_address(f"{text}@{address.domain}")
             # A rule that maps a name to itself ends the look-up in virtual(5), but aliases(5) comes
             # after that. So the next, less specific rule is tried.
             if following.name != address.name:
@@ -1066,7 +1066,7 @@ class Aliases(NamedTuple):
 
     def rules(self, address: Address, deadline: float) -> list[str]:
         """Return what an address stands for, the most specific rule first. Raises Fault."""
-        names = address.names()
+        names = address.names
         if address.domain and self.domains.isdisjoint((address.domain, None)):
             names = names[:2]  # names without a domain apply to domains that have a backend
         catch_all = "@" + address.domain
@@ -1085,19 +1085,15 @@ class Message:
     """The message that a session is giving: its size as far as it is known, and its recipients."""
 
     def __init__(self, declared: int = 0, sender: str = "", is_authenticated: bool = False) -> None:
-        self.declared = declared  # bytes (RFC 1870), 0 if there were none
         self.sender, self.is_authenticated = sender, is_authenticated
+        # Bytes, as far as they are known: those that were declared (RFC 1870), or of the body.
+        self.size = declared
         self.counted = 0  # bytes of the body until now
         # For each mailbox: the decision about the first recipient who was let through, and the
         # names of all of them.
         self.passed: dict[Mailbox, Decision] = {}
         self.copies: dict[Mailbox, set[str]] = {}
         self.others_passed = False  # a recipient without an answer was let through
-
-    @property
-    def size(self) -> int:
-        """The size in bytes, as far as it is known; never less than the declared one."""
-        return max(self.declared, self.counted)
 
     def let_through(self, decision: Decision) -> None:
         if not decision.finding.answer:
@@ -1108,14 +1104,18 @@ class Message:
             # john, john+a and an alias of john are three copies: the MTA sees three addresses.
             self.copies.setdefault(mailbox, set()).add(decision.address.name)
 
-    def wants_body(self) -> bool:
-        """Say whether more of the body can matter: what has come fits into a mailbox's limit."""
-        # The body comes in chunks of up to 64 KB. If the first is no more than declared, the
-        # declared size is believed.
-        if self.counted <= self.declared:
+    def count_body(self, number: int) -> bool:
+        """Count bytes of the body, and say whether more of it can matter.
+
+        The body comes in chunks of up to 64 KB. If the first is no more than declared, the declared
+        size is believed. Else more matters until what has come is too much for each mailbox.
+        """
+        self.counted += number
+        if self.counted <= self.size:
             return False
+        self.size = self.counted
         answers = [decision.finding.answer for decision in self.passed.values()]
-        return any(answer and self.counted <= answer.capacity for answer in answers)
+        return any(answer and self.size <= answer.capacity for answer in answers)
 
 
 class Policy:
@@ -1155,7 +1155,10 @@ class Policy:
                 self.backends[url] = backend
             for domain in domains:
                 by_domain[domain].append(self.backends[url])
-        return {domain: Mailboxes(found, self.ledger) for domain, found in by_domain.items()}
+        return {
+            domain: Mailboxes(found, [backend.name for backend in found], self.ledger)
+            for domain, found in by_domain.items()
+        }
 
     def decide(self, recipient: str, message: Message, resolved: str = "") -> Decision:
         """Decide about a recipient of a message, within --timeout.
@@ -1192,7 +1195,7 @@ class Policy:
         Only a plain spelling counts. Out of `postmaster+:john@example.com;` and of
         `postmaster+<john@example.com>` an MTA reads john, who would slip through.
         """
-        if self.exempt.isdisjoint(address.names()):
+        if self.exempt.isdisjoint(address.names):
             return False
         return not re.search(r"[\s(),:;<>]", address.name)
 
@@ -1201,10 +1204,11 @@ class Policy:
         if not address.can_exist:
             return None, "empty"
         target = self.aliases.resolve(address, deadline)
-        if target is None or not target.can_exist:
-            return None, "alias"
-        if target is not address and self.is_exempt(target):
-            return None, "exempt"
+        if target is not address:
+            if target is None or not target.can_exist:
+                return None, "alias"
+            if self.is_exempt(target):
+                return None, "exempt"
         is_served = target.domain in self.mailboxes or None in self.mailboxes
         return (target, "") if is_served else (None, "nobackend")
 
@@ -1217,11 +1221,12 @@ class Policy:
             return "unknown"
         is_full = answer.status == "OVERQUOTA"
         if answer.quota and not self.options.ignore_size:
-            if size > answer.capacity:
+            capacity = answer.capacity
+            if size > capacity:
                 # A last known answer must not refuse for good: the quota may have been raised.
                 return "overquota" if finding.fault else "toolarge"
             expected = (answer.usage or 0) + finding.in_flight
-            is_full = is_full or expected + size * copies > answer.capacity
+            is_full = is_full or expected + size * copies > capacity
             # The grace is for one message: with mail in flight it counts as used up.
             is_full = is_full or (finding.in_flight > 0 and expected >= answer.quota)
         if not is_full:
@@ -1440,7 +1445,7 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
             _, at, domain = without_brackets(recipient).rpartition("@")
             address += at and at + domain
         # Postfix writes it in lower case: where only that differs, the given one is kept.
-        return "" if lower(address) == lower(without_brackets(recipient)) else address
+        return "" if address.lower() == without_brackets(recipient).lower() else address
 
     def macro(self, name: str) -> str:
         """Return a macro of the MTA, "" if it has none or one that is not UTF-8."""
@@ -1454,8 +1459,7 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
 
     def body(self, chunk: bytes) -> int:
         """Count the bytes of a message, as long as that can matter."""
-        self.message.counted += len(chunk)
-        if self.message.wants_body() and not self.service.policy.options.ignore_size:
+        if self.message.count_body(len(chunk)) and not self.service.policy.options.ignore_size:
             return int(Milter.CONTINUE)
         knows_skip = bool(self._protocol & Milter.P_SKIP)  # old MTAs do not
         return int(Milter.SKIP if knows_skip else Milter.CONTINUE)

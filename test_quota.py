@@ -2562,7 +2562,7 @@ class Simulation(Ours):
         """Give a recipient, and the data a while later."""
         size = self.noise.randrange(1000, 30_000)
         message, decision = self.rcpt(self.noise.choice(self.users), size * self.noise.randrange(2))
-        message.counted = size
+        message.count_body(size)
         if decision.verdict == "ok":
             self.after(self.noise.random() * 5, lambda: self.end_of_data(message, decision))
 
