@@ -1194,11 +1194,8 @@ class Serve(Site):
         settings = {**os.environ, **dict(line.split("=", 1) for line in lines)}
         settings.update((name, str(value)) for name, value in self.settings.items())
         told = dict(line.split("=", 1) for line in unit.splitlines() if re.match("[A-Z].*=", line))
-        ambient, bounding = (
-            told[name].lower().replace("cap_", ",+")
-            for name in ("AmbientCapabilities", "CapabilityBoundingSet")
-        )
-        rights = [*as_user(self.user), "--no-new-privs", f"--bounding-set=-all{bounding}"]
+        ambient = told["AmbientCapabilities"].lower().replace("cap_", ",+")
+        rights = [*as_user(self.user), "--no-new-privs"]
         rights += [f"--inh-caps=-all{ambient}", f"--ambient-caps=-all{ambient}"]
         command = told["ExecStart"].split()
         self.process = self.start(*rights, *command, port=self.port, env=settings)
