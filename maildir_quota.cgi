@@ -10,6 +10,8 @@ The answer is one line, `OK john 1048576 209715200`: status, user, bytes used
 and quota in bytes (0: no limit). The status is OK, OVERQUOTA or UNKNOWN. An
 error is `ERROR why` with an HTTP status of 400 or more, and never a verdict (in
 a shell on standard error, with status 1). The detail of a 500 goes to standard error.
+Header fields tell what the last message may take beyond the quota (Quota-Grace, in
+bytes), and when mail was last delivered, read or removed (Last-Modified).
 
 With QUOTA_DOVEADM Dovecot itself is asked, whatever the format of its mailboxes.
 Without it the Maildir's files are read, by the rule of its keeper: the server
@@ -17,10 +19,11 @@ that delivers there and refuses mail when the quota is reached.
     courier        deliverquota: sizes in names (`,S=`), the file `maildirsize`
     dovecot        Dovecot's `maildir` driver: the same files, other details
     dovecot-count  Dovecot's `count` driver: virtual sizes in names (`,W=`)
-`maildirsize` has the limits and a sum. Where it is missing, broken or too long,
-or says "over" and may be stale, the messages are counted. For dovecot-count they
-always are, and the limits are settings. QUOTA_KEEPER=auto: see find_keeper(). A
-mailbox is over its quota when it reaches its limit of bytes or of messages.
+`maildirsize` has the limits and a sum. The sum is believed unless the file is
+missing, broken or too long, or says "over" and may be stale: then the messages are
+counted. For dovecot-count they always are, and the limits are settings.
+QUOTA_KEEPER=auto: see find_keeper(). A mailbox is over its quota when it reaches its
+limit of bytes or of messages.
 
 SETTINGS are the constants below; an environment variable of the same name
 overrides them.
@@ -28,7 +31,7 @@ overrides them.
 SECURITY: whoever may ask learns who has a mailbox and how large it is, so let
 only the frontends ask (QUOTA_ALLOW). Names are checked before they become part
 of a path. Under a web server the command line is ignored: a query without `=`
-is passed there. The script opens no message and never writes.
+would stand there. The script opens no message and never writes.
 """
 
 # ruff: noqa: E402 - A CGI spends its time on its start. What only the other ways to run the script
@@ -57,13 +60,13 @@ QUOTA_CONTROL = ""  # where Dovecot has its CONTROL files, if not in the Maildir
 QUOTA_DOVEADM = ""  # ask Dovecot instead: http://127.0.0.1:8080/doveadm/v1
 QUOTA_DOVEADM_KEY = ""  # a file whose first line is Dovecot's doveadm_api_key
 QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/32; empty: all
-QUOTA_GRACE = "auto"  # how far the last message may exceed the quota: 1M, 10%; auto: as the keeper
+QUOTA_GRACE = "auto"  # what Quota-Grace says: 1M, 10%; auto: as the keeper
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
 DOVEADM_SECONDS = 3  # to connect, and for each read of the answer
 DOVEADM_LENGTH = 65536  # bytes of its answer
 TOO_LONG = 5120  # bytes; a maildirsize of this length the servers rebuild rather than read
-TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize of one entry is believed to be "over"
+TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize of one entry is believed if it says "over"
 SAME_TIME = 60  # seconds; the files that one delivery writes have times no further apart
 NEVER = float("-inf")  # the time of a file that is missing
 NO_LIMITS = 0, 0
@@ -78,25 +81,25 @@ def measure(question: Question) -> None:
         return
     named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
     trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
-    # Limits that nobody gave are None. NO_LIMITS, which somebody gave as 0, are limits, too.
+    # Each is bytes and messages, or None if nobody gave a limit. (0, 0) is given, and true.
     own, default = question.own_limit(), question.setting("QUOTA_LIMIT")
-    of_user = None if own is None else (own, 0)
-    of_all = (parse_limit("QUOTA_LIMIT", default), 0) if default else None
-    question.quota = (of_user or of_all or NO_LIMITS)[0]
+    from_users = None if own is None else (own, 0)
+    from_setting = (parse_limit("QUOTA_LIMIT", default), 0) if default else None
+    question.quota = (from_users or from_setting or NO_LIMITS)[0]
     path = control = question.path("QUOTA_MAILDIR")
     if question.setting("QUOTA_CONTROL"):
         control = question.path("QUOTA_CONTROL")
-    if modified(path) == NEVER:
-        return  # no mail has come yet
+    if modified(path) == NEVER:  # no mail has come yet
+        return
 
     text, written_at = (b"", NEVER) if named == b"dovecot-count" else read_maildirsize(control)
     keeper = KEEPERS.get(named) or find_keeper(path, control, written_at)
     header, _ = keeper.split_lines(text)
-    in_file = (keeper.limit(header, b"S"), keeper.limit(header, b"C")) if text else None
+    from_file = (keeper.limit(header, b"S"), keeper.limit(header, b"C")) if header else None
     if keeper.has_sum:
-        limits: Optional[Amount] = of_user or in_file or of_all or NO_LIMITS
-    else:  # this `maildirsize` is a leftover of an earlier driver
-        limits = of_user or of_all or in_file
+        limits: Optional[Amount] = from_users or from_file or from_setting or NO_LIMITS
+    else:  # an earlier driver has left the file behind: its limits are better than none
+        limits = from_users or from_setting or from_file
     if limits is None:
         raise Problem("only Dovecot knows the limit: set QUOTA_DOVEADM or QUOTA_LIMIT")
 
@@ -113,7 +116,7 @@ def measure(question: Question) -> None:
 
 
 def is_over(total: Amount, limits: Amount, beyond: int = 0) -> bool:
-    """Say whether bytes or messages have reached a limit, or with `beyond` exceed it by so much."""
+    """Say whether bytes or messages have reached a limit + `beyond`."""
     return any(0 < limit <= have - beyond for have, limit in zip(total, limits))
 
 
@@ -121,10 +124,13 @@ def is_over(total: Amount, limits: Amount, beyond: int = 0) -> bool:
 
 
 class Courier:
-    """The rule of Courier's deliverquota, which maildrop, Exim and Postfix' VDA share."""
+    """The rule of Courier's deliverquota, which maildrop, Exim and Postfix' VDA share.
+
+    It is the base of the other keepers, too.
+    """
 
     has_sum = True  # it keeps `maildirsize` up to date
-    doubts_beyond = 0  # a sum that may be stale is doubted from so far beyond a limit on
+    doubts_beyond = 0  # a sum that may be stale is not believed if it reaches a limit + this
     follows_links = False  # whether a symbolic link to a folder is a folder
     counts_trash = False  # trash: the folder .Trash and messages with the flag T
     hidden = b"."  # files whose names begin so are not messages
@@ -158,10 +164,10 @@ class Dovecot(Courier):
     def split_lines(self, text: bytes) -> tuple[bytes, list[bytes]]:
         """Split `maildirsize`, without an unfinished last line."""
         lines = text.split(b"\n")[:-1]
-        return (lines[0], lines[1:]) if lines else (b"", [])
+        return (lines[0], lines[1:]) if lines else (b"", [b"unfinished"])
 
     def limit(self, header: bytes, letter: bytes) -> int:
-        """Read a limit in the first line: the last item of digits and that letter but for 0."""
+        """Read a limit in the first line: the last item of digits and that letter that is not 0."""
         limit = 0
         for item in header.split(b","):
             digits = item[:-1]
@@ -196,7 +202,8 @@ def find_keeper(path: bytes, control: bytes, written_at: float) -> Courier:
         return KEEPERS[b"courier"]
     if written_at == NEVER:
         return KEEPERS[b"dovecot-count"]
-    start, end = written_at + SAME_TIME, time.time() + SAME_TIME  # a number beyond is not a time
+    # A name may begin with a number that is no time, such as one in the future.
+    start, end = written_at + SAME_TIME, time.time() + SAME_TIME
     if uidlist > start:
         for entry in list_messages(find_folders(path, follows_links=True)):
             digits = entry.name.partition(b".")[0]
@@ -277,12 +284,14 @@ def find_folders(path: bytes, follows_links: bool) -> list[bytes]:
 def last_change(folders: list[bytes]) -> float:
     """Return when a message was last delivered, read or removed, in seconds since the epoch.
 
-    Each of these changes the folder `new` or `cur`. `maildirsize` tells nothing: a refused delivery
-    may write it again. Raises OSError, and Problem if the first folder is not a Maildir. A folder
-    with `maildirsize` alone is one: Dovecot makes that file if it is asked before the first mail.
+    Each of these changes the folder `new` or `cur`. The time of `maildirsize` is not used: a
+    refused delivery may write that file again.
+
+    Raises OSError, and Problem if the first folder is no Maildir: it has neither of the two nor
+    `maildirsize`, which Dovecot makes alone if it is asked before the first mail.
     """
     times = [modified(folder + part) for folder in folders for part in (b"/new", b"/cur")]
-    if max(times[:2]) == NEVER == modified(folders[0] + b"/maildirsize"):
+    if max(*times[:2], modified(folders[0] + b"/maildirsize")) == NEVER:
         raise Problem("QUOTA_MAILDIR is no Maildir: it has neither cur nor new", folders[0])
     return max(times)
 
@@ -311,7 +320,7 @@ def count(folders: list[bytes], keeper: Courier, trash: bytes, once: bool = Fals
     the same up to the flags, are one message; to remember them takes time and memory.
     """
     skip_trash = trash == b"skip" or (trash == b"auto" and not keeper.counts_trash)
-    skip_flagged = skip_trash and not keeper.counts_trash
+    skip_flagged = skip_trash and not keeper.counts_trash  # Dovecot knows only the folder
     size = messages = 0
     for folder in folders:
         if skip_trash and folder == os.path.join(folders[0], b".Trash"):
@@ -347,7 +356,7 @@ def size_of(entry: os.DirEntry[bytes], field: bytes) -> int:
 
 # ---- Dovecot asked itself ----
 
-warnings: list[str] = []  # those that were logged: once is enough
+logged_once: set[str] = set()  # warnings
 
 
 def ask_dovecot(question: Question) -> None:
@@ -356,8 +365,8 @@ def ask_dovecot(question: Question) -> None:
 
     address = question.user + (b"@" + question.domain if question.domain else b"")
     name = address.decode(errors="replace")
-    # Dovecot takes a name with * or ? for a pattern, and opens all mailboxes that match. It knows
-    # no names that are not UTF-8, whose bytes were replaced.
+    # Dovecot takes a name with * or ? for a pattern, and opens all mailboxes that match. It has no
+    # users whose names are not UTF-8: decode() has put U+FFFD there.
     if any(letter in name for letter in "*?\ufffd"):
         raise NoSuchUser
     text = post_to_doveadm(json.dumps([["quotaGet", {"user": name}, "q"]]), question)
@@ -378,7 +387,7 @@ def ask_dovecot(question: Question) -> None:
             if row["type"] == "STORAGE":  # in kilobytes
                 room = limit - value if limit else float("inf")
                 figures.append((room, value << 10, limit << 10))
-        # Of several quota roots the one with the least room, their first figure, counts.
+        # Of several quota roots the one with the least room counts. Tuples compare by it first.
         _, question.used, question.quota = min(figures)
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
         raise Problem("Dovecot's answer has no quota of bytes", text[:200]) from None
@@ -386,7 +395,7 @@ def ask_dovecot(question: Question) -> None:
 
 
 def post_to_doveadm(query: str, question: Question) -> bytes:
-    """Return what Dovecot's doveadm service answers to a query. Raises Problem."""
+    """Return what Dovecot's doveadm service answers to a query. Raises Problem, OSError."""
     import base64
     import http.client
 
@@ -396,9 +405,11 @@ def post_to_doveadm(query: str, question: Question) -> bytes:
         why = "QUOTA_DOVEADM is not like http://127.0.0.1:8080/doveadm/v1: no https, no other path"
         raise Problem(why)
     key = question.contents("QUOTA_DOVEADM_KEY").partition(b"\n")[0].strip()
-    if os.stat(question.setting("QUOTA_DOVEADM_KEY")).st_mode & stat.S_IROTH and not warnings:
-        warnings.append("every user of this system may read the file QUOTA_DOVEADM_KEY")
-        log(warnings[0])
+    warning = "every user of this system may read the file QUOTA_DOVEADM_KEY"
+    mode = os.stat(question.setting("QUOTA_DOVEADM_KEY")).st_mode
+    if mode & stat.S_IROTH and warning not in logged_once:
+        logged_once.add(warning)
+        log(warning)
     credentials = "X-Dovecot-API " + base64.b64encode(key).decode()
     fields = {"Authorization": credentials, "Content-Type": "application/json"}
     try:
@@ -435,7 +446,7 @@ class Problem(Exception):
 
     def __init__(self, why: str, detail: object = "", status: str = FAILED) -> None:
         super().__init__(why)
-        self.detail, self.status = detail, status  # that of HTTP
+        self.detail, self.http_status = detail, status
 
 
 class NoSuchUser(Exception):
@@ -515,16 +526,17 @@ class Question:
         return None
 
     def path(self, name: str) -> bytes:
-        """Put the user into a path that is a setting. Raises NoSuchUser, Problem, OSError."""
+        """Put the user into a path that is a setting. Raises NoSuchUser, Problem."""
         template = self.setting(name)
         bad = Problem(name + BAD_PATH + HINT, template)
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
-        letters = {part[:1] for part in parts}  # a digit, as of %1n, does not name the user
+        letters = {part[:1] for part in parts}
+        # %1n, whose part begins with a digit, is the same for many users, so it is not enough.
         if letters.isdisjoint((b"n", b"u", b"h")) or not template.startswith((b"/", b"%h")):
             raise bad
         folder = os.path.dirname(path).replace(b"\0", b"%") or b"/"
         if not os.path.exists(folder):  # each mailbox below would look empty
-            why = name + " begins with a folder that does not exist or is hidden" + HINT
+            why = name + " begins with a folder that does not exist, or may not be searched" + HINT
             raise Problem(why, folder)
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
@@ -541,13 +553,14 @@ class Question:
                 path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
         except (KeyError, ValueError):
             raise bad from None
-        if b".." in path.split(b"/"):  # of the user a..b the part %1.2n would lead out of a folder
+        # Of the user a..b the part %1.2n would lead out of the folder.
+        if b"/.." in path and b"/.." not in template:
             raise Problem("no mailbox has such a user", status=BAD_REQUEST)
         return path.replace(b"\0", b"%")
 
 
 def checked(what: str, name: bytes) -> bytes:
-    """Return a user or domain. Raises Problem if it cannot be a file's name or is not text."""
+    """Return a user or domain. Raises Problem if it is no file's name or has control characters."""
     text = name.decode("utf-8", "surrogateescape")
     has_control = any(c < " " or "\x7f" <= c <= "\x9f" for c in text)
     if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name or has_control:
@@ -556,7 +569,7 @@ def checked(what: str, name: bytes) -> bytes:
 
 
 def unquote(text: bytes) -> bytes:
-    """Decode a form-encoded name or value, as urllib.parse.unquote_plus does."""
+    """Decode a form-encoded value, as urllib.parse.unquote_plus does."""
     decoded, *parts = text.replace(b"+", b" ").split(b"%")
     for part in parts:
         is_code = len(part) > 1 and not part[:2].strip(HEX)
@@ -578,13 +591,14 @@ def is_allowed(peer: str, allow: bytes) -> bool:
     """Say whether QUOTA_ALLOW is empty or has the peer's address. Raises Problem."""
     if not allow:
         return True
-    # A socket for IPv6 gives an IPv4 address as ::ffff:192.0.2.25.
+    # A socket for IPv6 gives an IPv4 address as ::ffff:192.0.2.25, and a link-local one with its
+    # interface as fe80::1%eth0.
     peer = peer.partition("%")[0].removeprefix(IPV4_IN_IPV6)
-    words = allow.decode("latin-1").replace(",", " ").split()
+    words = allow.decode("latin-1").lower().replace(",", " ").split()
     listed = [word.removeprefix(IPV4_IN_IPV6) for word in words]
     if peer in listed:
         return True
-    import ipaddress  # this takes long: an address that is listed as it is does without
+    import ipaddress  # this takes long, so it is left out for a peer that is listed to the letter
 
     try:
         networks = [ipaddress.ip_network(word, strict=False) for word in listed]
@@ -603,7 +617,7 @@ def read_file(path: bytes, most: int = -1) -> bytes:
 
     Raises OSError.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
         return file.read(most) or b""
 
 
@@ -650,9 +664,9 @@ def respond(env: Env) -> Response:
     except NoSuchUser:
         question.status = b"UNKNOWN"
     except Problem as problem:
-        status, line = problem.status, f"ERROR {problem}\n".encode()
+        status, line = problem.http_status, f"ERROR {problem}\n".encode()
         if status == FAILED:
-            log(f"{problem}: user {question.user!a}, {str(problem.detail)!a}")
+            log(f"{problem}: user {question.user!a}, {problem.detail!a}")
     except OSError as error:
         status, line = FAILED, f"ERROR cannot read the mailbox: {error.strerror}\n".encode()
         log(f"{error}, as user {os.geteuid()}, group {os.getegid()}")
@@ -700,7 +714,7 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65536  # bytes of it
 THREADS = 200  # connections at a time
-PATIENCE = 5  # seconds; while a question takes longer, the same one gets the answer HANGS at once
+PATIENCE = 5  # seconds; a question that has taken longer gets HANGS if it is asked again
 SLOW = 1  # seconds; an answer that took longer is kept
 KEPT_SECONDS = 60  # for which such an answer is used again
 MOST_KEPT = 1000  # answers
@@ -716,8 +730,9 @@ class Server:
     def __init__(self, settings: Env) -> None:
         self.allow = Question(settings).setting("QUOTA_ALLOW")
         self.settings = {**settings, b"QUOTA_ALLOW": b""}  # run() checks the address
-        self.under_way: dict[bytes, float] = {}  # request: since when
-        self.kept: dict[bytes, tuple[float, Response]] = {}  # request: until when, slow answer
+        # By the first line of the request:
+        self.under_way: dict[bytes, float] = {}  # since when
+        self.kept: dict[bytes, tuple[float, Response]] = {}  # until when, a slow answer
 
     def run(self, listener: socket.socket) -> None:
         """Answer one connection after the other."""
@@ -729,7 +744,7 @@ class Server:
                     send(connection, self.answer(receive(connection)) if is_friend else STRANGER)
             except ConnectionError:
                 pass  # the client has left
-            except OSError:  # the client was too slow, or no descriptor is free: that must not spin
+            except OSError:  # the client was too slow; or no descriptor is free: that must not spin
                 time.sleep(0.1)
             except Exception:  # a bug, or a limit of the system: the client gets no answer
                 log(traceback.format_exc())
@@ -737,8 +752,8 @@ class Server:
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
 
-        If a mailbox hangs, only the questions about it that came in the first seconds hold threads.
-        A slow answer is kept: a milter that could not wait for it may ask again within a minute.
+        If a mailbox hangs, only those who asked about it in the first seconds hold threads. A slow
+        answer is kept: a milter that could not wait for it may ask again within a minute.
         """
         method, _, rest = line.partition(b" ")
         if method not in (b"GET", b"HEAD", b"POST"):
@@ -781,7 +796,7 @@ def receive(connection: socket.socket) -> bytes:
 
 
 def send(connection: socket.socket, response: Response) -> None:
-    """Send an answer without waiting: it fits into the buffer of the socket. Raises OSError."""
+    """Send an answer without waiting: it fits into the socket's buffer. Raises OSError."""
     status, fields, body = response
     head = "".join(f"{name}: {value}\r\n" for name, value in fields)
     connection.setblocking(False)
@@ -801,7 +816,7 @@ def serve(where: str) -> int:
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
         server = Server(dict(os.environb))
-        is_allowed(host, server.allow)  # reports a bad QUOTA_ALLOW now, not at each question
+        is_allowed("", server.allow)  # reports a bad QUOTA_ALLOW now, not at each question
         if not (server.allow or host.startswith("127.") or host in ("::1", "localhost")):
             raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
         listener = socket.create_server(
@@ -809,8 +824,9 @@ def serve(where: str) -> int:
         )
         for _ in range(THREADS):
             threading.Thread(target=server.run, args=(listener,), daemon=True).start()
-    except Exception as error:  # to try again may help if the system is the reason
+    except Exception as error:
         log(f"--serve {where}: {error}")
+        # 1: the address may come, or threads be free. 2: to try again does not help.
         return 1 if isinstance(error, (OSError, RuntimeError)) else 2
     log("serving on " + host + " port " + port)
     signal.sigwait(ends)
@@ -838,4 +854,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))  # a normal exit would wait for threads that hang
+    sys.exit(main(sys.argv[1:]))

@@ -10,7 +10,9 @@ The answer is one line, `OK john 1048576 209715200`: status, user, bytes used
 and quota in bytes (0: no limit). The status is OK, OVERQUOTA (the file is larger
 than the limit) or UNKNOWN. An error is `ERROR why` with an HTTP status of 400 or
 more, and never a verdict (in a shell on standard error, with status 1). The
-detail of a 500 goes to standard error.
+detail of a 500 goes to standard error. Header fields tell what the last message may
+take beyond the quota (Quota-Grace, in bytes), and when the file was last changed
+(Last-Modified).
 
 SETTINGS are the constants below; an environment variable of the same name
 overrides them.
@@ -18,7 +20,7 @@ overrides them.
 SECURITY: whoever may ask learns who has a mailbox and how large it is, so let
 only the frontends ask (QUOTA_ALLOW). Names are checked before they become part
 of a path. Under a web server the command line is ignored: a query without `=`
-is passed there. The script opens no mailbox and never writes: it needs search
+would stand there. The script opens no mailbox and never writes: it needs search
 permission on the mail folder and none on the files.
 """
 
@@ -42,7 +44,7 @@ QUOTA_LIMIT = "200M"  # bytes, or with K, M, G, T (powers of 1024); 0: no limit
 QUOTA_MAILBOX = "/var/mail/%n"  # %n user, %d domain, %u user@domain, %h home, %% percent
 QUOTA_USERS = ""  # a file of lines `user limit`, `user@domain limit`, `@domain limit`
 QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/32; empty: all
-QUOTA_GRACE = "auto"  # how far the last message may exceed the quota: 1M, 10%; auto: 0
+QUOTA_GRACE = "auto"  # what Quota-Grace says: 1M, 10%; auto: 0
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
 
@@ -80,7 +82,7 @@ class Problem(Exception):
 
     def __init__(self, why: str, detail: object = "", status: str = FAILED) -> None:
         super().__init__(why)
-        self.detail, self.status = detail, status  # that of HTTP
+        self.detail, self.http_status = detail, status
 
 
 class NoSuchUser(Exception):
@@ -160,16 +162,17 @@ class Question:
         return None
 
     def path(self, name: str) -> bytes:
-        """Put the user into a path that is a setting. Raises NoSuchUser, Problem, OSError."""
+        """Put the user into a path that is a setting. Raises NoSuchUser, Problem."""
         template = self.setting(name)
         bad = Problem(name + BAD_PATH + HINT, template)
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
-        letters = {part[:1] for part in parts}  # a digit, as of %1n, does not name the user
+        letters = {part[:1] for part in parts}
+        # %1n, whose part begins with a digit, is the same for many users, so it is not enough.
         if letters.isdisjoint((b"n", b"u", b"h")) or not template.startswith((b"/", b"%h")):
             raise bad
         folder = os.path.dirname(path).replace(b"\0", b"%") or b"/"
         if not os.path.exists(folder):  # each mailbox below would look empty
-            why = name + " begins with a folder that does not exist or is hidden" + HINT
+            why = name + " begins with a folder that does not exist, or may not be searched" + HINT
             raise Problem(why, folder)
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
@@ -186,13 +189,14 @@ class Question:
                 path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
         except (KeyError, ValueError):
             raise bad from None
-        if b".." in path.split(b"/"):  # of the user a..b the part %1.2n would lead out of a folder
+        # Of the user a..b the part %1.2n would lead out of the folder.
+        if b"/.." in path and b"/.." not in template:
             raise Problem("no mailbox has such a user", status=BAD_REQUEST)
         return path.replace(b"\0", b"%")
 
 
 def checked(what: str, name: bytes) -> bytes:
-    """Return a user or domain. Raises Problem if it cannot be a file's name or is not text."""
+    """Return a user or domain. Raises Problem if it is no file's name or has control characters."""
     text = name.decode("utf-8", "surrogateescape")
     has_control = any(c < " " or "\x7f" <= c <= "\x9f" for c in text)
     if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name or has_control:
@@ -201,7 +205,7 @@ def checked(what: str, name: bytes) -> bytes:
 
 
 def unquote(text: bytes) -> bytes:
-    """Decode a form-encoded name or value, as urllib.parse.unquote_plus does."""
+    """Decode a form-encoded value, as urllib.parse.unquote_plus does."""
     decoded, *parts = text.replace(b"+", b" ").split(b"%")
     for part in parts:
         is_code = len(part) > 1 and not part[:2].strip(HEX)
@@ -223,13 +227,14 @@ def is_allowed(peer: str, allow: bytes) -> bool:
     """Say whether QUOTA_ALLOW is empty or has the peer's address. Raises Problem."""
     if not allow:
         return True
-    # A socket for IPv6 gives an IPv4 address as ::ffff:192.0.2.25.
+    # A socket for IPv6 gives an IPv4 address as ::ffff:192.0.2.25, and a link-local one with its
+    # interface as fe80::1%eth0.
     peer = peer.partition("%")[0].removeprefix(IPV4_IN_IPV6)
-    words = allow.decode("latin-1").replace(",", " ").split()
+    words = allow.decode("latin-1").lower().replace(",", " ").split()
     listed = [word.removeprefix(IPV4_IN_IPV6) for word in words]
     if peer in listed:
         return True
-    import ipaddress  # this takes long: an address that is listed as it is does without
+    import ipaddress  # this takes long, so it is left out for a peer that is listed to the letter
 
     try:
         networks = [ipaddress.ip_network(word, strict=False) for word in listed]
@@ -248,7 +253,7 @@ def read_file(path: bytes, most: int = -1) -> bytes:
 
     Raises OSError.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
         return file.read(most) or b""
 
 
@@ -295,9 +300,9 @@ def respond(env: Env) -> Response:
     except NoSuchUser:
         question.status = b"UNKNOWN"
     except Problem as problem:
-        status, line = problem.status, f"ERROR {problem}\n".encode()
+        status, line = problem.http_status, f"ERROR {problem}\n".encode()
         if status == FAILED:
-            log(f"{problem}: user {question.user!a}, {str(problem.detail)!a}")
+            log(f"{problem}: user {question.user!a}, {problem.detail!a}")
     except OSError as error:
         status, line = FAILED, f"ERROR cannot read the mailbox: {error.strerror}\n".encode()
         log(f"{error}, as user {os.geteuid()}, group {os.getegid()}")
@@ -345,7 +350,7 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65536  # bytes of it
 THREADS = 200  # connections at a time
-PATIENCE = 5  # seconds; while a question takes longer, the same one gets the answer HANGS at once
+PATIENCE = 5  # seconds; a question that has taken longer gets HANGS if it is asked again
 SLOW = 1  # seconds; an answer that took longer is kept
 KEPT_SECONDS = 60  # for which such an answer is used again
 MOST_KEPT = 1000  # answers
@@ -361,8 +366,9 @@ class Server:
     def __init__(self, settings: Env) -> None:
         self.allow = Question(settings).setting("QUOTA_ALLOW")
         self.settings = {**settings, b"QUOTA_ALLOW": b""}  # run() checks the address
-        self.under_way: dict[bytes, float] = {}  # request: since when
-        self.kept: dict[bytes, tuple[float, Response]] = {}  # request: until when, slow answer
+        # By the first line of the request:
+        self.under_way: dict[bytes, float] = {}  # since when
+        self.kept: dict[bytes, tuple[float, Response]] = {}  # until when, a slow answer
 
     def run(self, listener: socket.socket) -> None:
         """Answer one connection after the other."""
@@ -374,7 +380,7 @@ class Server:
                     send(connection, self.answer(receive(connection)) if is_friend else STRANGER)
             except ConnectionError:
                 pass  # the client has left
-            except OSError:  # the client was too slow, or no descriptor is free: that must not spin
+            except OSError:  # the client was too slow; or no descriptor is free: that must not spin
                 time.sleep(0.1)
             except Exception:  # a bug, or a limit of the system: the client gets no answer
                 log(traceback.format_exc())
@@ -382,8 +388,8 @@ class Server:
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
 
-        If a mailbox hangs, only the questions about it that came in the first seconds hold threads.
-        A slow answer is kept: a milter that could not wait for it may ask again within a minute.
+        If a mailbox hangs, only those who asked about it in the first seconds hold threads. A slow
+        answer is kept: a milter that could not wait for it may ask again within a minute.
         """
         method, _, rest = line.partition(b" ")
         if method not in (b"GET", b"HEAD", b"POST"):
@@ -426,7 +432,7 @@ def receive(connection: socket.socket) -> bytes:
 
 
 def send(connection: socket.socket, response: Response) -> None:
-    """Send an answer without waiting: it fits into the buffer of the socket. Raises OSError."""
+    """Send an answer without waiting: it fits into the socket's buffer. Raises OSError."""
     status, fields, body = response
     head = "".join(f"{name}: {value}\r\n" for name, value in fields)
     connection.setblocking(False)
@@ -446,7 +452,7 @@ def serve(where: str) -> int:
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
         server = Server(dict(os.environb))
-        is_allowed(host, server.allow)  # reports a bad QUOTA_ALLOW now, not at each question
+        is_allowed("", server.allow)  # reports a bad QUOTA_ALLOW now, not at each question
         if not (server.allow or host.startswith("127.") or host in ("::1", "localhost")):
             raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
         listener = socket.create_server(
@@ -454,8 +460,9 @@ def serve(where: str) -> int:
         )
         for _ in range(THREADS):
             threading.Thread(target=server.run, args=(listener,), daemon=True).start()
-    except Exception as error:  # to try again may help if the system is the reason
+    except Exception as error:
         log(f"--serve {where}: {error}")
+        # 1: the address may come, or threads be free. 2: to try again does not help.
         return 1 if isinstance(error, (OSError, RuntimeError)) else 2
     log("serving on " + host + " port " + port)
     signal.sigwait(ends)
@@ -483,4 +490,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))  # a normal exit would wait for threads that hang
+    sys.exit(main(sys.argv[1:]))

@@ -9,11 +9,11 @@ USE
     `GET URL?u=USER&d=DOMAIN`. A recipient who is over quota gets a temporary failure,
     `452 4.2.2 Quota exceeded for ...`: the sending server keeps the mail and tries again.
     At the end of the data the message is judged again by its size. That is the declared
-    one (SIZE= of MAIL), if the first 64 KB of the body are no more, else that of the body.
-    Accepted mail counts as in flight until an answer shows it, or comes more than
-    --in-flight later: so many messages at once overfill no mailbox.
+    one (SIZE= of MAIL), unless the first 64 KB of the body exceed it: then the body counts.
+    Accepted mail counts as in flight until an answer shows it, or until the first answer
+    more than --in-flight later: so many messages at once overfill no mailbox.
 
-    A file given as @FILE holds one option and its value a line, `#` comments. HUP reads
+    A file given as @FILE holds an option with its value per line, and `#` comments. HUP reads
     the option files and the aliases again (all but --listen and --syslog), USR1 logs the
     counters, TERM and INT end the program. Its status is 2 for a bad option, 1 if it
     cannot run. After --check: 0 if all would be accepted, 1 if one would be refused, 2
@@ -22,9 +22,10 @@ USE
 
 WHEN SOMETHING FAILS
     If no backend gives an answer within --timeout, the last answer about the mailbox is
-    used, for an hour at most. After that --on-error decides; by default mail is let
-    through. A backend that cannot be reached, or lets questions about three mailboxes in a
-    row run out of time, is left alone for --retry-after seconds. Each failure is logged.
+    used, for an hour (or --cache-ttl, if that is longer). After that --on-error decides;
+    by default mail is let through. A backend that cannot be reached, or lets questions
+    about three mailboxes in a row run out of time, is left alone for --retry-after
+    seconds. Each failure is logged.
 
 SECURITY
     The milter believes its backends, and trusts no address: each is escaped before it
@@ -93,7 +94,7 @@ NUMBER_LIMIT = 1 << 63  # bytes; a negative sum that a server prints as unsigned
 MOST_ACCOUNTS = 50_000  # mailboxes whose answers are remembered, in some 25 MB
 NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
-REVIEWS = 40  # times that a waiting session wakes, in half of its question's time, to review() it
+REVIEWS = 40  # how often a waiting session looks at its question in half of the question's time
 TIMEOUTS_UNTIL_DOWN = 3  # different mailboxes in a row without an answer
 HEADER_BYTES = 1024  # bytes that mail servers add to a message on its way: 500 to 1,500
 TABLE_RESULTS = 10_000  # addresses whose result a table remembers, in some 10 MB
@@ -176,7 +177,7 @@ class Address(NamedTuple):
     local: str  # unquoted local part
     user: str  # the local part without the tail behind a delimiter
     domain: str  # lower case, "" if there is none
-    names: tuple[str, ...]  # by which alias files and tables list it, the most specific first
+    names: tuple[str, ...]  # what to look up in alias files and tables, the most specific first
 
     @classmethod
     def parse(cls, text: str, delimiters: str, case_sensitive: bool) -> Address:
@@ -457,7 +458,7 @@ class Client:
         except (OSError, ValueError) as error:  # ValueError: a bad name
             hint = ": see --cafile" if isinstance(error, ssl.SSLCertVerificationError) else ""
             raise Unreachable(f"no connection: {error}{hint}") from None
-        # The session's own end of the question comes first, and says more than this timeout.
+        # The session ends the question at its deadline, and says more than this timeout would.
         connection.sock.settimeout(question.seconds_left() + 1)
 
     def open_socket(self, question: Question) -> socket.socket:
@@ -469,7 +470,8 @@ class Client:
         """
         found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
-        addresses = [socket.getnameinfo(entry[4], numeric)[0] for entry in found]  # with a scope
+        # getnameinfo() keeps the scope of an address like fe80::1%eth0.
+        addresses = [socket.getnameinfo(entry[4], numeric)[0] for entry in found]
         addresses.sort(key=lambda address: address != self.last_address)
         for number, address in enumerate(addresses, 1):
             shares = len(addresses) - number + 2
@@ -505,11 +507,11 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
     # Content-Length says, or the last chunk.
     ended = response.length == 0 or (response.chunked and response.chunk_left is None)
     is_whole = line.endswith(b"\n") or ended
-    # With neither newline nor length nobody can tell: then the status counts, the numbers do not.
     if not is_whole and (response.length or len(line) >= ANSWER_LENGTH):
         raise BadAnswer("the answer is cut short or too long")
     grace = response.headers.get("Quota-Grace", "").strip().encode("ascii", "replace")
     changed = response.headers.get("Last-Modified", "")[:64]  # a date is shorter
+    # With neither newline nor length nobody can tell: the status counts, the numbers do not.
     answer = Answer.from_line(line, is_whole)
     return answer._replace(grace=read_number(grace) or 0, changed=changed)
 
@@ -522,7 +524,7 @@ class Backend:
 
     All sessions that ask about a mailbox share one question, whose deadline is that of the first.
     The oldest question is sent next. But if answers are so slow that the oldest may run out of
-    time, the newest is: else, under overload, every question would be sent too late.
+    time, the newest is sent instead: else, under overload, all would be sent too late.
 
     The sessions that wait for a question end it in three cases:
     - No thread has taken it up in the first half of its time. So each question that was sent had
@@ -531,7 +533,8 @@ class Backend:
     - It was sent half of its time ago, others wait for a thread, and a question that was sent later
       has its answer. So the backend works, and this mailbox hangs.
     If the question was sent, its connection is shut down, which frees the thread that reads from
-    it, and its mailbox is left alone for `retry_after` seconds.
+    it, and its mailbox is left alone for `retry_after` seconds. (A thread that still looks up a
+    name or connects is free when that ends.)
 
     The circuit breaker: a backend is down if it cannot be reached, or if questions about three
     mailboxes timed out since its last answer. It is left alone for `retry_after` seconds. Then one
@@ -542,17 +545,17 @@ class Backend:
 
     def __init__(self, client: Client, options: Namespace, counters: Counters) -> None:
         self.client, self.counters = client, counters
-        self.name = client.url.partition("?")[0]  # for the log
+        self.name = client.url.partition("?")[0]  # in the log, in metrics, and Answer.source
         self.retry_after: float = options.retry_after  # seconds
         self.max_queries: int = options.max_queries
         self.lock = threading.Lock()  # guards what follows
         self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
         self.questions: dict[Mailbox, Question] = {}  # under way, the newest last
         self.left_alone: dict[Mailbox, float] = {}  # mailboxes that ran out of time, until when
-        self.newest_answered = 0.0  # when the newest question that has its answer began
+        self.newest_answered = 0.0  # when the newest of the answered questions began
         self.answered_at = 0.0  # when the last answer came
         self.answer_time = 0.0  # seconds that the last answer took
-        self.failed: set[Mailbox] = set()  # mailboxes without an answer since the last answer
+        self.failed: set[Mailbox] = set()  # mailboxes that ran out of time since the last answer
         self.is_down = False
         self.retry_at = 0.0  # when a backend that is down is asked again
 
@@ -619,6 +622,7 @@ class Backend:
                 self.record_failure(question, unreachable=str(fault))
             elif fault is None or isinstance(fault, BadAnswer):
                 self.record_answer(question, now)
+            # Any other fault, as a connection that is reset, tells nothing of the backend.
             if fault:
                 question.future.set_exception(fault)
             else:
@@ -644,7 +648,8 @@ class Backend:
                 if now >= question.asked + question.half:
                     self.end(question, NO_TURN)
             elif now >= question.deadline:
-                self.end(question, f"no answer within {round(2 * question.half, 1):g} s")
+                seconds = question.deadline - question.asked
+                self.end(question, f"no answer within {seconds:.2g} s")
                 self.record_failure(question)
             else:
                 others_wait = len(self.questions) > self.max_queries
@@ -685,7 +690,8 @@ class Account:
         self.answer = answer
         self.before = before  # bytes that were in flight when the answer's question was sent
         self.since = 0  # bytes that were accepted after that
-        # When each message of the last minutes was accepted, and its bytes. Some may have arrived.
+        # When each message of the last minutes was accepted, and its bytes: the most that learn()
+        # may leave in `before`.
         self.recent: tuple[tuple[float, int], ...] = ()
 
     @property
@@ -754,7 +760,7 @@ class Ledger:
         if answer is None or answer.source not in sources:  # a reload has removed the backend
             return False
         ttl: float = self.options.cache_ttl
-        if finding.in_flight:  # only a new answer shows what has arrived: do not wait longer for it
+        if finding.in_flight:  # only a new answer shows what has arrived: ask soon
             ttl = min(ttl, self.options.in_flight)
         return time.monotonic() - answer.at < ttl
 
@@ -891,8 +897,8 @@ class AliasFile:
     def refresh(self) -> None:
         """Read the file again if it has changed; if it cannot be read the old names stay.
 
-        It is called every second. A changed file is read once it is as it was at the last call:
-        before that it may be half written.
+        It is called every second. A changed file is read when two calls have seen it in the same
+        state: before that it may be half written.
         """
         before, self.last_stamp = self.last_stamp, self.stamp()
         if self.last_stamp == self.read_stamp or self.last_stamp != before:
@@ -972,14 +978,15 @@ class Table:
 
     def find(self, names: Sequence[str], deadline: float) -> dict[str, str]:
         """Return what the table has for some names, from memory or from postmap. Raises Fault."""
-        # Of each name Postfix looks up the quoted form first, then the plain one.
+        # Of each name Postfix looks up the quoted form first, then the plain one (str() changes
+        # nothing).
         forms: Sequence[Callable[[str], str]] = quoted, str
         if self.takes_whole_address:
             names, forms = names[:1], forms[:1]
-        else:  # of names without a domain Postfix looks up only the last: the user, without detail
+        else:  # of names without a domain only the user: tables hardly have `john+lists` alone
             bare = [name for name in names if "@" not in name]
             names = [name for name in names if "@" in name or name == bare[-1]]
-        # postmap reads one key a line, as UTF-8. A name that is no such line is in no table.
+        # postmap reads one key a line, as UTF-8. A name that cannot be such a line is in no table.
         keys = {form(name): name for name in names if name.isprintable() for form in forms}
         asked = tuple(keys)
         until, found = self.results.get(asked, (0.0, {}))
@@ -1107,8 +1114,8 @@ class Message:
     def count_body(self, number: int) -> bool:
         """Count bytes of the body, and say whether more of it can matter.
 
-        The body comes in chunks of up to 64 KB. If the first is no more than declared, the declared
-        size is believed. Else more matters until what has come is too much for each mailbox.
+        The body comes in chunks of up to 64 KB. The declared size is believed unless the first one
+        exceeds it. Then all is counted, until it is too much even for the largest quota.
         """
         self.counted += number
         if self.counted <= self.size:
@@ -1167,13 +1174,13 @@ class Policy:
         """
         start = time.monotonic()
         deadline = start + self.options.timeout
-        given = address = self.parse_address(recipient)
+        as_sent = address = self.parse_address(recipient)
         if resolved:
-            address = self.parse_address(resolved)._replace(given=given.given)  # for the reply
+            address = self.parse_address(resolved)._replace(given=as_sent.given)  # for the reply
         target, finding = None, Finding()
         try:
             is_trusted = message.is_authenticated and not self.options.check_authenticated
-            if is_trusted or self.is_exempt(given) or (resolved and self.is_exempt(address)):
+            if is_trusted or self.is_exempt(as_sent) or (resolved and self.is_exempt(address)):
                 verdict = "exempt"
             else:
                 # Aliases have the first half of the time: what is left is enough for a backend.
@@ -1223,8 +1230,7 @@ class Policy:
         if answer.quota and not self.options.ignore_size:
             capacity = answer.capacity
             if size > capacity:
-                # A last known answer must not refuse for good: the quota may have been raised.
-                return "overquota" if finding.fault else "toolarge"
+                return "toolarge"
             expected = (answer.usage or 0) + finding.in_flight
             is_full = is_full or expected + size * copies > capacity
             # The grace is for one message: with mail in flight it counts as used up.
@@ -1246,7 +1252,8 @@ class Policy:
     def reply(self, verdict: str, finding: Finding, address: Address) -> Optional[Reply]:
         """Return the reply to a verdict, None to let the recipient through."""
         template: Optional[Reply] = self.replies[verdict]
-        # The last known answer, which stands in for a fault, is not enough for a permanent reply.
+        # The last known answer, which stands in for a fault, is not enough for a permanent reply:
+        # the quota may have been raised since, or the user made.
         if template and template.is_permanent and finding.fault:
             template = CANNOT_CHECK if verdict == "unknown" else DEFERRED
         return template and template.to(address.given)
@@ -1401,8 +1408,8 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
 
     pymilter negotiates away the steps that have no method here: HELO, headers and others cost
     nothing. DATA has a method although that does nothing. Without it the MTA would still send the
-    macros of DATA, and then the next step without a reply between: over an inet socket that costs
-    40 ms (Nagle's algorithm there, delayed acknowledgement here).
+    macros of DATA, and the next step right behind them: over an inet socket that costs 40 ms
+    (Nagle's algorithm there, delayed acknowledgement here).
     """
 
     def __init__(self, service: Service) -> None:
@@ -1425,12 +1432,12 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
         policy = self.service.policy
         try:
             decision = policy.decide(recipient, self.message, self.resolved(recipient))
+            if decision.reply is None:
+                self.message.let_through(decision)
+            return self.finish(decision, "rcpt", policy)
         except Exception:  # a bug lets him through, so the end of the data must accept the message
             self.message.others_passed = True
             raise
-        if decision.reply is None:
-            self.message.let_through(decision)
-        return self.finish(decision, "rcpt", policy)
 
     def resolved(self, recipient: str) -> str:
         """Return the address that the MTA will deliver to, "" if it is the given one or not known.
@@ -1443,7 +1450,7 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
             if self.macro("{rcpt_mailer}") != "local":
                 return ""
             _, at, domain = without_brackets(recipient).rpartition("@")
-            address += at and at + domain
+            address += at + domain if at else ""
         # Postfix writes it in lower case: where only that differs, the given one is kept.
         return "" if address.lower() == without_brackets(recipient).lower() else address
 
@@ -1696,7 +1703,7 @@ def check(policy: Policy, addresses: list[str]) -> int:
 class Service:
     """Holds the policy in force, and does all that is due every second, in a thread of its own.
 
-    A file on a disk that hangs keeps that thread busy, but neither mail nor signals.
+    A file on a disk that hangs blocks that thread alone: mail and signals go on.
     """
 
     def __init__(self, arguments: Sequence[str], options: Namespace) -> None:
@@ -1781,7 +1788,7 @@ def log_to(syslog: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(queue.Full):  # nobody reads the log, not even its end
+        with contextlib.suppress(queue.Full):  # nobody reads the log: there is no room for its end
             listener.stop()
 
 
@@ -1805,7 +1812,10 @@ def prepare_socket(where: str) -> str:
 
 
 def serve(service: Service, where: str) -> int:
-    """Serve the MTA at a socket until TERM or INT; return the exit status. Raises OSError."""
+    """Serve the MTA at a socket until TERM or INT; return the exit status. Raises OSError.
+
+    The end cuts sessions off: the MTA does with them what it does without the milter.
+    """
     path = prepare_socket(where)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     # Without a free file descriptor libmilter loops.
@@ -1854,7 +1864,7 @@ def wait_for_end(
             service.reload_wanted.set()
         else:
             service.counters.log_line()
-    log.error('state=failed reason="libmilter ended by itself: did a HUP reach its thread?"')
+    log.error('state=failed reason="libmilter ended by itself: did a signal reach its thread?"')
     return 1
 
 

@@ -3169,7 +3169,7 @@ def test_only_get_and_head_are_answered(script, tmp_path):
 
 
 BAD_PATH = "is not like /var/mail/%n: "
-NO_FOLDER = "begins with a folder that does not exist or is hidden: in systemd and uWSGI each % is"
+NO_FOLDER = "begins with a folder that does not exist, or may not be searched: in systemd"
 TEMPLATES = [
     # (QUOTA_MAILBOX below the folder, or from the root; the file for john@x.org, or the error)
     *[("%d/%n", "x.org/john"), ("%u", "john@x.org"), ("100%%/%n", "100%/john")],
@@ -3496,6 +3496,7 @@ BAD_SERVES = [
     ("0.0.0.0:80", "", 2, True),  # it would answer everybody
     ("192.0.2.1:80", "192.0.2.7", 1, False),  # this machine has no such address, yet
     ("127.0.0.1:8080", "nonsense", 2, True),
+    ("127.0.0.1:8080", "127.0.0.1 192.0.2.0/33", 2, True),
 ]
 
 
@@ -3703,6 +3704,15 @@ def test_serve_without_descriptors_left_gives_errors_and_no_verdict(site, boxes)
     with site.processes[0].few_descriptors(1):  # for the connection, not for a file
         assert get(port, "u=john")[0] == 500
     assert get(port, "u=john") == (200, "OVERQUOTA john 100 50\n")
+
+
+def test_serve_leaves_no_file_open_where_a_folder_stands_in_place_of_a_file(site, boxes):
+    port = site.serve(MBOX_CGI, **boxes, QUOTA_USERS=site.folder)
+    descriptors = pathlib.Path(f"/proc/{site.processes[0].popen.pid}/fd")
+    assert get(port, "u=john")[0] == 500
+    before = len(list(descriptors.iterdir()))
+    assert {get(port, "u=john")[0] for _ in range(20)} == {500}
+    assert len(list(descriptors.iterdir())) < before + 10
 
 
 def test_the_log_cannot_fail_an_answer(boxes):
@@ -4018,6 +4028,7 @@ BAD_MAILDIRS = [
     ("folders in a circle", {**DOVECOT, ".b": ".c", ".c": ".b"}, "ERROR cannot read the mailbox: "),
     ("a link that cannot be followed", {**DOVECOT, ".b": "x" * 300}, "ERROR cannot read the mail"),
     ("folders that loop", {".b": ".", ".c": "..", ".f": ".f"}, "OVERQUOTA john 2000 1500"),
+    ("half a first line", {**DOVECOT, "maildirsize": b"1000S"}, "OVERQUOTA john 2000 1500"),
     ("a name with 10^200", {f"cur/1,S={10**200}": 0}, f"OVERQUOTA john {10**200 + 2000} 1500"),
 ]
 
