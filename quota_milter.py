@@ -1874,7 +1874,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         options = read_options(arguments)
         error_prefix = "argument --syslog: "
-        with log_to(options.syslog):
+        with log_to(options.syslog and options.check is None):
             error_prefix = ""
             service = Service(arguments, options)
             if options.check is not None:

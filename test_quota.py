@@ -1286,6 +1286,12 @@ def test_check_ends_well_where_nobody_reads_its_verdicts(site):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_check_leaves_the_log_of_the_milter_alone():
+    backend = f"--backend=http://127.0.0.1:{free_port()}/"
+    status, output, errors = run_milter(backend, "--syslog", "--check", "john@x.org")
+    assert (status, errors.count("state=down")) == (2, 1) and "verdict=fault" in output
+
+
 def test_help_and_version_need_no_pymilter_and_a_start_without_it_says_what_to_install():
     without = sys.executable, "-IS", MILTER
     status, output, errors = run(*without, "--help")
