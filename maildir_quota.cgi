@@ -95,7 +95,7 @@ def measure(question: Question) -> None:
     text, written_at = (b"", NEVER) if named == b"dovecot-count" else read_maildirsize(control)
     keeper = KEEPERS.get(named) or find_keeper(path, control, written_at)
     header, _ = keeper.split_lines(text)
-    from_file = (keeper.limit(header, b"S"), keeper.limit(header, b"C")) if header else None
+    from_file = (keeper.limit(header, b"S"), keeper.limit(header, b"C")) if text else None
     if keeper.has_sum:
         limits: Optional[Amount] = from_users or from_file or from_setting or NO_LIMITS
     else:  # an earlier driver has left the file behind: its limits are better than none
@@ -526,7 +526,7 @@ class Question:
         return None
 
     def path(self, name: str) -> bytes:
-        """Put the user into a path that is a setting. Raises NoSuchUser, Problem."""
+        """Put the user into a path that is a setting. Raises NoSuchUser, Problem, OSError."""
         template = self.setting(name)
         bad = Problem(name + BAD_PATH + HINT, template)
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
@@ -535,9 +535,11 @@ class Question:
         if letters.isdisjoint((b"n", b"u", b"h")) or not template.startswith((b"/", b"%h")):
             raise bad
         folder = os.path.dirname(path).replace(b"\0", b"%") or b"/"
-        if not os.path.exists(folder):  # each mailbox below would look empty
-            why = name + " begins with a folder that does not exist, or may not be searched" + HINT
-            raise Problem(why, folder)
+        try:  # else each mailbox below a path that is mistyped would look empty
+            os.stat(folder)
+        except FileNotFoundError:
+            why = name + " begins with a folder that does not exist" + HINT
+            raise Problem(why, folder) from None
         address = self.domain and self.user + b"@" + self.domain
         values = {b"n": self.user, b"d": self.domain, b"u": address}
         if b"h" in letters:
@@ -554,7 +556,7 @@ class Question:
         except (KeyError, ValueError):
             raise bad from None
         # Of the user a..b the part %1.2n would lead out of the folder.
-        if b"/.." in path and b"/.." not in template:
+        if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):
             raise Problem("no mailbox has such a user", status=BAD_REQUEST)
         return path.replace(b"\0", b"%")
 
@@ -592,15 +594,17 @@ def is_allowed(peer: str, allow: bytes) -> bool:
     if not allow:
         return True
     # A socket for IPv6 gives an IPv4 address as ::ffff:192.0.2.25, and a link-local one with its
-    # interface as fe80::1%eth0.
-    peer = peer.partition("%")[0].removeprefix(IPV4_IN_IPV6)
+    # interface as fe80::1%eth0. Some web servers put it in brackets.
+    peer = peer.strip("[]").partition("%")[0].removeprefix(IPV4_IN_IPV6)
     words = allow.decode("latin-1").lower().replace(",", " ").split()
     listed = [word.removeprefix(IPV4_IN_IPV6) for word in words]
-    if peer in listed:
+    if peer and peer in listed:
         return True
     import ipaddress  # this takes long, so it is left out for a peer that is listed to the letter
 
     try:
+        if any("." in word.partition("/")[2] for word in listed):
+            raise ValueError  # a mask like 0.0.0.0 would be everybody
         networks = [ipaddress.ip_network(word, strict=False) for word in listed]
     except ValueError:
         why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
@@ -854,4 +858,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    os._exit(main(sys.argv[1:]))  # a normal end is not safe while threads are at work

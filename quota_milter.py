@@ -875,6 +875,7 @@ TARGET = re.compile(
         ( (?: "(?:\\.|[^"\\])*" | [^\s,"] )+ )    # one mailbox, no list""",
     re.VERBOSE,
 )
+LIST_ITEM = re.compile(r"""(?:"(?:\\.|[^"\\])*"|[^,"])+""")  # what stands between commas
 NO_MAILBOX = ","  # a value that names no single mailbox
 
 
@@ -1011,7 +1012,8 @@ class Table:
             left = max(0, deadline - time.monotonic())
             done = subprocess.run(command, input=asked, capture_output=True, timeout=left)
         except subprocess.TimeoutExpired:
-            raise Fault(f"table {self.name} gave no answer in time") from None
+            hint = ": leave out proxy:" if self.name.startswith("proxy:") else ""
+            raise Fault(f"table {self.name} gave no answer in time{hint}") from None
         except OSError as error:
             raise Fault(f"postmap cannot be run: {error}") from None
         finally:
@@ -1047,29 +1049,39 @@ class Aliases(NamedTuple):
         if not self.sources:
             return address
         visited: set[str] = set()
-        while address.name not in visited:
+        while address.can_exist and address.name not in visited:
             visited.add(address.name)
             following = self.follow(address, deadline)
             if following is None or following is address:
                 return following
             address = following
-        return None  # names that stand for each other
+        return None  # names that stand for each other, or grow
 
     def follow(self, address: Address, deadline: float) -> Optional[Address]:
         """Return what an address stands for, itself or None: no single mailbox. Raises Fault."""
         for value in self.rules(address, deadline):
             target = TARGET.fullmatch(value)
             if not target:
-                return None
-            text = quoted(address.local + target[1]) if target[1][0] == "@" else target[1]
-            following = self.parse_address(text)
-            if address.domain and not following.domain:
-                following = self.parse_address(f"{text}@{address.domain}")
+                # A list with the address itself (a copy elsewhere, a vacation) fills its mailbox.
+                items = LIST_ITEM.findall(value)
+                listed = [self.meant(item.strip(), address) for item in items]
+                return address if any(one.name in address.names for one in listed) else None
+            following = self.meant(target[1], address)
             # A rule that maps a name to itself ends the look-up in virtual(5), but aliases(5) comes
             # after that. So the next, less specific rule is tried.
             if following.name != address.name:
                 return following
         return address
+
+    def meant(self, text: str, address: Address) -> Address:
+        """Return what a target of an address means: what the target lacks, the address has."""
+        text = text.lstrip("\\")  # sendmail's `\user`
+        if text[:1] == "@":
+            text = quoted(address.local + text)
+        target = self.parse_address(text)
+        if address.domain and not target.domain:
+            target = self.parse_address(f"{quoted(target.local)}@{address.domain}")
+        return target
 
     def rules(self, address: Address, deadline: float) -> list[str]:
         """Return what an address stands for, the most specific rule first. Raises Fault."""
@@ -1230,7 +1242,8 @@ class Policy:
         if answer.quota and not self.options.ignore_size:
             capacity = answer.capacity
             if size > capacity:
-                return "toolarge"
+                # A last known answer refuses for a while only: the quota may have been raised.
+                return "overquota" if finding.fault else "toolarge"
             expected = (answer.usage or 0) + finding.in_flight
             is_full = is_full or expected + size * copies > capacity
             # The grace is for one message: with mail in flight it counts as used up.
@@ -1252,8 +1265,7 @@ class Policy:
     def reply(self, verdict: str, finding: Finding, address: Address) -> Optional[Reply]:
         """Return the reply to a verdict, None to let the recipient through."""
         template: Optional[Reply] = self.replies[verdict]
-        # The last known answer, which stands in for a fault, is not enough for a permanent reply:
-        # the quota may have been raised since, or the user made.
+        # The last known answer, which stands in for a fault, is not enough for a permanent reply.
         if template and template.is_permanent and finding.fault:
             template = CANNOT_CHECK if verdict == "unknown" else DEFERRED
         return template and template.to(address.given)

@@ -381,7 +381,7 @@ def milter_elsewhere(port: int) -> str:
     own_names = {
         "\nsmtpd_milters": "\n#smtpd_milters",
         "\n#smtpd_milters = { inet": "\nsmtpd_milters = { inet",
-        "192.0.2.26:8894": f"127.0.0.1:{port}",
+        "192.0.2.25:8894": f"127.0.0.1:{port}",
     }
     return readme_block("/etc/postfix/main.cf", own_names)
 
@@ -782,6 +782,7 @@ SQL_ROWS = [
     ("rows@example.com", "john@example.com"),
     ("rows@example.com", "mary@example.com"),
     ("empty@example.com", ""),
+    ("away@example.com", "away@example.com,away#example.com@autoreply.example.net"),
     ("forger@example.com", "mary@example.com\nvictim@example.com\tjohn@example.com"),
     ("megabyte@example.com", "john@example.com," * 60_000),
 ]
@@ -878,6 +879,7 @@ def test_every_kind_of_table_leads_to_the_mailbox(kind, folder):
         if kind in DATABASES:  # what only a database answers
             assert aliased.mailbox("rows@example.com") is None
             assert aliased.mailbox("empty@example.com") == "empty@example.com"
+            assert aliased.mailbox("away@example.com") == "away@example.com"
             before = len(aliased.backend.asked)
             for recipient in "forger@example.com", "megabyte@example.com":
                 aliased.milter.rcpt(f"<{recipient}>")
