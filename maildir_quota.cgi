@@ -468,7 +468,8 @@ class Question:
     status = b"OK"
     used = quota = 0  # bytes; a quota of 0 is none
     auto_grace = b"0"  # what QUOTA_GRACE=auto is for this mailbox
-    changed = 0.0  # seconds since the epoch: when mail was last delivered, read or removed
+    # Seconds since the epoch: when mail was last delivered, read or removed; 0: not known.
+    changed = 0.0
 
     def __init__(self, env: Env) -> None:
         self.env = env  # variables of a CGI (RFC 3875), and settings

@@ -97,6 +97,7 @@ LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that
 REVIEWS = 40  # how often a waiting session looks at its question in half of the question's time
 TIMEOUTS_UNTIL_DOWN = 3  # different mailboxes in a row without an answer
 HEADER_BYTES = 1024  # bytes that mail servers add to a message on its way: 500 to 1,500
+MOST_TARGETS = 100  # targets of an alias among which the address itself is looked for
 TABLE_RESULTS = 10_000  # addresses whose result a table remembers, in some 10 MB
 REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RFC 5321, 4.5.3.1.5)
 BACKLOG = 1024  # connections that wait to be accepted; libmilter's 20 are few for a burst
@@ -649,7 +650,7 @@ class Backend:
                     self.end(question, NO_TURN)
             elif now >= question.deadline:
                 seconds = question.deadline - question.asked
-                self.end(question, f"no answer within {seconds:.2g} s")
+                self.end(question, f"no answer within {round(seconds, 2):g} s")
                 self.record_failure(question)
             else:
                 others_wait = len(self.questions) > self.max_queries
@@ -875,7 +876,6 @@ TARGET = re.compile(
         ( (?: "(?:\\.|[^"\\])*" | [^\s,"] )+ )    # one mailbox, no list""",
     re.VERBOSE,
 )
-LIST_ITEM = re.compile(r"""(?:"(?:\\.|[^"\\])*"|[^,"])+""")  # what stands between commas
 NO_MAILBOX = ","  # a value that names no single mailbox
 
 
@@ -1063,7 +1063,8 @@ class Aliases(NamedTuple):
             target = TARGET.fullmatch(value)
             if not target:
                 # A list with the address itself (a copy elsewhere, a vacation) fills its mailbox.
-                items = LIST_ITEM.findall(value)
+                # What is quoted is left out: names and commas there may belong to a command.
+                items = re.sub('"[^"]*"', '""', value).split(",", MOST_TARGETS)
                 listed = [self.meant(item.strip(), address) for item in items]
                 return address if any(one.name in address.names for one in listed) else None
             following = self.meant(target[1], address)

@@ -1406,6 +1406,14 @@ def test_an_alias_is_asked_about_as_the_mailbox_it_leads_to(site):
     assert site.milters[0].log(f"aliases={file} state=read", f" skipped=1 line={number}")
 
 
+def test_a_list_takes_no_time_whatever_stands_in_it(site):
+    hostile = {name: text * 100_000 for name, text in (("a", '"\\'), ("b", '\\"'), ("c", "d,"))}
+    file = site.write("aliases", "".join(f"{name}: {text}\n" for name, text in hostile.items()))
+    options = f"--backend {SERVED_ALIASES}=URL --aliases {file}"
+    recipients = [f"{name}@example.com" for name in hostile]
+    run_cases([Case(FULL, options, one, reply="", asked="") for one in recipients], site)
+
+
 def test_alias_files_are_read_again_when_they_change_or_a_hup_comes(site):
     file = site.write("aliases", "sales: john\n")
     milter = site.milter("--aliases", file, *UNCACHED)
