@@ -1358,15 +1358,12 @@ class Counters:
             self.add("refused_bytes_total", size, step=step)
 
     def record_question(self, backend: str, seconds: float, is_fault: bool) -> None:
-        label = ("backend", backend)
-        with self.lock:
-            self.values["backend_questions_total", (label,)] += 1
-            self.values["backend_faults_total", (label,)] += is_fault
-            for bound, text in BUCKETS:
-                bucket = "backend_seconds_bucket", (label, ("le", text))
-                self.values[bucket] += int(seconds <= bound)
-            self.values["backend_seconds_count", (label,)] += 1
-            self.values["backend_seconds_sum", (label,)] += seconds
+        self.add("backend_questions_total", backend=backend)
+        self.add("backend_faults_total", int(is_fault), backend=backend)
+        for bound, text in BUCKETS:
+            self.add("backend_seconds_bucket", int(seconds <= bound), backend=backend, le=text)
+        self.add("backend_seconds_count", backend=backend)
+        self.add("backend_seconds_sum", seconds, backend=backend)
 
     def log_line(self) -> None:
         with self.lock:
