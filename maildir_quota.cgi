@@ -63,13 +63,14 @@ QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/3
 QUOTA_GRACE = "auto"  # what Quota-Grace says: 1M, 10%; auto: as the keeper
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
-DOVEADM_SECONDS = 3  # to connect, and for each read of the answer
+DOVEADM_SECONDS = 30  # for each read: longer than a milter waits, as --serve keeps a late answer
 DOVEADM_LENGTH = 65536  # bytes of its answer
 TOO_LONG = 5120  # bytes; a maildirsize of this length the servers rebuild rather than read
 TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize of one entry is believed if it says "over"
 SAME_TIME = 60  # seconds; the files that one delivery writes have times no further apart
 NEVER = float("-inf")  # the time of a file that is missing
 NO_LIMITS = 0, 0
+DOVECOTS_FILES = b"dovecot", b"maildirsize", b"subscriptions"  # how the names of some begin
 LONGEST_NUMBER = 20  # digits; a longer one does not fit the servers' 64 bits
 DIGITS = b"0123456789"
 
@@ -226,8 +227,8 @@ def modified(path: bytes) -> float:
 def read_maildirsize(control: bytes) -> tuple[bytes, float]:
     """Read the beginning of `maildirsize`, and when it was written. Raises OSError.
 
-    The text is empty where the file is missing or empty, or where its first line has a NUL byte, as
-    after a crash. The time is NEVER where the file is missing.
+    Where the file is missing the text is empty, and the time is NEVER. The same goes for a file
+    whose first line has a NUL byte, as after a crash.
     """
     path = control + b"/maildirsize"
     try:
@@ -237,7 +238,8 @@ def read_maildirsize(control: bytes) -> tuple[bytes, float]:
         text = read_file(path, TOO_LONG)
     except FileNotFoundError:
         return b"", NEVER
-    return b"" if b"\0" in text.partition(b"\n")[0] else text, status.st_mtime
+    is_broken = b"\0" in text.partition(b"\n")[0]
+    return (b"", NEVER) if is_broken else (text, status.st_mtime)
 
 
 def believed_sum(
@@ -287,12 +289,14 @@ def last_change(folders: list[bytes]) -> float:
     Each of these changes the folder `new` or `cur`. The time of `maildirsize` is not used: a
     refused delivery may write that file again.
 
-    Raises OSError, and Problem if the first folder is no Maildir: it has neither of the two nor
-    `maildirsize`, which Dovecot makes alone if it is asked before the first mail.
+    Raises OSError, and Problem if the first folder is no Maildir: it has neither of the two. Before
+    the first mail Dovecot may have made some files there, but no folders.
     """
     times = [modified(folder + part) for folder in folders for part in (b"/new", b"/cur")]
-    if max(*times[:2], modified(folders[0] + b"/maildirsize")) == NEVER:
-        raise Problem("QUOTA_MAILDIR is no Maildir: it has neither cur nor new", folders[0])
+    if max(times[:2]) == NEVER:
+        names = os.listdir(folders[0])
+        if not names or not all(name.startswith(DOVECOTS_FILES) for name in names):
+            raise Problem("QUOTA_MAILDIR is no Maildir: it has neither cur nor new", folders[0])
     return max(times)
 
 
@@ -316,8 +320,8 @@ def count(folders: list[bytes], keeper: Courier, trash: bytes, once: bool = Fals
 
     Trash is the folder .Trash and, in Courier, messages with the flag T. A message that vanishes
     meanwhile is left out; one that cannot be read is an error. A message that is renamed meanwhile
-    (moved to `cur`, marked as read) may be seen under both names. With `once` such names, which are
-    the same up to the flags, are one message; to remember them takes time and memory.
+    (moved to `cur`, marked as read) may be seen under both names, which are the same up to the
+    flags. With `once` it is one message if the former name is gone. That takes time and memory.
     """
     skip_trash = trash == b"skip" or (trash == b"auto" and not keeper.counts_trash)
     skip_flagged = skip_trash and not keeper.counts_trash  # Dovecot knows only the folder
@@ -325,11 +329,13 @@ def count(folders: list[bytes], keeper: Courier, trash: bytes, once: bool = Fals
     for folder in folders:
         if skip_trash and folder == os.path.join(folders[0], b".Trash"):
             continue
-        seen: set[bytes] = set()
+        seen: dict[bytes, bytes] = {}  # paths of messages, by their names without flags
         for entry in list_messages([folder]):
             name, _, flags = entry.name.partition(b":2,")
             is_trash = skip_flagged and b"T" in flags
-            if name.startswith(keeper.hidden) or is_trash or name in seen:
+            if name.startswith(keeper.hidden) or is_trash:
+                continue
+            if name in seen and not os.path.exists(seen[name]):
                 continue
             try:
                 size += size_of(entry, keeper.size_field)
@@ -337,7 +343,7 @@ def count(folders: list[bytes], keeper: Courier, trash: bytes, once: bool = Fals
                 continue
             messages += 1
             if once:
-                seen.add(name)
+                seen[name] = entry.path
     return size, messages
 
 
@@ -597,7 +603,7 @@ def parse_network(text: str) -> tuple[int, int]:
     """
     from _socket import AF_INET, AF_INET6, inet_pton  # `socket` or `ipaddress` would take longer
 
-    address, slash, length = text.partition("/")
+    address, slash, length = text.replace("_", "x").partition("/")  # int() would accept 2_4
     family, bits = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
     packed = inet_pton(family, address).removeprefix(IPV4_IN_IPV6)
     host_bits = bits - int(length) if slash else 0

@@ -233,7 +233,7 @@ def parse_network(text: str) -> tuple[int, int]:
     """
     from _socket import AF_INET, AF_INET6, inet_pton  # `socket` or `ipaddress` would take longer
 
-    address, slash, length = text.partition("/")
+    address, slash, length = text.replace("_", "x").partition("/")  # int() would accept 2_4
     family, bits = (AF_INET6, 128) if ":" in address else (AF_INET, 32)
     packed = inet_pton(family, address).removeprefix(IPV4_IN_IPV6)
     host_bits = bits - int(length) if slash else 0

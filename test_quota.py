@@ -3528,6 +3528,7 @@ BAD_SERVES = [
     ("192.0.2.1:80", "192.0.2.7", 1, False),  # this machine has no such address, yet
     ("127.0.0.1:8080", "nonsense", 2, True),
     ("127.0.0.1:8080", "127.0.0.1 192.0.2.0/33", 2, True),
+    ("127.0.0.1:8080", "192.0.2.0/2_4", 2, True),
 ]
 
 
@@ -3813,6 +3814,7 @@ def ask_maildir(path: pathlib.Path, **settings: object) -> Response:
 
 FULL_CUR = {"cur/1": 2000}
 DOVECOT = {"dovecot-uidlist": UIDLIST}
+VIRTUAL = {"cur/1,S=2000,W=2100:2,S": 2000, **DOVECOT}
 DOUBT = b"1000S\n1001 1\n1 1\n"  # over and of two lines: every server counts
 LONGEST = b"1000S\n" + b"0 0\n" * 1278  # 5118 bytes
 TRASH = {"cur/1:2,T": 9, ".Trash/cur/1": 9, "cur/.x": 9}
@@ -3852,6 +3854,7 @@ MAILDIR_RULE: list[Any] = [
     ("messages over and old: counted", b"1C\n9 2\n", {}, "OK 0 0", {"age": 910}),
     ("just full and old: Courier counts", b"9S\n9 1\n", {}, "OK 0 9", {"age": 910}),
     ("Dovecot does not", b"9S\n9 1\n", DOVECOT, "OVERQUOTA 9 9", {"age": 910}),
+    ("files of one name count", DOUBT, {"cur/1:2,": 700, "cur/1:2,S": 700}, "OVERQUOTA 1400 1000"),
     ("cur and new count", DOUBT, {"cur/1": 9, "new/2": 8}, "OK 17 1000"),
     ("tmp does not", DOUBT, {"tmp/1": 9000, "cur/1": 9}, "OK 9 1000"),
     ("folders count", DOUBT, {".a/cur/1": 9, ".a.b.c/new/1": 8}, "OK 17 1000"),
@@ -3894,6 +3897,7 @@ MAILDIR_RULE: list[Any] = [
     # A NUL byte, as a crash leaves.
     ("NUL in the first line: no file", b"9S\0\n1 1\n", FULL_CUR, "OK 2000 0"),
     ("so the limit is another", b"\0" * 50, FULL_CUR, "OVERQUOTA 2000 5", {"QUOTA_LIMIT": "5"}),
+    ("and Dovecot counts", b"9S\0\n", VIRTUAL, "OVERQUOTA 2100 5", {"QUOTA_LIMIT": "5"}),
     ("NUL in a later line: counted", b"9S\n1 1\n\0\0", FULL_CUR, "OVERQUOTA 2000 9"),
     ("NUL between lines: counted", b"9S\n1 1\n\0\n1 1\n", FULL_CUR, "OVERQUOTA 2000 9"),
     # No limit is invented.
@@ -4113,9 +4117,15 @@ def test_a_folder_that_is_no_maildir_is_an_error(folder, status, line, tmp_path)
 
 
 def test_a_maildir_that_dovecot_made_when_it_was_asked_is_empty(tmp_path):
-    (tmp_path / "Maildir").mkdir()
-    (tmp_path / "Maildir" / "maildirsize").write_text("1000S\n0 0\n")
-    assert ask_maildir(tmp_path / "Maildir").line == "OK john 0 1000"
+    path = tmp_path / "Maildir"
+    path.mkdir()
+    (path / "maildirsize").write_text("1000S\n0 0\n")
+    assert ask_maildir(path).line == "OK john 0 1000"
+    (path / "dovecot.list.index.log").touch()
+    (path / "maildirsize").unlink()
+    assert ask_maildir(path, QUOTA_LIMIT="9").line == "OK john 0 9"
+    (path / "storage").mkdir()
+    assert ask_maildir(path).status == 500, "an mdbox"
 
 
 def test_a_maildir_that_does_not_exist_has_no_bytes_or_may_be_unknown(tmp_path):
