@@ -465,23 +465,24 @@ class Client:
     def open_socket(self, question: Question) -> socket.socket:
         """Connect to one of the host's addresses. Raises OSError, ValueError.
 
-        The time that is left is divided by the addresses to be tried, and one share is for the
-        answer. So an address that swallows packets, such as IPv6 behind a filter, leaves enough for
-        the next one. The address that worked the last time comes first.
+        The time that is left is divided by the addresses to be tried. So an address that swallows
+        packets, such as IPv6 behind a filter, leaves enough for the next one. The address that
+        worked the last time comes first.
         """
         found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
         # getnameinfo() keeps the scope of an address like fe80::1%eth0.
         addresses = [socket.getnameinfo(entry[4], numeric)[0] for entry in found]
         addresses.sort(key=lambda address: address != self.last_address)
-        for number, address in enumerate(addresses, 1):
-            shares = len(addresses) - number + 2
+        while True:
+            address = addresses.pop(0)
+            # A tenth is left: a server out of reach is found out before the deadline.
+            seconds = 0.9 * question.seconds_left() / (1 + len(addresses))
             try:
-                seconds = question.seconds_left() / shares
                 sock = socket.create_connection((address, self.port), seconds)
                 break
             except OSError:
-                if number == len(addresses):
+                if not addresses:
                     raise
         self.last_address = address
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1062,17 +1063,26 @@ class Aliases(NamedTuple):
         for value in self.rules(address, deadline):
             target = TARGET.fullmatch(value)
             if not target:
-                # A list with the address itself (a copy elsewhere, a vacation) fills its mailbox.
-                # What is quoted is left out: names and commas there may belong to a command.
-                items = re.sub('"[^"]*"', '""', value).split(",", MOST_TARGETS)
-                listed = [self.meant(item.strip(), address) for item in items]
-                return address if any(one.name in address.names for one in listed) else None
+                return address if self.is_own_list(value, address) else None
             following = self.meant(target[1], address)
             # A rule that maps a name to itself ends the look-up in virtual(5), but aliases(5) comes
             # after that. So the next, less specific rule is tried.
             if following.name != address.name:
                 return following
         return address
+
+    def is_own_list(self, value: str, address: Address) -> bool:
+        """Say whether a list leads to one mailbox, that of the address itself.
+
+        Its other targets are elsewhere, or programs: a copy for a second account, a vacation.
+        """
+        # What is quoted is left out: names and commas there may belong to a command.
+        items = re.sub('"[^"]*"', '""', value).split(",", MOST_TARGETS)
+        targets = [TARGET.fullmatch(item.strip()) for item in items]
+        listed = [self.meant(target[1], address) for target in targets if target]
+        here = self.domains | {address.domain}
+        local = {one.name for one in listed if one.can_exist and one.domain in here}
+        return local != set() and local.issubset(address.names)
 
     def meant(self, text: str, address: Address) -> Address:
         """Return what a target of an address means: what the target lacks, the address has."""

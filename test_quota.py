@@ -1348,6 +1348,7 @@ two@example.com    john mary
 copy@example.com   copy@elsewhere.net, copy@example.com
 busy@example.com   busy@example.com,busy#example.com@autoreply.example.net
 busy2@example.com  busy@example.com
+kin@example.com    kin@example.com, john@example.org, far@elsewhere.net
 john@all.org       john@all.org
 bare@example.com   sales
 @all.org           mary@example.com
@@ -1371,8 +1372,8 @@ ALIASED = {
     "busy@example.com": "busy busy2",
     "jim@example.com": "angle nohost",
     "dot@example.com": "dot",
-    "": "list team prog prog2 file include mix many loop1 loop2 out error both two postmaster"
-    " x@loop.org x@grow.org"
+    "": "list team prog prog2 file include mix many loop1 loop2 out error both two kin"
+    " postmaster x@loop.org x@grow.org"
     # A name without a domain is an alias only where mail is local: in a domain that is served.
     " support@elsewhere.net support+x@elsewhere.net info@b\u00fccher.example",
     "self@example.com": "self",
