@@ -381,7 +381,7 @@ def ask_dovecot(question: Question) -> None:
         if kind == "error" and result["exitCode"] == 67:  # EX_NOUSER
             raise NoSuchUser
         if kind != "doveadmResponse":
-            raise Problem("Dovecot failed: its own log says why", text[:200])
+            raise Problem("Dovecot failed: has it the plugin quota? See its log, too", text[:200])
         question.status, figures = b"OK", []
         for row in result:
             value = int(row["value"])

@@ -1239,7 +1239,7 @@ def lines_of(size: int, width: int = 60, end: bytes = b"\r\n") -> bytes:
 def message_in(dovecot: Dovecot, size: int) -> bytes:
     """Return a message that has this size once LMTP has put its header before it."""
     assert dovecot.deliver("other", lines_of(500)) == 250
-    newest = max(dovecot.path_of("other").glob("new/*"), key=lambda file: file.stat().st_mtime_ns)
+    newest = max(dovecot.path_of("other").glob("[cn]*/*"), key=lambda file: file.stat().st_mtime_ns)
     header = int(newest.name.partition(",W=")[2]) - 500
     return lines_of(size - header)
 
