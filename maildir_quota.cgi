@@ -6,36 +6,34 @@
     maildir_quota.cgi USER[@DOMAIN]           in a shell
     application                               for a WSGI server
 
-The answer is one line, `OK john 1048576 209715200`: status, user, bytes used
-and quota in bytes (0: no limit). The status is OK, OVERQUOTA or UNKNOWN. An
-error is `ERROR why` with an HTTP status of 400 or more, and never a verdict (in
-a shell on standard error, with status 1). The detail of a 500 goes to standard error.
-Header fields tell what the last message may take beyond the quota (Quota-Grace, in
-bytes), and when mail was last delivered, read or removed (Last-Modified).
+The answer is one line, `OK john 1048576 209715200`: OK, OVERQUOTA or UNKNOWN (no such
+user), the user, bytes used and quota in bytes (0: no limit). An error is the line
+`ERROR why` with HTTP status 4xx or 5xx, or in a shell on standard error with exit status
+1. The detail of a 500 goes to standard error. Header fields tell by how many bytes one
+more message may exceed the quota (Quota-Grace), and when mail was last delivered, read or
+removed (Last-Modified).
 
 With QUOTA_DOVEADM Dovecot itself is asked, whatever the format of its mailboxes.
-Without it the Maildir's files are read, by the rule of its keeper: the server
-that delivers there and refuses mail when the quota is reached.
+Without it the Maildir's files are read, by the rule of its keeper (QUOTA_KEEPER): the
+server that delivers there and refuses mail when the quota is reached.
     courier        deliverquota: sizes in names (`,S=`), the file `maildirsize`
     dovecot        Dovecot's `maildir` driver: the same files, other details
     dovecot-count  Dovecot's `count` driver: virtual sizes in names (`,W=`)
-`maildirsize` has the limits and a sum. The sum is believed unless the file is
-missing, broken or too long, or says "over" and may be stale: then the messages are
-counted. For dovecot-count they always are, and the limits are settings.
-QUOTA_KEEPER=auto: see find_keeper(). A mailbox is over its quota when it reaches its
-limit of bytes or of messages.
+`maildirsize` has the limits and a sum. The messages are counted instead if it is missing,
+broken or too long, or if it says "over" and may be old. dovecot-count always counts, and
+takes its limits from the settings. QUOTA_KEEPER=auto tells the keeper by the Maildir's
+files. A mailbox is over its quota when it reaches its limit of bytes or of messages.
 
 SETTINGS are the constants below; an environment variable of the same name
 overrides them.
 
 SECURITY: whoever may ask learns who has a mailbox and how large it is, so let
 only the frontends ask (QUOTA_ALLOW). Names are checked before they become part
-of a path. Under a web server the command line is ignored: a query without `=`
-would stand there. The script opens no message and never writes.
+of a path. Under a web server the command line is ignored: web servers pass a query
+without `=` as arguments. The script opens no message and never writes.
 """
 
-# ruff: noqa: E402 - A CGI spends its time on its start. What only the other ways to run the script
-# need is imported after the end of the CGI.
+# ruff: noqa: E402 - the imports behind the CGI part are for the other ways to run the script
 from __future__ import annotations
 
 import os
@@ -63,14 +61,14 @@ QUOTA_ALLOW = ""  # addresses and networks that may ask: 192.0.2.25 2001:db8::/3
 QUOTA_GRACE = "auto"  # what Quota-Grace says: 1M, 10%; auto: as the keeper
 QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than OK with 0 bytes
 
-DOVEADM_SECONDS = 30  # for each read: longer than a milter waits, as --serve keeps a late answer
+DOVEADM_SECONDS = 30  # for each read; longer than a milter waits, as --serve keeps the answer
 DOVEADM_LENGTH = 65536  # bytes of its answer
-TOO_LONG = 5120  # bytes; a maildirsize of this length the servers rebuild rather than read
+TOO_LONG = 5120  # bytes; the servers rebuild a maildirsize that has grown to this
 TRUSTED_AGE = 15 * 60  # seconds for which a maildirsize of one entry is believed if it says "over"
 SAME_TIME = 60  # seconds; the files that one delivery writes have times no further apart
 NEVER = float("-inf")  # the time of a file that is missing
 NO_LIMITS = 0, 0
-DOVECOTS_FILES = b"dovecot", b"maildirsize", b"subscriptions"  # how the names of some begin
+DOVECOTS_FILES = b"dovecot", b"maildirsize", b"subscriptions"  # their names begin so
 LONGEST_NUMBER = 20  # digits; a longer one does not fit the servers' 64 bits
 DIGITS = b"0123456789"
 
@@ -82,9 +80,9 @@ def measure(question: Question) -> None:
         return
     named = question.setting("QUOTA_KEEPER", b"auto", *KEEPERS)
     trash = question.setting("QUOTA_TRASH", b"auto", b"count", b"skip")
-    # Each is bytes and messages, or None if nobody gave a limit. (0, 0) is given, and true.
-    own, default = question.own_limit(), question.setting("QUOTA_LIMIT")
-    from_users = None if own is None else (own, 0)
+    listed, default = question.listed_limit(), question.setting("QUOTA_LIMIT")
+    # Each is bytes and messages, or None where no limit is given. A given (0, 0) is true to `or`.
+    from_users = None if listed is None else (listed, 0)
     from_setting = (parse_limit("QUOTA_LIMIT", default), 0) if default else None
     question.quota = (from_users or from_setting or NO_LIMITS)[0]
     path = control = question.path("QUOTA_MAILDIR")
@@ -109,29 +107,26 @@ def measure(question: Question) -> None:
     total = believed_sum(text, written_at, keeper, limits)
     if total is None:
         total = count(folders, keeper, trash)
-        if is_over(total, limits):  # a message that was seen twice must not make it so
+        if is_over(total, limits):  # only because messages were renamed meanwhile?
             total = count(folders, keeper, trash, once=True)
     question.status = b"OVERQUOTA" if is_over(total, limits) else b"OK"
     question.used, question.quota = total[0], limits[0]
     question.auto_grace = keeper.grace
 
 
-def is_over(total: Amount, limits: Amount, beyond: int = 0) -> bool:
-    """Say whether bytes or messages have reached a limit + `beyond`."""
-    return any(0 < limit <= have - beyond for have, limit in zip(total, limits))
+def is_over(total: Amount, limits: Amount, slack: int = 0) -> bool:
+    """Say whether bytes or messages have reached a limit + `slack`."""
+    return any(0 < limit <= have - slack for have, limit in zip(total, limits))
 
 
 # ---- who keeps a Maildir ----
 
 
 class Courier:
-    """The rule of Courier's deliverquota, which maildrop, Exim and Postfix' VDA share.
-
-    It is the base of the other keepers, too.
-    """
+    """The rule of Courier's deliverquota, which maildrop, Exim and Postfix' VDA share."""
 
     has_sum = True  # it keeps `maildirsize` up to date
-    doubts_beyond = 0  # a sum that may be stale is not believed if it reaches a limit + this
+    slack = 0  # a sum that may be old is not believed if it reaches a limit + this
     follows_links = False  # whether a symbolic link to a folder is a folder
     counts_trash = False  # trash: the folder .Trash and messages with the flag T
     hidden = b"."  # files whose names begin so are not messages
@@ -142,7 +137,7 @@ class Courier:
         """Split `maildirsize` into its first line and the others."""
         header, *entries = text.split(b"\n")
         # A last line that is no entry is empty, or somebody is still writing it.
-        if entries and add_up(entries[-1:]) is None:
+        if add_up(entries[-1:]) is None:
             entries.pop()
         return header, entries
 
@@ -156,7 +151,7 @@ class Courier:
 class Dovecot(Courier):
     """The rule of Dovecot's `maildir` quota driver."""
 
-    doubts_beyond = 1  # it believes a sum that is exactly at the limit
+    slack = 1  # it believes a sum that is exactly at the limit
     follows_links = True
     counts_trash = True
     hidden = b".."  # this driver counts names with one dot, too
@@ -164,8 +159,9 @@ class Dovecot(Courier):
 
     def split_lines(self, text: bytes) -> tuple[bytes, list[bytes]]:
         """Split `maildirsize`, without an unfinished last line."""
-        lines = text.split(b"\n")[:-1]
-        return (lines[0], lines[1:]) if lines else (b"", [b"unfinished"])
+        # Of an unfinished first line nothing is left: add_up() refuses the entry in its place.
+        header, *entries = text.split(b"\n")[:-1] or (b"", b"unfinished")
+        return header, entries
 
     def limit(self, header: bytes, letter: bytes) -> int:
         """Read a limit in the first line: the last item of digits and that letter that is not 0."""
@@ -233,29 +229,29 @@ def read_maildirsize(control: bytes) -> tuple[bytes, float]:
     path = control + b"/maildirsize"
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            return b"", NEVER  # a device is better not opened
-        text = read_file(path, TOO_LONG)
+        if stat.S_ISREG(status.st_mode):  # a device is better not opened
+            text = read_file(path, TOO_LONG)
+            if b"\0" not in text.partition(b"\n")[0]:
+                return text, status.st_mtime
     except FileNotFoundError:
-        return b"", NEVER
-    is_broken = b"\0" in text.partition(b"\n")[0]
-    return (b"", NEVER) if is_broken else (text, status.st_mtime)
+        pass
+    return b"", NEVER
 
 
 def believed_sum(
     text: bytes, written_at: float, keeper: Courier, limits: Amount
 ) -> Optional[Amount]:
-    """Return the sum in `maildirsize`; None if the server would rather count the messages."""
+    """Return the sum in `maildirsize`; None if the server would count the messages instead."""
     if not keeper.has_sum or not 0 < len(text) < TOO_LONG or b"\0" in text:
         return None
     _, entries = keeper.split_lines(text)
     total = add_up(entries)
     if total is None or min(total) < 0:
         return None
-    # A file with one entry is fresh at first: the server has just counted. But some programs remove
-    # mail without a new entry.
-    may_be_stale = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
-    return None if may_be_stale and is_over(total, limits, keeper.doubts_beyond) else total
+    # With a single entry the server has just counted. Later that is not certain: some programs
+    # remove mail without a new entry.
+    may_be_old = len(entries) > 1 or written_at + TRUSTED_AGE < time.time()
+    return None if may_be_old and is_over(total, limits, keeper.slack) else total
 
 
 def add_up(entries: list[bytes]) -> Optional[Amount]:
@@ -319,9 +315,11 @@ def count(folders: list[bytes], keeper: Courier, trash: bytes, once: bool = Fals
     """Count the messages in folders, trash as QUOTA_TRASH says. Raises OSError.
 
     Trash is the folder .Trash and, in Courier, messages with the flag T. A message that vanishes
-    meanwhile is left out; one that cannot be read is an error. A message that is renamed meanwhile
-    (moved to `cur`, marked as read) may be seen under both names, which are the same up to the
-    flags. With `once` it is one message if the former name is gone. That takes time and memory.
+    meanwhile is left out; one that cannot be read is an error.
+
+    A message that is renamed meanwhile (moved to `cur`, marked as read) may be seen under both its
+    names, which differ in the flags. `once` counts it once, and takes more time and memory: of two
+    such names the former must still be there, else they are one message.
     """
     skip_trash = trash == b"skip" or (trash == b"auto" and not keeper.counts_trash)
     skip_flagged = skip_trash and not keeper.counts_trash  # Dovecot knows only the folder
@@ -348,13 +346,10 @@ def count(folders: list[bytes], keeper: Courier, trash: bytes, once: bool = Fals
 
 
 def size_of(entry: os.DirEntry[bytes], field: bytes) -> int:
-    """Return a message's size in bytes: what its name says behind `field`, else the file's.
-
-    Raises OSError.
-    """
+    """Return a message's size in bytes: as its name says, else the file's. Raises OSError."""
     _, given, rest = entry.name.partition(field)
     digits = rest.partition(b":")[0].partition(b",")[0]
-    # The servers read a size without digits as 0. Dovecot ignores `,W=` at the end of the name.
+    # A field without digits is 0 to the servers; but Dovecot ignores `,W=` at the end of a name.
     if given and not digits.lstrip(DIGITS) and (rest or field == b",S="):
         return int(digits or b"0")
     return entry.stat().st_size
@@ -393,7 +388,7 @@ def ask_dovecot(question: Question) -> None:
             if row["type"] == "STORAGE":  # in kilobytes
                 room = limit - value if limit else float("inf")
                 figures.append((room, value << 10, limit << 10))
-        # Of several quota roots the one with the least room counts. Tuples compare by it first.
+        # Of several quota roots the one with the least room counts.
         _, question.used, question.quota = min(figures)
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
         raise Problem("Dovecot's answer has no quota of bytes", text[:200]) from None
@@ -435,20 +430,18 @@ def post_to_doveadm(query: str, question: Question) -> bytes:
 
 # ---- From here to the end the text is the same in quota.cgi and maildir_quota.cgi. ----
 
-HEX = b"0123456789abcdefABCDEF"
 IPV4_IN_IPV6 = 10 * b"\0" + b"\xff\xff"  # what ::ffff:192.0.2.25 begins with
 BAD_PATH = (
     " is not like /var/mail/%n: it must begin with / or %h, name the user by %n, %u or %h,"
-    " and have no other placeholders but %d, %% and parts like %1n and %1.2n"
+    " and have no placeholders but these, %d, %% and parts like %1n and %1.2n"
 )
 HINT = ": in systemd and uWSGI each % is written twice"
-END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
 BAD_REQUEST = "400 Bad Request"
 FAILED = "500 Internal Server Error"
 
 
 class Problem(Exception):
-    """Ends a question: the client is told why, without paths, and the log has the detail."""
+    """Ends a question: the client is told why, without paths; the detail of a 500 is logged."""
 
     def __init__(self, why: str, detail: object = "", status: str = FAILED) -> None:
         super().__init__(why)
@@ -500,12 +493,12 @@ class Question:
             self.domain = checked("domain", fields[b"d"])
 
     def grace(self) -> int:
-        """Return QUOTA_GRACE, which may be a share of the quota, in bytes. Raises Problem."""
+        """Return QUOTA_GRACE in bytes; `10%` is a share of the quota. Raises Problem."""
         text = self.setting("QUOTA_GRACE").strip()
         text = self.auto_grace if text == b"auto" else text
         if text[-1:] == b"%":
             return self.quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
-        return parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
+        return parse_limit("QUOTA_GRACE", text)
 
     def contents(self, name: str) -> bytes:
         """Return what is in the file whose path is a setting. Raises Problem."""
@@ -514,8 +507,11 @@ class Question:
         except OSError as error:
             raise Problem(f"the file {name} cannot be read", error) from None
 
-    def own_limit(self) -> Optional[int]:
-        """Look up user@domain, user or @domain in QUOTA_USERS: a limit in bytes. Raises Problem."""
+    def listed_limit(self) -> Optional[int]:
+        """Return the limit of user@domain, user or @domain in QUOTA_USERS in bytes, if it has one.
+
+        Raises Problem.
+        """
         if not self.setting("QUOTA_USERS"):
             return None
         text = fold(self.contents("QUOTA_USERS"))
@@ -523,13 +519,14 @@ class Question:
             raise Problem("QUOTA_USERS does not end in a newline: is it half a file?")
         text = b"\n" + text
         for name in (self.user + b"@" + self.domain, self.user, b"@" + self.domain):
+            # `john 5` would match the line `john 5 # note`, and `#x` a comment.
             if b" " in name or name[:1] == b"#":
-                continue  # it would match another name's line, or a comment
+                continue
             before, found, after = text.partition(b"\n" + fold(name) + b" ")
             if found:
                 number = before.count(b"\n") + 1
                 limit = after.partition(b"\n")[0].partition(b"#")[0]
-                return parse_limit(f"QUOTA_USERS: line {number}", limit)
+                return parse_limit(f"QUOTA_USERS: the limit in line {number}", limit)
         return None
 
     def path(self, name: str) -> bytes:
@@ -538,16 +535,16 @@ class Question:
         bad = Problem(name + BAD_PATH + HINT, template)
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
         letters = {part[:1] for part in parts}
-        # %1n, whose part begins with a digit, is the same for many users, so it is not enough.
+        # %1n alone is not enough: many users have the same. It begins with a digit, not with n.
         if letters.isdisjoint((b"n", b"u", b"h")) or not template.startswith((b"/", b"%h")):
             raise bad
         folder = os.path.dirname(path).replace(b"\0", b"%") or b"/"
-        try:  # else each mailbox below a path that is mistyped would look empty
-            os.stat(folder)
+        try:
+            os.stat(folder)  # below a path that is mistyped all mailboxes would look empty
         except FileNotFoundError:
             why = name + " begins with a folder that does not exist" + HINT
             raise Problem(why, folder) from None
-        address = self.domain and self.user + b"@" + self.domain
+        address = self.user + b"@" + self.domain if self.domain else b""
         values = {b"n": self.user, b"d": self.domain, b"u": address}
         if b"h" in letters:
             values[b"h"] = home_of(self.user)
@@ -555,21 +552,21 @@ class Question:
             for part in parts:
                 # Of %1.2n/ this is 1.2n/: skip 1 character, take 2. Of %1n it is 1n: take 1.
                 rest = part.lstrip(b"0123456789.")
-                skip, _, width = part[: -len(rest)].rpartition(b".")
+                skip, _, width = part[: len(part) - len(rest)].rpartition(b".")
                 value = values[rest[:1]]
-                if not value:  # the domain, as there is always a user
+                if not value:
                     raise Problem("no domain (d=) given", status=BAD_REQUEST)
                 path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
         except (KeyError, ValueError):
             raise bad from None
-        # Of the user a..b the part %1.2n would lead out of the folder.
+        # For the user a..b %1.2n is `..`, which would lead out of the folder.
         if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):
             raise Problem("no mailbox has such a user", status=BAD_REQUEST)
         return path.replace(b"\0", b"%")
 
 
 def checked(what: str, name: bytes) -> bytes:
-    """Return a user or domain. Raises Problem if it is no file's name or has control characters."""
+    """Return a user or domain. Raises Problem if it cannot be a file's name of plain characters."""
     text = name.decode("utf-8", "surrogateescape")
     has_control = any(c < " " or "\x7f" <= c <= "\x9f" for c in text)
     if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name or has_control:
@@ -581,25 +578,25 @@ def unquote(text: bytes) -> bytes:
     """Decode a form-encoded value, as urllib.parse.unquote_plus does."""
     decoded, *parts = text.replace(b"+", b" ").split(b"%")
     for part in parts:
-        is_code = len(part) > 1 and not part[:2].strip(HEX)
+        is_code = len(part) > 1 and not part[:2].strip(b"0123456789abcdefABCDEF")
         decoded += bytes((int(part[:2], 16),)) + part[2:] if is_code else b"%" + part
     return decoded
 
 
 def parse_limit(where: str, text: bytes) -> int:
-    """Read a limit like 200M in bytes. Raises Problem if it is not one, and says where."""
+    """Read a size like 200M in bytes. Raises Problem, which says where."""
     text = text.strip().upper()
     power = b"KMGT".find(text[-1:]) + 1
     digits = text[:-1] if power else text
     if not digits.isdigit() or len(digits) > 20:
-        raise Problem(where + " has a limit that is not like 200M", text)
+        raise Problem(where + " is not a size like 200M", text)
     return int(digits) << 10 * power
 
 
 def parse_network(text: str) -> tuple[int, int]:
-    """Return the address of a network as a number, and how many of its last bits do not matter.
+    """Return the address of a network as a number, and the number of its host bits.
 
-    A 1 before the address tells IPv4 from IPv6. Raises OSError, ValueError.
+    A 1 before the address keeps 0.0.0.1 and ::1 apart. Raises OSError, ValueError.
     """
     from _socket import AF_INET, AF_INET6, inet_pton  # `socket` or `ipaddress` would take longer
 
@@ -622,7 +619,7 @@ def is_allowed(peer: str, allow: bytes) -> bool:
         why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
         raise Problem(why, allow) from None
     try:
-        # A link-local peer has its interface with it, as fe80::1%eth0; some servers put brackets.
+        # A link-local address comes with its zone, fe80::1%eth0; some servers add brackets.
         number, _ = parse_network(peer.strip("[]").partition("%")[0])
     except (OSError, ValueError):
         return False  # it is the peer of a unix socket, or nothing
@@ -630,19 +627,17 @@ def is_allowed(peer: str, allow: bytes) -> bool:
 
 
 def read_file(path: bytes, most: int = -1) -> bytes:
-    """Read at most so many bytes of a file (-1: all). A FIFO, with O_NONBLOCK, holds nobody up.
-
-    Raises OSError.
-    """
+    """Read at most so many bytes of a file (-1: all), and never wait for a FIFO. Raises OSError."""
     with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
         return file.read(most) or b""
 
 
 def fold(text: bytes) -> bytes:
-    """Fold the text of QUOTA_USERS, or a name to be found there: lower case, spaces for tabs, CR.
+    """Fold the text of QUOTA_USERS, or a name to be found there.
 
-    A colon and the end of a line get a space before them. So the mistakes `john: 5M` and `john` are
-    found, too, and parse_limit() reports them.
+    It gets lower case, and spaces in place of tabs and CR. A colon and the end of a line get a
+    space before them: so the mistakes `john: 5M` and `john` are found, and parse_limit() reports
+    them.
     """
     text = text.lower().replace(b"\t", b" ").replace(b"\r", b" ")
     return text.replace(b":", b" :").replace(b"\n", b" \n")
@@ -689,7 +684,7 @@ def respond(env: Env) -> Response:
         log(f"{error}, as user {os.geteuid()}, group {os.getegid()}")
     if not line:
         line = b"%s %s %d %d\n" % (question.status, question.user, question.used, question.quota)
-        if 0 < question.changed < END_OF_9999:
+        if 0 < question.changed < 253402300800:  # before the year 10000
             date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(question.changed))
             fields.append(("Last-Modified", date))
     fields.append(("Content-Length", str(len(line))))
@@ -701,7 +696,7 @@ if __name__ == "__main__" and IS_CGI:
     status, fields, body = respond(os.environb)
     head = "".join(f"{name}: {value}\n" for name, value in [("Status", status), *fields])
     os.write(1, head.encode() + b"\n" + body)
-    os._exit(0)  # a normal exit would take half as long as all this
+    os._exit(0)  # a normal exit would add half of this time again
 
 # A CGI has ended here: what follows is for the other ways to run the script.
 import contextlib
@@ -725,16 +720,16 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 
 
 # ---- --serve: HTTP without a web server ----
-# http.server is not used: it takes 1.5 times as long, and splits a request at the bytes 85 and A0,
-# which are in names in UTF-8: another mailbox would be asked about.
+# http.server is not used: it takes 1.5 times as long. And it splits a request at the bytes 0x85 and
+# 0xA0, which are in names in UTF-8: another mailbox would be asked about.
 
 REQUEST_SECONDS = 10  # for a whole request
-REQUEST_LENGTH = 65536  # bytes of it
+REQUEST_LENGTH = 65536  # bytes of a request
 THREADS = 200  # connections at a time
 PATIENCE = 5  # seconds; a question that has taken longer gets HANGS if it is asked again
 SLOW = 1  # seconds; an answer that took longer is kept
-KEPT_SECONDS = 60  # for which such an answer is used again
-MOST_KEPT = 1000  # answers
+KEPT_SECONDS = 60  # for which a slow answer is used again
+MOST_KEPT = 1000  # slow answers
 TEXT = [("Content-Type", "text/plain")]
 STRANGER = "403 Forbidden", TEXT, b"ERROR this address is not in QUOTA_ALLOW\n"
 NOT_IMPLEMENTED = "501 Not Implemented", TEXT, b"ERROR there is no such method\n"
@@ -747,9 +742,9 @@ class Server:
     def __init__(self, settings: Env) -> None:
         self.allow = Question(settings).setting("QUOTA_ALLOW")
         self.settings = {**settings, b"QUOTA_ALLOW": b""}  # run() checks the address
-        # By the first line of the request:
-        self.under_way: dict[bytes, float] = {}  # since when
-        self.kept: dict[bytes, tuple[float, Response]] = {}  # until when, a slow answer
+        # Both by the first line of the request: when it came; until when a slow answer is kept.
+        self.under_way: dict[bytes, float] = {}
+        self.kept: dict[bytes, tuple[float, Response]] = {}
 
     def run(self, listener: socket.socket) -> None:
         """Answer one connection after the other."""
@@ -761,7 +756,7 @@ class Server:
                     send(connection, self.answer(receive(connection)) if is_friend else STRANGER)
             except ConnectionError:
                 pass  # the client has left
-            except OSError:  # the client was too slow; or no descriptor is free: that must not spin
+            except OSError:  # a slow client; or no descriptor is free, and accept() must not spin
                 time.sleep(0.1)
             except Exception:  # a bug, or a limit of the system: the client gets no answer
                 log(traceback.format_exc())
@@ -769,8 +764,8 @@ class Server:
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
 
-        If a mailbox hangs, only those who asked about it in the first seconds hold threads. A slow
-        answer is kept: a milter that could not wait for it may ask again within a minute.
+        If a mailbox hangs, questions about it hold threads only if they came within PATIENCE of the
+        first one. A slow answer is kept: a milter that could not wait for it may ask again.
         """
         method, _, rest = line.partition(b" ")
         if method not in (b"GET", b"HEAD", b"POST"):
@@ -829,21 +824,21 @@ def serve(where: str) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # they wait for sigwait() below
     host, _, port = where.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
-    is_ipv6 = ":" in host  # [::] is for IPv4, too
+    is_ipv6 = ":" in host
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
         server = Server(dict(os.environb))
         is_allowed("", server.allow)  # reports a bad QUOTA_ALLOW now, not at each question
         if not (server.allow or host.startswith("127.") or host in ("::1", "localhost")):
-            raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
+            raise ValueError("an address other than loopback needs QUOTA_ALLOW: who may ask?")
         listener = socket.create_server(
             (host, int(port)), family=family, backlog=1024, dualstack_ipv6=is_ipv6
-        )
+        )  # [::] is for IPv4, too
         for _ in range(THREADS):
             threading.Thread(target=server.run, args=(listener,), daemon=True).start()
     except Exception as error:
         log(f"--serve {where}: {error}")
-        # 1: the address may come, or threads be free. 2: to try again does not help.
+        # 1: a later try may succeed, as the address may come. 2: it will not.
         return 1 if isinstance(error, (OSError, RuntimeError)) else 2
     log("serving on " + host + " port " + port)
     signal.sigwait(ends)

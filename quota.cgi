@@ -6,26 +6,24 @@
     quota.cgi USER[@DOMAIN]           in a shell
     application                       for a WSGI server
 
-The answer is one line, `OK john 1048576 209715200`: status, user, bytes used
-and quota in bytes (0: no limit). The status is OK, OVERQUOTA (the file is larger
-than the limit) or UNKNOWN. An error is `ERROR why` with an HTTP status of 400 or
-more, and never a verdict (in a shell on standard error, with status 1). The
-detail of a 500 goes to standard error. Header fields tell what the last message may
-take beyond the quota (Quota-Grace, in bytes), and when the file was last changed
-(Last-Modified).
+The answer is one line, `OK john 1048576 209715200`: OK, OVERQUOTA (the file is larger
+than the limit) or UNKNOWN (no such user), the user, bytes used and quota in bytes (0: no
+limit). An error is the line `ERROR why` with HTTP status 4xx or 5xx, or in a shell on
+standard error with exit status 1. The detail of a 500 goes to standard error. Header
+fields tell by how many bytes one more message may exceed the quota (Quota-Grace), and
+when the file was last changed (Last-Modified).
 
 SETTINGS are the constants below; an environment variable of the same name
 overrides them.
 
 SECURITY: whoever may ask learns who has a mailbox and how large it is, so let
 only the frontends ask (QUOTA_ALLOW). Names are checked before they become part
-of a path. Under a web server the command line is ignored: a query without `=`
-would stand there. The script opens no mailbox and never writes: it needs search
+of a path. Under a web server the command line is ignored: web servers pass a query
+without `=` as arguments. The script opens no mailbox and never writes: it needs search
 permission on the mail folder and none on the files.
 """
 
-# ruff: noqa: E402 - A CGI spends its time on its start. What only the other ways to run the script
-# need is imported after the end of the CGI.
+# ruff: noqa: E402 - the imports behind the CGI part are for the other ways to run the script
 from __future__ import annotations
 
 import os
@@ -50,13 +48,13 @@ QUOTA_UNKNOWN = "off"  # 1: a mailbox that does not exist is UNKNOWN rather than
 
 def measure(question: Question) -> None:
     """Measure the mbox file of a user. Raises NoSuchUser, Problem, OSError."""
-    own, default = question.own_limit(), question.setting("QUOTA_LIMIT")
-    question.quota = parse_limit("QUOTA_LIMIT", default) if own is None else own
+    listed, default = question.listed_limit(), question.setting("QUOTA_LIMIT")
+    question.quota = parse_limit("QUOTA_LIMIT", default) if listed is None else listed
     path = question.path("QUOTA_MAILBOX")
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        return  # 0 bytes
+        return  # no mail has come yet
     if not stat.S_ISREG(found.st_mode):
         raise Problem("the mailbox is not a file", path)
     question.used, question.changed = found.st_size, found.st_mtime
@@ -65,20 +63,18 @@ def measure(question: Question) -> None:
 
 # ---- From here to the end the text is the same in quota.cgi and maildir_quota.cgi. ----
 
-HEX = b"0123456789abcdefABCDEF"
 IPV4_IN_IPV6 = 10 * b"\0" + b"\xff\xff"  # what ::ffff:192.0.2.25 begins with
 BAD_PATH = (
     " is not like /var/mail/%n: it must begin with / or %h, name the user by %n, %u or %h,"
-    " and have no other placeholders but %d, %% and parts like %1n and %1.2n"
+    " and have no placeholders but these, %d, %% and parts like %1n and %1.2n"
 )
 HINT = ": in systemd and uWSGI each % is written twice"
-END_OF_9999 = 253402300800  # seconds since the epoch; an HTTP date has four digits for the year
 BAD_REQUEST = "400 Bad Request"
 FAILED = "500 Internal Server Error"
 
 
 class Problem(Exception):
-    """Ends a question: the client is told why, without paths, and the log has the detail."""
+    """Ends a question: the client is told why, without paths; the detail of a 500 is logged."""
 
     def __init__(self, why: str, detail: object = "", status: str = FAILED) -> None:
         super().__init__(why)
@@ -130,12 +126,12 @@ class Question:
             self.domain = checked("domain", fields[b"d"])
 
     def grace(self) -> int:
-        """Return QUOTA_GRACE, which may be a share of the quota, in bytes. Raises Problem."""
+        """Return QUOTA_GRACE in bytes; `10%` is a share of the quota. Raises Problem."""
         text = self.setting("QUOTA_GRACE").strip()
         text = self.auto_grace if text == b"auto" else text
         if text[-1:] == b"%":
             return self.quota * parse_limit("QUOTA_GRACE", text[:-1]) // 100
-        return parse_limit("QUOTA_GRACE, neither auto nor like 10%,", text)
+        return parse_limit("QUOTA_GRACE", text)
 
     def contents(self, name: str) -> bytes:
         """Return what is in the file whose path is a setting. Raises Problem."""
@@ -144,8 +140,11 @@ class Question:
         except OSError as error:
             raise Problem(f"the file {name} cannot be read", error) from None
 
-    def own_limit(self) -> Optional[int]:
-        """Look up user@domain, user or @domain in QUOTA_USERS: a limit in bytes. Raises Problem."""
+    def listed_limit(self) -> Optional[int]:
+        """Return the limit of user@domain, user or @domain in QUOTA_USERS in bytes, if it has one.
+
+        Raises Problem.
+        """
         if not self.setting("QUOTA_USERS"):
             return None
         text = fold(self.contents("QUOTA_USERS"))
@@ -153,13 +152,14 @@ class Question:
             raise Problem("QUOTA_USERS does not end in a newline: is it half a file?")
         text = b"\n" + text
         for name in (self.user + b"@" + self.domain, self.user, b"@" + self.domain):
+            # `john 5` would match the line `john 5 # note`, and `#x` a comment.
             if b" " in name or name[:1] == b"#":
-                continue  # it would match another name's line, or a comment
+                continue
             before, found, after = text.partition(b"\n" + fold(name) + b" ")
             if found:
                 number = before.count(b"\n") + 1
                 limit = after.partition(b"\n")[0].partition(b"#")[0]
-                return parse_limit(f"QUOTA_USERS: line {number}", limit)
+                return parse_limit(f"QUOTA_USERS: the limit in line {number}", limit)
         return None
 
     def path(self, name: str) -> bytes:
@@ -168,16 +168,16 @@ class Question:
         bad = Problem(name + BAD_PATH + HINT, template)
         path, *parts = template.replace(b"%%", b"\0").split(b"%")
         letters = {part[:1] for part in parts}
-        # %1n, whose part begins with a digit, is the same for many users, so it is not enough.
+        # %1n alone is not enough: many users have the same. It begins with a digit, not with n.
         if letters.isdisjoint((b"n", b"u", b"h")) or not template.startswith((b"/", b"%h")):
             raise bad
         folder = os.path.dirname(path).replace(b"\0", b"%") or b"/"
-        try:  # else each mailbox below a path that is mistyped would look empty
-            os.stat(folder)
+        try:
+            os.stat(folder)  # below a path that is mistyped all mailboxes would look empty
         except FileNotFoundError:
             why = name + " begins with a folder that does not exist" + HINT
             raise Problem(why, folder) from None
-        address = self.domain and self.user + b"@" + self.domain
+        address = self.user + b"@" + self.domain if self.domain else b""
         values = {b"n": self.user, b"d": self.domain, b"u": address}
         if b"h" in letters:
             values[b"h"] = home_of(self.user)
@@ -185,21 +185,21 @@ class Question:
             for part in parts:
                 # Of %1.2n/ this is 1.2n/: skip 1 character, take 2. Of %1n it is 1n: take 1.
                 rest = part.lstrip(b"0123456789.")
-                skip, _, width = part[: -len(rest)].rpartition(b".")
+                skip, _, width = part[: len(part) - len(rest)].rpartition(b".")
                 value = values[rest[:1]]
-                if not value:  # the domain, as there is always a user
+                if not value:
                     raise Problem("no domain (d=) given", status=BAD_REQUEST)
                 path += value[int(skip or 0) :][: int(width or 0) or None] + rest[1:]
         except (KeyError, ValueError):
             raise bad from None
-        # Of the user a..b the part %1.2n would lead out of the folder.
+        # For the user a..b %1.2n is `..`, which would lead out of the folder.
         if path.split(b"/").count(b"..") > template.split(b"/").count(b".."):
             raise Problem("no mailbox has such a user", status=BAD_REQUEST)
         return path.replace(b"\0", b"%")
 
 
 def checked(what: str, name: bytes) -> bytes:
-    """Return a user or domain. Raises Problem if it is no file's name or has control characters."""
+    """Return a user or domain. Raises Problem if it cannot be a file's name of plain characters."""
     text = name.decode("utf-8", "surrogateescape")
     has_control = any(c < " " or "\x7f" <= c <= "\x9f" for c in text)
     if not 0 < len(name) <= 255 or name[:1] == b"." or b"/" in name or has_control:
@@ -211,25 +211,25 @@ def unquote(text: bytes) -> bytes:
     """Decode a form-encoded value, as urllib.parse.unquote_plus does."""
     decoded, *parts = text.replace(b"+", b" ").split(b"%")
     for part in parts:
-        is_code = len(part) > 1 and not part[:2].strip(HEX)
+        is_code = len(part) > 1 and not part[:2].strip(b"0123456789abcdefABCDEF")
         decoded += bytes((int(part[:2], 16),)) + part[2:] if is_code else b"%" + part
     return decoded
 
 
 def parse_limit(where: str, text: bytes) -> int:
-    """Read a limit like 200M in bytes. Raises Problem if it is not one, and says where."""
+    """Read a size like 200M in bytes. Raises Problem, which says where."""
     text = text.strip().upper()
     power = b"KMGT".find(text[-1:]) + 1
     digits = text[:-1] if power else text
     if not digits.isdigit() or len(digits) > 20:
-        raise Problem(where + " has a limit that is not like 200M", text)
+        raise Problem(where + " is not a size like 200M", text)
     return int(digits) << 10 * power
 
 
 def parse_network(text: str) -> tuple[int, int]:
-    """Return the address of a network as a number, and how many of its last bits do not matter.
+    """Return the address of a network as a number, and the number of its host bits.
 
-    A 1 before the address tells IPv4 from IPv6. Raises OSError, ValueError.
+    A 1 before the address keeps 0.0.0.1 and ::1 apart. Raises OSError, ValueError.
     """
     from _socket import AF_INET, AF_INET6, inet_pton  # `socket` or `ipaddress` would take longer
 
@@ -252,7 +252,7 @@ def is_allowed(peer: str, allow: bytes) -> bool:
         why = "QUOTA_ALLOW is not like `192.0.2.25 198.51.100.0/24 2001:db8::/32`"
         raise Problem(why, allow) from None
     try:
-        # A link-local peer has its interface with it, as fe80::1%eth0; some servers put brackets.
+        # A link-local address comes with its zone, fe80::1%eth0; some servers add brackets.
         number, _ = parse_network(peer.strip("[]").partition("%")[0])
     except (OSError, ValueError):
         return False  # it is the peer of a unix socket, or nothing
@@ -260,19 +260,17 @@ def is_allowed(peer: str, allow: bytes) -> bool:
 
 
 def read_file(path: bytes, most: int = -1) -> bytes:
-    """Read at most so many bytes of a file (-1: all). A FIFO, with O_NONBLOCK, holds nobody up.
-
-    Raises OSError.
-    """
+    """Read at most so many bytes of a file (-1: all), and never wait for a FIFO. Raises OSError."""
     with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
         return file.read(most) or b""
 
 
 def fold(text: bytes) -> bytes:
-    """Fold the text of QUOTA_USERS, or a name to be found there: lower case, spaces for tabs, CR.
+    """Fold the text of QUOTA_USERS, or a name to be found there.
 
-    A colon and the end of a line get a space before them. So the mistakes `john: 5M` and `john` are
-    found, too, and parse_limit() reports them.
+    It gets lower case, and spaces in place of tabs and CR. A colon and the end of a line get a
+    space before them: so the mistakes `john: 5M` and `john` are found, and parse_limit() reports
+    them.
     """
     text = text.lower().replace(b"\t", b" ").replace(b"\r", b" ")
     return text.replace(b":", b" :").replace(b"\n", b" \n")
@@ -319,7 +317,7 @@ def respond(env: Env) -> Response:
         log(f"{error}, as user {os.geteuid()}, group {os.getegid()}")
     if not line:
         line = b"%s %s %d %d\n" % (question.status, question.user, question.used, question.quota)
-        if 0 < question.changed < END_OF_9999:
+        if 0 < question.changed < 253402300800:  # before the year 10000
             date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(question.changed))
             fields.append(("Last-Modified", date))
     fields.append(("Content-Length", str(len(line))))
@@ -331,7 +329,7 @@ if __name__ == "__main__" and IS_CGI:
     status, fields, body = respond(os.environb)
     head = "".join(f"{name}: {value}\n" for name, value in [("Status", status), *fields])
     os.write(1, head.encode() + b"\n" + body)
-    os._exit(0)  # a normal exit would take half as long as all this
+    os._exit(0)  # a normal exit would add half of this time again
 
 # A CGI has ended here: what follows is for the other ways to run the script.
 import contextlib
@@ -355,16 +353,16 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 
 
 # ---- --serve: HTTP without a web server ----
-# http.server is not used: it takes 1.5 times as long, and splits a request at the bytes 85 and A0,
-# which are in names in UTF-8: another mailbox would be asked about.
+# http.server is not used: it takes 1.5 times as long. And it splits a request at the bytes 0x85 and
+# 0xA0, which are in names in UTF-8: another mailbox would be asked about.
 
 REQUEST_SECONDS = 10  # for a whole request
-REQUEST_LENGTH = 65536  # bytes of it
+REQUEST_LENGTH = 65536  # bytes of a request
 THREADS = 200  # connections at a time
 PATIENCE = 5  # seconds; a question that has taken longer gets HANGS if it is asked again
 SLOW = 1  # seconds; an answer that took longer is kept
-KEPT_SECONDS = 60  # for which such an answer is used again
-MOST_KEPT = 1000  # answers
+KEPT_SECONDS = 60  # for which a slow answer is used again
+MOST_KEPT = 1000  # slow answers
 TEXT = [("Content-Type", "text/plain")]
 STRANGER = "403 Forbidden", TEXT, b"ERROR this address is not in QUOTA_ALLOW\n"
 NOT_IMPLEMENTED = "501 Not Implemented", TEXT, b"ERROR there is no such method\n"
@@ -377,9 +375,9 @@ class Server:
     def __init__(self, settings: Env) -> None:
         self.allow = Question(settings).setting("QUOTA_ALLOW")
         self.settings = {**settings, b"QUOTA_ALLOW": b""}  # run() checks the address
-        # By the first line of the request:
-        self.under_way: dict[bytes, float] = {}  # since when
-        self.kept: dict[bytes, tuple[float, Response]] = {}  # until when, a slow answer
+        # Both by the first line of the request: when it came; until when a slow answer is kept.
+        self.under_way: dict[bytes, float] = {}
+        self.kept: dict[bytes, tuple[float, Response]] = {}
 
     def run(self, listener: socket.socket) -> None:
         """Answer one connection after the other."""
@@ -391,7 +389,7 @@ class Server:
                     send(connection, self.answer(receive(connection)) if is_friend else STRANGER)
             except ConnectionError:
                 pass  # the client has left
-            except OSError:  # the client was too slow; or no descriptor is free: that must not spin
+            except OSError:  # a slow client; or no descriptor is free, and accept() must not spin
                 time.sleep(0.1)
             except Exception:  # a bug, or a limit of the system: the client gets no answer
                 log(traceback.format_exc())
@@ -399,8 +397,8 @@ class Server:
     def answer(self, line: bytes) -> Response:
         """Answer a request, given its first line.
 
-        If a mailbox hangs, only those who asked about it in the first seconds hold threads. A slow
-        answer is kept: a milter that could not wait for it may ask again within a minute.
+        If a mailbox hangs, questions about it hold threads only if they came within PATIENCE of the
+        first one. A slow answer is kept: a milter that could not wait for it may ask again.
         """
         method, _, rest = line.partition(b" ")
         if method not in (b"GET", b"HEAD", b"POST"):
@@ -459,21 +457,21 @@ def serve(where: str) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # they wait for sigwait() below
     host, _, port = where.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
-    is_ipv6 = ":" in host  # [::] is for IPv4, too
+    is_ipv6 = ":" in host
     family = socket.AF_INET6 if is_ipv6 else socket.AF_INET
     try:
         server = Server(dict(os.environb))
         is_allowed("", server.allow)  # reports a bad QUOTA_ALLOW now, not at each question
         if not (server.allow or host.startswith("127.") or host in ("::1", "localhost")):
-            raise ValueError("elsewhere than on loopback it wants QUOTA_ALLOW: who may ask?")
+            raise ValueError("an address other than loopback needs QUOTA_ALLOW: who may ask?")
         listener = socket.create_server(
             (host, int(port)), family=family, backlog=1024, dualstack_ipv6=is_ipv6
-        )
+        )  # [::] is for IPv4, too
         for _ in range(THREADS):
             threading.Thread(target=server.run, args=(listener,), daemon=True).start()
     except Exception as error:
         log(f"--serve {where}: {error}")
-        # 1: the address may come, or threads be free. 2: to try again does not help.
+        # 1: a later try may succeed, as the address may come. 2: it will not.
         return 1 if isinstance(error, (OSError, RuntimeError)) else 2
     log("serving on " + host + " port " + port)
     signal.sigwait(ends)

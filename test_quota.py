@@ -3333,7 +3333,7 @@ def test_limits_of_users_beat_all_others_and_only_the_line_that_counts_is_looked
         got = ask(MBOX_CGI, query, **settings)
         if isinstance(expected, int):
             number = many.count(b"\n") + expected
-            assert got.status == 500 and f"QUOTA_USERS: line {number} " in got.line, query
+            assert got.status == 500 and f"limit in line {number} " in got.line, query
         else:
             assert got.line == expected, query
 
