@@ -9,13 +9,14 @@ USE
     `GET URL?u=USER&d=DOMAIN`. A recipient who is over quota gets a temporary failure,
     `452 4.2.2 Quota exceeded for ...`: the sending server keeps the mail and tries again.
     At the end of the data the message is judged again by its size. That is the declared
-    one (SIZE= of MAIL), unless the first 64 KB of the body exceed it: then the body counts.
-    Accepted mail counts as in flight until an answer shows it, or until the first answer
-    more than --in-flight later: so many messages at once overfill no mailbox.
+    one (SIZE= of MAIL), unless the first chunk of the body (up to 64 KB) is larger: then
+    the bytes of the body are counted. Accepted mail counts as in flight until an answer
+    includes it. An answer that is asked for more than --in-flight seconds later ends that,
+    too. So a burst of messages overfills no mailbox.
 
     A file given as @FILE holds an option with its value per line, and `#` comments. HUP reads
     the option files and the aliases again (all but --listen and --syslog), USR1 logs the
-    counters, TERM and INT end the program. Its status is 2 for a bad option, 1 if it
+    counters, TERM and INT end the program. The exit status is 2 for a bad option, 1 if it
     cannot run. After --check: 0 if all would be accepted, 1 if one would be refused, 2
     if a backend could not be asked, none serves the domain, or an unknown mailbox is let
     through.
@@ -45,7 +46,7 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # During the start HUP and USR1 are ignored; INT shows no traceback.
+if __name__ == "__main__":  # During the start HUP and USR1 do nothing, and INT ends the program.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -90,14 +91,14 @@ VERSION = "3.0"
 DEFAULT_BACKEND = "http://127.0.0.1:8025/cgi-bin/quota.cgi"
 
 ANSWER_LENGTH = 4096  # bytes read of an answer: the longest line is far below
-NUMBER_LIMIT = 1 << 63  # bytes; a negative sum that a server prints as unsigned is this or more
+NUMBER_LIMIT = 1 << 63  # bytes; from here on it is a negative sum, printed as unsigned
 MOST_ACCOUNTS = 50_000  # mailboxes whose answers are remembered, in some 25 MB
 NAME_LENGTH = 320  # characters of an address that can be a mailbox (RFC 3696: 64 + 1 + 255)
 LAST_KNOWN = 3600  # seconds for which an answer may stand in for a backend that fails
-REVIEWS = 40  # how often a waiting session looks at its question in half of the question's time
-TIMEOUTS_UNTIL_DOWN = 3  # different mailboxes in a row without an answer
+REVIEWS = 40  # how often a session that waits reviews its question, in half of the question's time
+TIMEOUTS_UNTIL_DOWN = 3  # mailboxes that timed out since the last answer
 HEADER_BYTES = 1024  # bytes that mail servers add to a message on its way: 500 to 1,500
-MOST_TARGETS = 100  # targets of an alias among which the address itself is looked for
+MOST_TARGETS = 100  # targets of a list that are looked at
 TABLE_RESULTS = 10_000  # addresses whose result a table remembers, in some 10 MB
 REPLY_LENGTH = 480  # characters of a reply's text: with its codes below 512 (RFC 5321, 4.5.3.1.5)
 BACKLOG = 1024  # connections that wait to be accepted; libmilter's 20 are few for a burst
@@ -105,12 +106,12 @@ LOG_LENGTH = 10_000  # lines that may wait to be written; what comes then is los
 TICK = 1  # seconds between two looks at alias files, and at whether libmilter runs
 METRICS_EVERY = 15  # seconds, as Prometheus usually asks
 DAY = 86400  # seconds
-STOPPING = 1.7  # seconds from TERM to a hard exit
+STOP_SECONDS = 1.7  # seconds from TERM to a hard exit
 
 OVERQUOTA = "452 4.2.2 Quota exceeded for {address}, try again later"
 TOOLARGE = "552 5.2.3 Message is larger than the quota of {address}"
-# This one is a 550, to end the tries: after RCPT some clients read a 552 as "too many recipients",
-# and go on trying (RFC 5321, 4.5.3.1.10).
+# A 550: after RCPT some clients read a 552 as "too many recipients" and go on trying (RFC 5321,
+# 4.5.3.1.10). To end the tries is what this reply is for.
 INACTIVE = "550 5.2.2 Mailbox of {address} is full and not in use"
 
 REFUSED = ("overquota", "toolarge", "inactive")  # verdicts: there is no room for the message
@@ -203,7 +204,7 @@ class Address(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The same text for all spellings of the address."""
+        """One text for all spellings of the address: lower case, unquoted."""
         return self.names[0]
 
     @property
@@ -253,12 +254,12 @@ class Reply(NamedTuple):
         return self.code[0] == "5"
 
     def to(self, address: str) -> Reply:
-        """Put the address in, as printable ASCII without %, which libmilter reads as a format."""
+        """Put the address in, its % (to libmilter a format) and all but printable ASCII as `?`."""
         text = self.text.replace("{address}", re.sub("[^ -~]|%", "?", address))
         return self._replace(text=text[:REPLY_LENGTH])
 
 
-DEFERRED = Reply.from_template(OVERQUOTA)
+OVERQUOTA_FOR_NOW = Reply.from_template(OVERQUOTA)
 CANNOT_CHECK = Reply("451", "4.3.0", "The mailbox of {address} cannot be checked, try again later")
 
 
@@ -371,7 +372,6 @@ class Question:
         # On the monotonic clock: when the first session asked, and when the question must end.
         self.asked, self.deadline = asked, deadline
         self.half = (deadline - asked) / 2  # seconds: half of its time
-        # The Backend sets these two.
         self.begun = 0.0  # when a thread began to ask; 0: the question waits for its turn
         self.future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
         self.lock = threading.Lock()  # guards what follows
@@ -446,7 +446,7 @@ class Client:
             question.detach()
 
     def connect(self, connection: http.client.HTTPConnection, question: Question) -> None:
-        """Connect before the request: a server out of reach is no bad answer. Raises Unreachable.
+        """Connect before the request, to tell Unreachable from a bad answer. Raises Unreachable.
 
         The TLS handshake has the same timeout as the TCP connection.
         """
@@ -459,7 +459,7 @@ class Client:
         except (OSError, ValueError) as error:  # ValueError: a bad name
             hint = ": see --cafile" if isinstance(error, ssl.SSLCertVerificationError) else ""
             raise Unreachable(f"no connection: {error}{hint}") from None
-        # The session ends the question at its deadline, and says more than this timeout would.
+        # At the deadline the session ends the question, with a better reason than this timeout.
         connection.sock.settimeout(question.seconds_left() + 1)
 
     def open_socket(self, question: Question) -> socket.socket:
@@ -476,7 +476,7 @@ class Client:
         addresses.sort(key=lambda address: address != self.last_address)
         while True:
             address = addresses.pop(0)
-            # A tenth is left: a server out of reach is found out before the deadline.
+            # Nine tenths: a server out of reach is found out before the deadline.
             seconds = 0.9 * question.seconds_left() / (1 + len(addresses))
             try:
                 sock = socket.create_connection((address, self.port), seconds)
@@ -506,14 +506,14 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
         hint = HINTS.get(response.status, "")
         raise BadAnswer(f"status {response.status} {why or response.reason[:80]}{hint}")
     # The line is whole if it has its newline, or if all bytes of the answer have come: as many as
-    # Content-Length says, or the last chunk.
+    # Content-Length says, or the last chunk. Without newline and length nobody can tell: then the
+    # status counts, the numbers do not.
     ended = response.length == 0 or (response.chunked and response.chunk_left is None)
     is_whole = line.endswith(b"\n") or ended
     if not is_whole and (response.length or len(line) >= ANSWER_LENGTH):
         raise BadAnswer("the answer is cut short or too long")
     grace = response.headers.get("Quota-Grace", "").strip().encode("ascii", "replace")
     changed = response.headers.get("Last-Modified", "")[:64]  # a date is shorter
-    # With neither newline nor length nobody can tell: the status counts, the numbers do not.
     answer = Answer.from_line(line, is_whole)
     return answer._replace(grace=read_number(grace) or 0, changed=changed)
 
@@ -529,8 +529,8 @@ class Backend:
     time, the newest is sent instead: else, under overload, all would be sent too late.
 
     The sessions that wait for a question end it in three cases:
-    - No thread has taken it up in the first half of its time. So each question that was sent had
-      about half of its time, and if it times out, that says something of the backend.
+    - No thread has taken it up in the first half of its time. So a question that is sent has at
+      least half of its time, and if it times out, the backend is to blame.
     - Its deadline has come.
     - It was sent half of its time ago, others wait for a thread, and a question that was sent later
       has its answer. So the backend works, and this mailbox hangs.
@@ -539,8 +539,9 @@ class Backend:
     name or connects is free when that ends.)
 
     The circuit breaker: a backend is down if it cannot be reached, or if questions about three
-    mailboxes timed out since its last answer. It is left alone for `retry_after` seconds. Then one
-    question, about any mailbox, tries it.
+    mailboxes timed out since its last answer (only questions that were asked after that answer
+    count). It is left alone for `retry_after` seconds. Then one question, about any mailbox, tries
+    it.
 
     A question is in `questions` exactly until its future is done.
     """
@@ -554,9 +555,9 @@ class Backend:
         self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
         self.questions: dict[Mailbox, Question] = {}  # under way, the newest last
         self.left_alone: dict[Mailbox, float] = {}  # mailboxes that ran out of time, until when
-        self.newest_answered = 0.0  # when the newest of the answered questions began
+        self.newest_answered_begun = 0.0  # when the newest of the answered questions began
         self.answered_at = 0.0  # when the last answer came
-        self.answer_time = 0.0  # seconds that the last answer took
+        self.last_answer_took = 0.0  # seconds that the last answer took
         self.failed: set[Mailbox] = set()  # mailboxes that ran out of time since the last answer
         self.is_down = False
         self.retry_at = 0.0  # when a backend that is down is asked again
@@ -592,8 +593,8 @@ class Backend:
                 # Each question adds a turn. Which question a turn is for is chosen when it comes.
                 self.pool.submit(self.take_turn)
             except RuntimeError as error:  # the system's limit of threads
-                # The pool has queued the turn. When a thread has taken it, the pool counts one idle
-                # thread too many, and starts too few for ever. So it is replaced.
+                # submit() has queued the turn all the same. The thread that takes it makes the pool
+                # count one idle thread too many, for ever. So the pool is replaced.
                 self.pool = concurrent.futures.ThreadPoolExecutor(self.max_queries)
                 raise Fault(f"no thread for a question: {error}") from None
             self.questions[mailbox] = question
@@ -606,7 +607,7 @@ class Backend:
             if not waiting:  # the question was ended meanwhile
                 return
             # The next answer may take longer than the last one: twice as long is a safe guess.
-            oldest_may_fail = waiting[0].seconds_left() < 2 * self.answer_time
+            oldest_may_fail = waiting[0].seconds_left() < 2 * self.last_answer_took
             question = waiting[-1 if oldest_may_fail else 0]
             question.begun = time.monotonic()
         fault: Optional[Fault] = None
@@ -656,7 +657,7 @@ class Backend:
             else:
                 others_wait = len(self.questions) > self.max_queries
                 had_half = now >= question.begun + question.half
-                if others_wait and had_half and question.begun < self.newest_answered:
+                if others_wait and had_half and question.begun < self.newest_answered_begun:
                     self.end(question, OVERTAKEN)
 
     def record_answer(self, question: Question, now: float) -> None:
@@ -664,9 +665,9 @@ class Backend:
         if self.is_down:
             log.warning("backend=%s state=up", self.name)
         self.is_down, self.answered_at = False, now
-        self.answer_time = now - question.begun
+        self.last_answer_took = now - question.begun
         self.failed.clear()
-        self.newest_answered = max(self.newest_answered, question.begun)
+        self.newest_answered_begun = max(self.newest_answered_begun, question.begun)
 
     def record_failure(self, question: Question, unreachable: str = "") -> None:
         """Open the breaker if there is reason for it. The lock is held."""
@@ -692,8 +693,7 @@ class Account:
         self.answer = answer
         self.before = before  # bytes that were in flight when the answer's question was sent
         self.since = 0  # bytes that were accepted after that
-        # When each message of the last minutes was accepted, and its bytes: the most that learn()
-        # may leave in `before`.
+        # When each of the last messages was accepted, and its bytes, the oldest first.
         self.recent: tuple[tuple[float, int], ...] = ()
 
     @property
@@ -713,10 +713,10 @@ class Account:
 
             before = old usage + in flight at that time - new usage, but at least 0
 
-        It is also at most what was accepted in the `window` before the question: older mail has
-        arrived or never will. This bound holds only if the same backend gave both answers, as the
-        usage on a stand-by may be old. Mail that was accepted after the question was sent comes on
-        top. Without two usages to compare, all mail of the `window` is in flight.
+        But it is no more than what was accepted in the `window` before the question: older mail has
+        arrived or never will. (If another backend gave the old answer, this does not hold: the
+        usage on a stand-by may be old.) Mail that was accepted after the question was sent is in
+        `since`. Without two usages to compare, all mail of the `window` is in flight.
 
         Example, of one backend: the usage was 500 and a message of 100 was accepted. If the new
         usage is 500, 100 are still in flight; if it is 560, 40; if it is 600 or 900, none. If it is
@@ -877,7 +877,7 @@ TARGET = re.compile(
         ( (?: "(?:\\.|[^"\\])*" | [^\s,"] )+ )    # one mailbox, no list""",
     re.VERBOSE,
 )
-NO_MAILBOX = ","  # a value that names no single mailbox
+NO_MAILBOX = ","  # a value that leads nowhere: TARGET does not match it
 
 
 class AliasFile:
@@ -886,11 +886,11 @@ class AliasFile:
     def __init__(self, path: str) -> None:
         """Read the file. Raises OSError, ValueError."""
         self.name = path
-        self.last_stamp = self.read_stamp = self.stamp()
+        self.seen_state = self.loaded_state = self.state()
         self.table, self.bad_lines = self.read()
 
-    def stamp(self) -> object:
-        """Return what differs after each change of the file."""
+    def state(self) -> object:
+        """Return a value that changes with the file; None if there is no file."""
         with contextlib.suppress(OSError):
             status = os.stat(self.name)
             return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
@@ -902,10 +902,10 @@ class AliasFile:
         It is called every second. A changed file is read when two calls have seen it in the same
         state: before that it may be half written.
         """
-        before, self.last_stamp = self.last_stamp, self.stamp()
-        if self.last_stamp == self.read_stamp or self.last_stamp != before:
+        before, self.seen_state = self.seen_state, self.state()
+        if self.seen_state == self.loaded_state or self.seen_state != before:
             return
-        self.read_stamp = self.last_stamp
+        self.loaded_state = self.seen_state
         try:
             self.table, self.bad_lines = self.read()
         except (OSError, ValueError) as error:
@@ -997,7 +997,7 @@ class Table:
             if len(self.results) >= TABLE_RESULTS:
                 self.results = {}
             self.results[asked] = time.monotonic() + self.cache_ttl, found
-        # Backwards, so that the quoted form, if it is there, comes last and stays.
+        # If both forms are found, the quoted one is written last.
         return {keys[key]: found[key] for key in reversed(asked) if key in found}
 
     def look_up(self, keys: Sequence[str], deadline: float) -> dict[str, str]:
@@ -1046,7 +1046,7 @@ class Aliases(NamedTuple):
     domains: frozenset[Optional[str]]  # those that have a backend; with None all have one
 
     def resolve(self, address: Address, deadline: float) -> Optional[Address]:
-        """Follow an address to its mailbox; None if it leads to none or to many. Raises Fault."""
+        """Follow an address to its mailbox; None if it leads to none or several. Raises Fault."""
         if not self.sources:
             return address
         visited: set[str] = set()
@@ -1059,12 +1059,15 @@ class Aliases(NamedTuple):
         return None  # names that stand for each other, or grow
 
     def follow(self, address: Address, deadline: float) -> Optional[Address]:
-        """Return what an address stands for, itself or None: no single mailbox. Raises Fault."""
+        """Return the address that this one stands for, which is itself if no rule leads on.
+
+        None means that a rule leads to no mailbox or to several. Raises Fault.
+        """
         for value in self.rules(address, deadline):
             target = TARGET.fullmatch(value)
             if not target:
                 return address if self.is_own_list(value, address) else None
-            following = self.meant(target[1], address)
+            following = self.complete(target[1], address)
             # A rule that maps a name to itself ends the look-up in virtual(5), but aliases(5) comes
             # after that. So the next, less specific rule is tried.
             if following.name != address.name:
@@ -1079,13 +1082,13 @@ class Aliases(NamedTuple):
         # What is quoted is left out: names and commas there may belong to a command.
         items = re.sub('"[^"]*"', '""', value).split(",", MOST_TARGETS)
         targets = [TARGET.fullmatch(item.strip()) for item in items]
-        listed = [self.meant(target[1], address) for target in targets if target]
+        listed = [self.complete(target[1], address) for target in targets if target]
         here = self.domains | {address.domain}
         local = {one.name for one in listed if one.can_exist and one.domain in here}
         return local != set() and local.issubset(address.names)
 
-    def meant(self, text: str, address: Address) -> Address:
-        """Return what a target of an address means: what the target lacks, the address has."""
+    def complete(self, text: str, address: Address) -> Address:
+        """Give a target what it lacks: `@domain` the address's local part, `user` its domain."""
         text = text.lstrip("\\")  # sendmail's `\user`
         if text[:1] == "@":
             text = quoted(address.local + text)
@@ -1095,10 +1098,11 @@ class Aliases(NamedTuple):
         return target
 
     def rules(self, address: Address, deadline: float) -> list[str]:
-        """Return what an address stands for, the most specific rule first. Raises Fault."""
+        """Return the right sides for an address, the most specific first. Raises Fault."""
         names = address.names
-        if address.domain and self.domains.isdisjoint((address.domain, None)):
-            names = names[:2]  # names without a domain apply to domains that have a backend
+        is_served = address.domain in self.domains or None in self.domains
+        if address.domain and not is_served:
+            names = names[:2]  # names without a domain apply only to domains that have a backend
         catch_all = "@" + address.domain
         found = [source.find([*names, catch_all], deadline) for source in self.sources]
         values = {name: table[name] for table in reversed(found) for name in table}  # first wins
@@ -1119,10 +1123,8 @@ class Message:
         # Bytes, as far as they are known: those that were declared (RFC 1870), or of the body.
         self.size = declared
         self.counted = 0  # bytes of the body until now
-        # For each mailbox: the decision about the first recipient who was let through, and the
-        # names of all of them.
-        self.passed: dict[Mailbox, Decision] = {}
-        self.copies: dict[Mailbox, set[str]] = {}
+        self.passed: dict[Mailbox, Decision] = {}  # the first that let a recipient of it through
+        self.copies: dict[Mailbox, set[str]] = {}  # the names of all recipients of it
         self.others_passed = False  # a recipient without an answer was let through
 
     def let_through(self, decision: Decision) -> None:
@@ -1153,19 +1155,20 @@ class Policy:
 
     def __init__(self, options: Namespace, ledger: Ledger, counters: Counters) -> None:
         self.options, self.ledger, self.counters = options, ledger, counters
-        # A verdict has the reply of its option, as --overquota-reply. One without is let through.
+        # The reply to a verdict is the option of its name: --overquota-reply for overquota. A
+        # verdict without such an option lets the recipient through.
         self.replies = {verdict: getattr(options, f"{verdict}_reply", None) for verdict in VERDICTS}
         if options.on_error == "tempfail":
             self.replies["fault"] = CANNOT_CHECK
         self.exempt = {self.parse_address(e).name for e in ["postmaster", *options.exempt]}
         self.backends: dict[str, Backend] = {}  # by URL
-        self.mailboxes = self.map_domains()
+        self.by_domain = self.map_domains()
         for source in options.aliases:
             if isinstance(source, AliasFile):
                 source.log_state()
             else:
                 source.cache_ttl = options.cache_ttl
-        self.aliases = Aliases(options.aliases, self.parse_address, frozenset(self.mailboxes))
+        self.aliases = Aliases(options.aliases, self.parse_address, frozenset(self.by_domain))
 
     def parse_address(self, text: str) -> Address:
         """Read an envelope address. It never fails."""
@@ -1198,8 +1201,8 @@ class Policy:
         start = time.monotonic()
         deadline = start + self.options.timeout
         as_sent = address = self.parse_address(recipient)
-        if resolved:
-            address = self.parse_address(resolved)._replace(given=as_sent.given)  # for the reply
+        if resolved:  # the reply still gives the address as it was sent
+            address = self.parse_address(resolved)._replace(given=as_sent.given)
         target, finding = None, Finding()
         try:
             is_trusted = message.is_authenticated and not self.options.check_authenticated
@@ -1210,7 +1213,7 @@ class Policy:
                 target, verdict = self.find_target(address, (start + deadline) / 2)
             if target:
                 mailbox = target.mailbox
-                mailboxes = self.mailboxes.get(mailbox.domain) or self.mailboxes[None]
+                mailboxes = self.by_domain.get(mailbox.domain) or self.by_domain[None]
                 finding = mailboxes.find(mailbox, deadline)
                 copies = {address.name, *message.copies.get(mailbox, ())}
                 verdict = self.judge(finding, message.size, len(copies))
@@ -1222,15 +1225,15 @@ class Policy:
     def is_exempt(self, address: Address) -> bool:
         """Say whether an address is never asked about (--exempt).
 
-        Only a plain spelling counts. Out of `postmaster+:john@example.com;` and of
-        `postmaster+<john@example.com>` an MTA reads john, who would slip through.
+        Only a plain spelling counts: an MTA delivers `postmaster+<john@example.com>` and
+        `postmaster+:john@example.com;` to john.
         """
         if self.exempt.isdisjoint(address.names):
             return False
         return not re.search(r"[\s(),:;<>]", address.name)
 
     def find_target(self, address: Address, deadline: float) -> tuple[Optional[Address], str]:
-        """Return the address whose mailbox is asked about; for none, a verdict. Raises Fault."""
+        """Return the address whose mailbox is asked about, or None and a verdict. Raises Fault."""
         if not address.can_exist:
             return None, "empty"
         target = self.aliases.resolve(address, deadline)
@@ -1239,7 +1242,7 @@ class Policy:
                 return None, "alias"
             if self.is_exempt(target):
                 return None, "exempt"
-        is_served = target.domain in self.mailboxes or None in self.mailboxes
+        is_served = target.domain in self.by_domain or None in self.by_domain
         return (target, "") if is_served else (None, "nobackend")
 
     def judge(self, finding: Finding, size: int, copies: int) -> str:
@@ -1253,7 +1256,7 @@ class Policy:
         if answer.quota and not self.options.ignore_size:
             capacity = answer.capacity
             if size > capacity:
-                # A last known answer refuses for a while only: the quota may have been raised.
+                # A last known answer refuses only for now: the quota may have been raised.
                 return "overquota" if finding.fault else "toolarge"
             expected = (answer.usage or 0) + finding.in_flight
             is_full = is_full or expected + size * copies > capacity
@@ -1266,7 +1269,7 @@ class Policy:
     def is_inactive(self, finding: Finding, answer: Answer) -> bool:
         """Say whether a mailbox is full, and nothing has changed it for --inactive-after days."""
         days: float = self.options.inactive_after
-        # It may merely have too little room for this message.
+        # A mailbox with some room is not full: the message was too large for it.
         has_room = answer.status == "OK" and (answer.usage or 0) < (answer.quota or 0)
         if not days or has_room or finding.in_flight or finding.fault:
             return False
@@ -1278,7 +1281,7 @@ class Policy:
         template: Optional[Reply] = self.replies[verdict]
         # The last known answer, which stands in for a fault, is not enough for a permanent reply.
         if template and template.is_permanent and finding.fault:
-            template = CANNOT_CHECK if verdict == "unknown" else DEFERRED
+            template = CANNOT_CHECK if verdict == "unknown" else OVERQUOTA_FOR_NOW
         return template and template.to(address.given)
 
     def end_of_data(self, message: Message) -> Optional[Decision]:
@@ -1312,6 +1315,7 @@ class Policy:
         now = self.ledger.look(mailbox)
         if now.answer and now.answer is not at_rcpt.answer:
             return now
+        # If the account was forgotten since RCPT, the figure of RCPT is the larger one.
         return at_rcpt._replace(in_flight=max(now.in_flight, at_rcpt.in_flight))
 
 
@@ -1342,7 +1346,7 @@ class Counters:
     def __init__(self) -> None:
         self.lock = threading.Lock()  # guards the values
         self.values: dict[tuple[str, Labels], float] = collections.defaultdict(int)
-        # Prometheus' increase() misses a first event where there was no 0 before.
+        # Prometheus' increase() misses the first event unless the series starts at 0.
         for verdict in VERDICTS:
             self.add("recipients_total", 0, verdict=verdict)
         for step in "rcpt", "data":
@@ -1471,7 +1475,7 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
                 return ""
             _, at, domain = without_brackets(recipient).rpartition("@")
             address += at + domain if at else ""
-        # Postfix writes it in lower case: where only that differs, the given one is kept.
+        # Postfix gives it in lower case. If only case differs, --case-sensitive needs the given one.
         return "" if address.lower() == without_brackets(recipient).lower() else address
 
     def macro(self, name: str) -> str:
@@ -1486,7 +1490,8 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
 
     def body(self, chunk: bytes) -> int:
         """Count the bytes of a message, as long as that can matter."""
-        if self.message.count_body(len(chunk)) and not self.service.policy.options.ignore_size:
+        more_matters = self.message.count_body(len(chunk))
+        if more_matters and not self.service.policy.options.ignore_size:
             return int(Milter.CONTINUE)
         knows_skip = bool(self._protocol & Milter.P_SKIP)  # old MTAs do not
         return int(Milter.SKIP if knows_skip else Milter.CONTINUE)
@@ -1669,7 +1674,7 @@ def read_options(arguments: Sequence[str]) -> Namespace:
 
 
 def option_lines(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Return arguments and where they stand, for @FILE those of its lines. Raises BadOptions."""
+    """Return where arguments stand, and the arguments, for @FILE line by line. Raises BadOptions."""
     for is_file, group in itertools.groupby(words, lambda word: word[:1] == "@"):
         if not is_file:
             yield "", list(group)
@@ -1763,7 +1768,7 @@ class Service:
             return
         self.ledger.options = options
         self.policy = policy
-        gc.collect()  # of the old policy: reference cycles would keep its threads and aliases
+        gc.collect()  # frees the old policy: reference cycles would keep its threads and aliases
         log.info("state=reloaded")
 
     def write_metrics(self) -> None:
@@ -1808,7 +1813,7 @@ def log_to(syslog: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(queue.Full):  # nobody reads the log: there is no room for its end
+        with contextlib.suppress(queue.Full):  # nobody reads the log: the end mark does not fit
             listener.stop()
 
 
@@ -1840,10 +1845,10 @@ def serve(service: Service, where: str) -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     # Without a free file descriptor libmilter loops.
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    # libmilter waits for HUP, TERM and INT in a thread of its own, and would end at each of them.
-    # The kernel prefers the main thread, so nearly always Python's handlers get them; else
-    # wait_for_end() ends the program. A handler may interrupt another one: only SimpleQueue.put()
-    # is safe there.
+    # libmilter has a thread that waits for HUP, TERM and INT, and ends at each of them. The kernel
+    # prefers the main thread, whose handlers stand here. If libmilter's thread gets a signal all the
+    # same, wait_for_end() ends the program. A handler may interrupt another one: only
+    # SimpleQueue.put() is safe there.
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1:
         signal.signal(number, lambda number, frame: signals.put(number))
@@ -1860,7 +1865,7 @@ def serve(service: Service, where: str) -> int:
     status = wait_for_end(service, signals, libmilter)
     # A log that nobody reads must not hold up the end.
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(status))
-    signal.setitimer(signal.ITIMER_REAL, STOPPING)
+    signal.setitimer(signal.ITIMER_REAL, STOP_SECONDS)
     with contextlib.suppress(OSError):  # "" is no path
         os.unlink(path)
     service.write_metrics()
