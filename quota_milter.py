@@ -1475,7 +1475,7 @@ class QuotaMilter(Milter.Base if Milter else object):  # type: ignore[misc]
                 return ""
             _, at, domain = without_brackets(recipient).rpartition("@")
             address += at + domain if at else ""
-        # Postfix gives it in lower case. If only case differs, --case-sensitive needs the given one.
+        # Postfix gives it in lower case. If only case differs, --case-sensitive wants it as given.
         return "" if address.lower() == without_brackets(recipient).lower() else address
 
     def macro(self, name: str) -> str:
