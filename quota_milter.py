@@ -1674,7 +1674,7 @@ def read_options(arguments: Sequence[str]) -> Namespace:
 
 
 def option_lines(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Return where arguments stand, and the arguments, for @FILE line by line. Raises BadOptions."""
+    """Return where arguments stand, and the arguments; @FILE line by line. Raises BadOptions."""
     for is_file, group in itertools.groupby(words, lambda word: word[:1] == "@"):
         if not is_file:
             yield "", list(group)
