@@ -35,7 +35,6 @@ import shutil
 import signal
 import socket
 import ssl
-import stat
 import struct
 import subprocess
 import sys
@@ -3131,9 +3130,8 @@ def ask(script: pathlib.Path, query: str | bytes = "u=john", **env: object) -> R
 
 @pytest.fixture(scope="module")
 def spool(tmp_path_factory):
-    """Give a mail folder with some mailboxes, two of them full at 100 bytes."""
-    folder = tmp_path_factory.mktemp("site") / "mail"
-    folder.mkdir()
+    """Give a mail folder with some mailboxes, some of them full at 100 bytes."""
+    folder = tmp_path_factory.mktemp("mail")
     for name, size in ("john", 100), ("mary", 101), ("OVERQUOTA", 5), ("a b", 101), ("jörg", 7):
         (folder / name).write_bytes(b"x" * size)
     (folder / os.fsdecode(b"\xf6\xe4")).write_bytes(b"x" * 101)
@@ -3141,7 +3139,6 @@ def spool(tmp_path_factory):
     os.mkfifo(folder / "pipe")
     (folder / "loop").symlink_to("loop")
     (folder / "gone").symlink_to("nowhere")
-    (folder.parent / "secret").write_bytes(b"x" * 500)
     return folder
 
 
@@ -3153,18 +3150,16 @@ QUERIES = [
     (200, "OVERQUOTA mary 101 100", "u=mary"),
     (200, "OVERQUOTA a b 101 100", "u=a+b", "u=a%20b"),
     (200, "OK jörg 7 100", "u=j%C3%B6rg"),
-    (200, "OK j\udcf6rg 0 100", "u=j%F6rg"),
-    (200, "OVERQUOTA \udcf6\udce4 101 100", b"u=\xf6\xe4"),
+    (200, "OVERQUOTA \udcf6\udce4 101 100", b"u=\xf6\xe4", "u=%F6%E4"),
     (200, "OK OVERQUOTA 5 100", "u=OVERQUOTA"),
     (200, "OK gone 0 100", "u=gone"),
     (200, "OK 100% 0 100", "u=100%25", "u=100%"),
     (200, "OK %zz% 1 0 100", "u=%zz%+1"),
     (200, f"OK {'x' * 255} 0 100", f"u={'x' * 255}"),
     (400, "ERROR no user (u=) given", "", "john", "--serve", "d=x.org"),
-    (400, NO_USER, *(f"u={name}" for name in ("", "x" * 256, ".", "..", ".john", "/etc/passwd"))),
-    (400, NO_USER, "u=../secret", "u=..%2Fsecret", "u=%2E%2E%2Fsecret"),
+    (400, NO_USER, *(f"u={name}" for name in ("", "x" * 256, "..", ".john", "/etc/passwd"))),
+    (400, NO_USER, "u", "u=..%2Fsecret", "u=john%00", "u=OK%0Ajohn", "u=john%7F", "u=john%C2%85"),
     (400, NO_DOMAIN, *(f"u=john&d={name}" for name in ("", "..", "a/b", "a%0D", "x" * 256))),
-    (400, NO_USER, "u", "u=john%00", "u=%00", "u=OK%0Ajohn", "u=john%7F", "u=john%C2%85"),
     (500, "ERROR the mailbox is not a file", "u=folder", "u=pipe"),
     (500, "ERROR cannot read the mailbox: Too many levels of symbolic links", "u=loop"),
 ]
@@ -3183,92 +3178,74 @@ def test_a_query_gets_its_answer(row, spool, capfd):
         assert logged.count("\n") == (status == 500), "the details of a 500, in one line"
 
 
-@pytest.mark.parametrize("script", CGIS)
-def test_only_get_and_head_are_answered(script, tmp_path):
-    make_maildir(tmp_path / "john", {})
-    paths = {"QUOTA_MAILBOX": f"{tmp_path}/%n", "QUOTA_MAILDIR": f"{tmp_path}/%n"}
+def test_only_get_and_head_are_answered(spool):
+    mailbox = {"QUOTA_MAILBOX": spool / "%n"}
     for method in "POST", "PUT", "DELETE", "OPTIONS", "get", "":
-        got = ask(script, REQUEST_METHOD=method, **paths)
+        got = ask(MBOX_CGI, REQUEST_METHOD=method, **mailbox)
         assert got[:2] == (405, "ERROR only GET and HEAD are answered")
         assert got.header["Allow"] == "GET, HEAD"
-    head, get = (
-        ask(script, "u=mary", REQUEST_METHOD=method, **paths) for method in ("HEAD", "GET")
-    )
-    assert head == (200, "", get.header) and get.line.startswith("OK mary 0 ")
+    head = ask(MBOX_CGI, REQUEST_METHOD="HEAD", **mailbox)
+    assert head == (200, "", ask(MBOX_CGI, **mailbox).header)
 
 
-BAD_PATH = "is not like /var/mail/%n: "
-NO_FOLDER = "begins with a folder that does not exist: in systemd"
-TEMPLATES = [
-    # (QUOTA_MAILBOX below the folder, or from the root; the file for john@x.org, or the error)
-    *[("%d/%n", "x.org/john"), ("%u", "john@x.org"), ("100%%/%n", "100%/john")],
-    *[("%%n/%n", "%n/john"), ("x-%1n-%n.mbox", "x-j-john.mbox"), ("/none-%n/x", "")],
-    *[("%1n/%n", "j/john"), ("%2n/%n", "jo/john"), ("%20n/%n", "john/john")],
-    *[("%1.2n/%n", "oh/john"), ("%0.2n/%n", "jo/john"), ("%3.5n/%n", "n/john")],
-    *[("%1.0n/%n", "ohn/john"), ("%1.n/%n", "ohn/john"), ("%9.2n/%n", "john")],
-    *[("%2d/%1.1d/%n", "x././john"), ("%6u/%n", "john@x/john")],
-    *((text, BAD_PATH) for text in ("%x/%n", "%n%", "%N", "%{user}/%n", "%-1n/%n", "%1.2.3n/%n")),
-    *((text, BAD_PATH) for text in ("%1n", "%1.1n/%d", "%d", "%%n", "quota.service")),
-    *((text, NO_FOLDER) for text in ("none/%n", "none/%d/%n", "100%%-none/%n")),
+BAD_PATH = "ERROR QUOTA_MAILBOX is not like /var/mail/%n: "
+NO_FOLDER = "ERROR QUOTA_MAILBOX begins with a folder that does not exist: in systemd"
+WANTS_DOMAIN = "ERROR no domain (d=) given"
+JOHN_AT_X_ORG, DOTS = "u=john&d=x.org", "u=a..b"
+TEMPLATES: list[tuple[str, str, str]] = [
+    # (QUOTA_MAILBOX below the folder, or from the root; query; the file, or the error)
+    *(
+        (template, JOHN_AT_X_ORG, file)
+        for template, file in [
+            *[("%d/%n", "x.org/john"), ("%u", "john@x.org"), ("100%%/%n", "100%/john")],
+            *[("%%n/%n", "%n/john"), ("x-%1n-%n.mbox", "x-j-john.mbox")],
+            *[("%1n/%n", "j/john"), ("%20n/%n", "john/john"), ("%1.2n/%n", "oh/john")],
+            *[("%3.5n/%n", "n/john"), ("%1.0n/%n", "ohn/john"), ("%9.2n/%n", "john")],
+            *[("%2d/%1.1d/%n", "x././john"), ("%6u/%n", "john@x/john")],
+        ]
+    ),
+    *((text, "u=john", BAD_PATH) for text in ("%x/%n", "%n%", "%N", "%{user}/%n", "%1.2.3n/%n")),
+    *((text, "u=john", BAD_PATH) for text in ("%1n", "%1.1n/%d", "%d", "%%n", "quota.service")),
+    *((text, "u=john", NO_FOLDER) for text in ("none/%n", "none/%d/%n", "100%%-none/%n")),
+    *((text, "u=john", WANTS_DOMAIN) for text in ("%d/%n", "%u", "%1d/%n")),
+    ("%u", f"u={'x' * 255}&d={'y' * 255}", "ERROR cannot read the mailbox: File name too long"),
+    # Parts of names lead nowhere else.
+    ("mail/%1.2n/%n", DOTS, NO_USER),
+    ("mail/%1.1n%2.1n/%n", DOTS, NO_USER),
 ]
 
 
-@pytest.mark.parametrize(("template", "expected"), TEMPLATES)
-def test_placeholders_make_the_path(template, expected, tmp_path, capfd):
-    is_bad = expected in (BAD_PATH, NO_FOLDER)
-    whole = template if template[:1] == "/" else f"{tmp_path}/{template}"
+@pytest.mark.parametrize(("template", "query", "expected"), TEMPLATES)
+def test_placeholders_make_the_path(template, query, expected, tmp_path):
     (tmp_path / "100%").mkdir()
-    if expected and not is_bad:
+    (tmp_path / "mail").mkdir()
+    (tmp_path / "a..b").touch()
+    is_error = expected.startswith("ERROR")
+    if not is_error:
         (tmp_path / expected).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / expected).write_bytes(b"x" * 200)
-    got = ask(MBOX_CGI, "u=john&d=x.org", QUOTA_LIMIT="9", QUOTA_MAILBOX=whole)
-    if is_bad:
-        assert got.status == 500 and got.line.startswith(f"ERROR QUOTA_MAILBOX {expected}")
-        assert str(tmp_path) not in got.line and "QUOTA_MAILBOX" in capfd.readouterr().err
-    else:
-        assert got.line == ("OVERQUOTA john 200 9" if expected else "OK john 0 9")
+    got = ask(MBOX_CGI, query, QUOTA_LIMIT="9", QUOTA_MAILBOX=tmp_path / template)
+    assert got.line.startswith(expected if is_error else "OVERQUOTA john 200 9")
+    assert str(tmp_path) not in got.line
 
 
 @pytest.mark.parametrize("template", ["mail/%n", "%n", ""])
 def test_a_path_begins_with_a_slash(template):
     got = ask(MBOX_CGI, QUOTA_MAILBOX=template)
-    assert got.status == 500 and got.line.startswith(f"ERROR QUOTA_MAILBOX {BAD_PATH}")
-
-
-PATHS = [
-    # (template below the folder, query, status, beginning of the line)
-    *((path, "u=john", 400, "ERROR no domain (d=) given") for path in ("%d/%n", "%u", "%1d/%n")),
-    ("%u", f"u={'x' * 255}&d={'y' * 255}", 500, "ERROR cannot read the mailbox: File name too"),
-    ("mail/%1.2n/%n", "u=a..b", 400, NO_USER),  # parts of names lead nowhere else
-    ("mail/%1.1n%2.1n/%n", "u=a..b", 400, NO_USER),
-]
-
-
-@pytest.mark.parametrize(("template", "query", "status", "line"), PATHS)
-def test_a_path_with_the_domain_wants_one_and_parts_of_names_stay_below(
-    template, query, status, line, tmp_path
-):
-    (tmp_path / "mail").mkdir()
-    (tmp_path / "a..b").write_bytes(b"x" * 10)
-    got = ask(MBOX_CGI, query, QUOTA_MAILBOX=tmp_path / template)
-    assert got.status == status and got.line.startswith(line)
+    assert got.status == 500 and got.line.startswith(BAD_PATH)
 
 
 def test_the_home_of_a_system_user_is_known(tmp_path, monkeypatch):
     (tmp_path / "box").write_bytes(b"x" * 10)
     settings = {"QUOTA_LIMIT": "9", "QUOTA_MAILBOX": "%h/box"}
     assert ask(MBOX_CGI, "u=nosuchuser", **settings).line == "UNKNOWN nosuchuser 0 9"
-
-    def fails(_: object) -> None:
-        raise KeyError("as where there are no descriptors left")
-
     monkeypatch.setattr(pwd, "getpwnam", lambda _: types.SimpleNamespace(pw_dir=str(tmp_path)))
     assert ask(MBOX_CGI, **settings).line == "OVERQUOTA john 10 9"
     (tmp_path / "box").unlink()
     assert ask(MBOX_CGI, **settings).line == "OK john 0 9", "a home without a mailbox"
     assert ask(MAILDIR_CGI, QUOTA_LIMIT=9).line == "OK john 0 9"
-    monkeypatch.setattr(pwd, "getpwnam", fails)
-    monkeypatch.setattr(pwd, "getpwuid", fails)
+    for look_up in "getpwnam", "getpwuid":  # not even root is found: the look-up fails
+        monkeypatch.setattr(pwd, look_up, {}.__getitem__)
     assert ask(MBOX_CGI, **settings).status == 500, "no UNKNOWN"
 
 
@@ -3290,11 +3267,7 @@ spaces 5 M
 colon: 5M
 spaced : 5M
 nothing\r
-empty\x20
 comment # 5
-two 5 6
-minus -1
-point 1.5G
 zero 5\x00
 broken@z.org x
 """
@@ -3305,55 +3278,43 @@ OF_USERS = [
     *[("u=paul", "OK paul 0 100"), ("u=paul&d=x.org", "OK paul 0 20")],
     *[("u=mary&d=y.org", "OK mary 101 1024"), ("u=x.org", "OK x.org 0 100")],
     *[("u=a+b", "OVERQUOTA a b 101 100"), ("u=john+50", "OK john 50 0 100")],  # no spaces in names
-    *[
-        ("u=hash%23tag", "OK hash#tag 0 8"),
-        ("u=%23paul", "OK #paul 0 100"),
-        ("u=%23", "OK # 0 100"),
-    ],
+    *[("u=hash%23tag", "OK hash#tag 0 8"), ("u=%23paul", "OK #paul 0 100")],
     *[("u=a:b", "OK a:b 0 9"), ("u=joh", "OK joh 0 100"), ("u=J%D6HN", "OK J\udcd6HN 0 100")],
     *[("u=JOHN", "OK JOHN 0 50"), ("u=fred", "OK fred 0 5"), ("u=upper&d=y.org", "OK upper 0 6")],
-    ("u=broken&d=z.org", 25),
     *((f"u={name}", 14 + n) for n, name in enumerate("broken spaces colon spaced nothing".split())),
-    *((f"u={name}", 19 + n) for n, name in enumerate("empty comment two minus point zero".split())),
+    *[("u=comment", 19), ("u=zero", 20), ("u=broken&d=z.org", 21)],
 ]
 
 
-MANY_USERS = b"".join(b"user%d@y.org 1M\n" % number for number in range(20_000))
-
-
-@pytest.mark.parametrize("many", [b"", MANY_USERS], ids=["few", "many"])
+@pytest.mark.parametrize(("query", "expected"), OF_USERS)
 def test_limits_of_users_beat_all_others_and_only_the_line_that_counts_is_looked_at(
-    many, spool, tmp_path
+    query, expected, spool, tmp_path
 ):
-    users = tmp_path / "users"
-    users.write_bytes(many + USERS + many)
-    settings = {"QUOTA_LIMIT": "100", "QUOTA_MAILBOX": spool / "%n", "QUOTA_USERS": users}
-    for query, expected in OF_USERS:
-        got = ask(MBOX_CGI, query, **settings)
-        if isinstance(expected, int):
-            number = many.count(b"\n") + expected
-            assert got.status == 500 and f"QUOTA_USERS: line {number} " in got.line, query
-        else:
-            assert got.line == expected, query
+    (tmp_path / "users").write_bytes(USERS)
+    settings = {"QUOTA_LIMIT": "100", "QUOTA_MAILBOX": spool / "%n"}
+    got = ask(MBOX_CGI, query, **settings, QUOTA_USERS=tmp_path / "users")
+    if isinstance(expected, int):
+        assert got.status == 500 and f"QUOTA_USERS: line {expected} " in got.line
+    else:
+        assert got.line == expected
 
 
-UNREADABLE = "ERROR the file QUOTA_USERS cannot be read"
 BAD_USERS = [
     # (what the file is, the line)
-    *((half, "ERROR QUOTA_USERS does not end in a newline") for half in (b"a 5\njohn 5", b"")),
-    ("pipe", "ERROR QUOTA_USERS does not end in a newline"),
-    *((path, UNREADABLE) for path in (".", "none")),
+    *((half, "QUOTA_USERS does not end in a newline") for half in (b"a 5\njohn 5", b"", "pipe")),
+    *((path, "the file QUOTA_USERS cannot be read") for path in (".", "none")),
 ]
 
 
 @pytest.mark.parametrize(("what", "line"), BAD_USERS)
 def test_users_that_cannot_be_read_whole_are_an_error(what, line, tmp_path, capfd):
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "users").write_bytes(what if isinstance(what, bytes) else b"")
-    path = tmp_path / ("users" if isinstance(what, bytes) else what)
+    path = tmp_path / (what if isinstance(what, str) else "users")
+    if isinstance(what, bytes):
+        path.write_bytes(what)
     for user in "john", "nobody":
         got = ask(MBOX_CGI, f"u={user}", QUOTA_USERS=path, QUOTA_MAILBOX=tmp_path / "%n")
-        assert got.status == 500 and got.line.startswith(line)
+        assert got.status == 500 and got.line.startswith(f"ERROR {line}")
     assert str(tmp_path) not in got.line and "QUOTA_USERS" in capfd.readouterr().err
 
 
@@ -3368,10 +3329,9 @@ def test_the_last_change_is_a_header_field(changed, tmp_path):
 
 
 BAD_ALLOWS = [
-    *["localhost", "192.0.2.7 192.0.2.0/33", "192.0.2", "192.0.2.0/", "192.0.2.0/-1"],
-    *["192.0.2.0/255.255.255.0", "192.0.2.25/0.0.0.0", "192.0.2.0/x", "beef", "10/8"],
-    *["::ffff:", "2001:db8::/129", "j\u00f6rg", "192.0.2.1 192.0.2.0/33"],
-    *["::ffff:192.0.2.0/24", "::ffff:192.0.2.25/32", "::ffff:192.0.2.0/95"],
+    *["localhost", "192.0.2.7 192.0.2.0/33", "192.0.2", "192.0.2.0/", "192.0.2.0/-1", "beef"],
+    *["192.0.2.0/255.255.255.0", "192.0.2.0/x", "10/8", "2001:db8::/129", "j\u00f6rg"],
+    *["::ffff:", "::ffff:192.0.2.0/24", "::ffff:192.0.2.0/95"],
 ]
 ALLOW = [
     # (QUOTA_ALLOW, who gets an answer, who gets a 403; for a bad setting all get a 500)
@@ -3381,12 +3341,9 @@ ALLOW = [
     ("192.0.2.7/24", "192.0.2.1", "192.0.3.7"),
     ("192.0.2.128/25", "192.0.2.128", "192.0.2.127"),
     *[("0.0.0.0/0", "203.0.113.9", "2001:db8::1"), ("::/0", "2001:db8::1", "192.0.2.1")],
-    ("2001:db8::/32", "2001:db8:1::1", "2001:db9::1"),
-    ("2001:DB8:0::1", "2001:db8::1", "2001:db8::2"),
-    ("192.0.2.1 2001:db8::1", "[::ffff:192.0.2.1] [2001:db8::1]", "[::ffff:192.0.2.9]"),
-    ("198.51.100.1 , 2001:db8::/32,192.0.2.1", "192.0.2.1 2001:db8::7", "198.51.100.2"),
-    ("::ffff:192.0.2.9", "192.0.2.9 ::ffff:192.0.2.9", "192.0.3.9"),
-    ("::ffff:192.0.2.0/120", "192.0.2.9", "192.0.3.9"),
+    ("2001:DB8:0::/32", "2001:db8:1::1 [2001:db8::1]", "2001:db9::1"),
+    ("198.51.100.1 , 2001:db8::1,192.0.2.1", "192.0.2.1 2001:db8::1", "198.51.100.2"),
+    ("::ffff:192.0.2.0/120", "192.0.2.9 [::ffff:192.0.2.1]", "192.0.3.9"),
     ("fe80::/10", "fe80::1%eth0", "fec0::1%eth0"),
     *((bad, None, "192.0.2.1") for bad in BAD_ALLOWS),
 ]
@@ -3400,12 +3357,10 @@ def test_only_who_is_allowed_gets_an_answer(allow, friends, strangers, spool):
     settings = {"QUOTA_MAILBOX": f"{spool}/%n", "QUOTA_ALLOW": allow}
     for peer, status in peers:
         got = ask(MBOX_CGI, "u=nobody", REMOTE_ADDR=peer, **settings)
-        assert got.status == status and got.line.startswith("OK " if status == 200 else "ERROR ")
-        assert "nobody" not in got.line or status == 200
-        for method, query in ("POST", "u=nobody"), ("GET", ""), ("HEAD", "u=nobody"):
-            got = ask(MBOX_CGI, query, REQUEST_METHOD=method, REMOTE_ADDR=peer, **settings)
-            assert got.status == status or status == 200
-        assert ask_wsgi(REMOTE_ADDR=peer, **settings)[:3] == str(status), "by WSGI"
+        assert got.status == status and ("nobody" in got.line) == (status == 200)
+        got = ask(MBOX_CGI, "", REQUEST_METHOD="POST", REMOTE_ADDR=peer, **settings)
+        assert got.status in (status, 405), "a stranger learns nothing else"
+        assert ask_wsgi(REMOTE_ADDR=peer, **settings)[:3] == str(status)
         assert peer or ask_wsgi(**settings)[:3] == str(status), "an address may be missing"
 
 
@@ -3419,39 +3374,38 @@ def ask_wsgi(**environ: str) -> str:
 
 
 BAD_LIMITS = [*"M 1.5G -1 +1 200MB 1P ten 1_000 \u0665".split(), "1 M", "9" * 5000, ""]
-BAD_GRACES = ["", "%", "-5%", "1.5%", "10 %%", "ten", "-1", "9" * 30]
+BAD_GRACES = ["", "%", "-5%", "1.5%", "10 %%", "ten", "-1"]
 LIMITS = [
-    *[("0", 0), ("100", 100), ("101", 101), ("1K", 1024), ("3k", 3072), ("200M", 200 << 20)],
-    *[("2G", 2 << 30), ("1T", 1 << 40), (" 5K ", 5120)],
+    *[("0", 0), ("100", 100), ("1K", 1024), ("3k", 3072), ("200M", 200 << 20), ("2G", 2 << 30)],
+    *[("1T", 1 << 40), (" 5K ", 5120)],
 ]
 GRACES = [
-    *[("auto", 1000, ""), ("0", 1000, ""), ("0%", 1000, ""), ("10%", 0, "")],
+    *[("auto", 1000, "0"), ("0", 1000, "0"), ("0%", 1000, "0"), ("10%", 0, "0")],
     *[("10%", 1000, "100"), ("1000%", 1000, "10000"), ("5", 1000, "5"), ("2k", 0, "2048")],
 ]
 SETTINGS = [
-    # (settings, user, status, beginning of the line, Quota-Grace)
-    *((f"QUOTA_LIMIT={text}", "john", 200, f"OK john 100 {n}\n", "") for text, n in LIMITS),
-    ("QUOTA_LIMIT=99", "john", 200, "OVERQUOTA john 100 99\n", ""),
-    *((f"QUOTA_LIMIT={bad}", "john", 500, "ERROR QUOTA_LIMIT ", "") for bad in BAD_LIMITS),
+    # (settings, user, beginning of the line, Quota-Grace)
+    *((f"QUOTA_LIMIT={text}", "john", f"OK john 100 {n}\n", "0") for text, n in LIMITS),
+    ("QUOTA_LIMIT=99", "john", "OVERQUOTA john 100 99\n", "0"),
+    *((f"QUOTA_LIMIT={bad}", "john", "ERROR QUOTA_LIMIT ", "") for bad in BAD_LIMITS),
     *(
-        (f"QUOTA_LIMIT={limit} QUOTA_GRACE={grace}", "john", 200, "OK ", field)
+        (f"QUOTA_LIMIT={limit} QUOTA_GRACE={grace}", "john", "OK ", field)
         for grace, limit, field in GRACES
     ),
-    ("QUOTA_GRACE=10%", "nobody", 200, "OK ", str((200 << 20) // 10)),
-    *((f"QUOTA_GRACE={bad}", "john", 500, "ERROR QUOTA_GRACE", "") for bad in BAD_GRACES),
-    ("QUOTA_UNKNOWN=1", "nobody", 200, "UNKNOWN nobody 0 ", ""),
-    *((f"QUOTA_UNKNOWN={off}", "nobody", 200, "OK nobody 0 ", "") for off in ("0", "off")),
-    ("QUOTA_UNKNOWN=1", "john", 200, "OK john 100 ", ""),
-    ("QUOTA_UNKNOWN=yes", "john", 500, "ERROR QUOTA_UNKNOWN is not one of ", ""),
+    *((f"QUOTA_GRACE={bad}", "john", "ERROR QUOTA_GRACE", "") for bad in BAD_GRACES),
+    ("QUOTA_UNKNOWN=1", "nobody", "UNKNOWN nobody 0 ", "0"),
+    *((f"QUOTA_UNKNOWN={off}", "nobody", "OK nobody 0 ", "0") for off in ("0", "off")),
+    ("QUOTA_UNKNOWN=1", "john", "OK john 100 ", "0"),
+    ("QUOTA_UNKNOWN=yes", "john", "ERROR QUOTA_UNKNOWN is not one of ", ""),
 ]
 
 
-@pytest.mark.parametrize(("settings", "user", "status", "line", "grace"), SETTINGS)
-def test_a_setting_does_what_it_says_or_is_an_error(settings, user, status, line, grace, spool):
+@pytest.mark.parametrize(("settings", "user", "line", "grace"), SETTINGS)
+def test_a_setting_does_what_it_says_or_is_an_error(settings, user, line, grace, spool):
     named = dict(re.findall(r"(QUOTA_\w+)=(.*?)(?= QUOTA_|$)", settings, re.DOTALL))
     got = ask(MBOX_CGI, f"u={user}", QUOTA_MAILBOX=spool / "%n", **named)
-    assert got.status == status and f"{got.line}\n".startswith(line)
-    assert got.header.get("Quota-Grace", "0") == (grace or "0")
+    assert f"{got.line}\n".startswith(line) and (got.status == 500) == line.startswith("ERROR")
+    assert got.header.get("Quota-Grace", "") == grace
 
 
 def refuse_to(monkeypatch, name: str, path: object, error: int) -> None:
@@ -3787,17 +3741,10 @@ def make_maildir(
     return path
 
 
-def state_of(path: pathlib.Path) -> list[Any]:
-    """Return all that may not change in a tree: names, status and contents of small files."""
-    state: list[Any] = []
-    for folder, folders, names in os.walk(path):
-        for name in [".", *folders, *names]:
-            file = os.path.join(folder, name)
-            status = os.lstat(file)
-            small = stat.S_ISREG(status.st_mode) and status.st_size < 10_000
-            content = pathlib.Path(file).read_bytes() if small else b""
-            state.append((file, status.st_mode, status.st_size, status.st_mtime_ns, content))
-    return sorted(state)
+def state_of(path: pathlib.Path) -> dict[pathlib.Path, tuple[int, int, int]]:
+    """Return what may not change in a tree: names, modes, sizes and times."""
+    found = {file: file.lstat() for file in (path, *path.rglob("*"))}
+    return {file: (at.st_mode, at.st_size, at.st_mtime_ns) for file, at in found.items()}
 
 
 def ask_maildir(path: pathlib.Path, **settings: object) -> Response:
@@ -3818,12 +3765,12 @@ LONGEST = b"1000S\n" + b"0 0\n" * 1278  # 5118 bytes
 TRASH = {"cur/1:2,T": 9, ".Trash/cur/1": 9, "cur/.x": 9}
 LINKED = {"a/cur/1": 9, ".a": "a"}
 BY_COUNT = {"QUOTA_KEEPER": "dovecot-count", "QUOTA_LIMIT": "1000"}
+QUOTA_5 = {"QUOTA_LIMIT": "5"}
 MAILDIR_RULE: list[Any] = [
     # (sentence, maildirsize, files, status, used and quota of the answer[, settings, `age`])
     ("under the limit of bytes", b"1000S\n999 1\n", {}, "OK 999 1000"),
     ("the limit of bytes reached", b"1000S\n1000 1\n", {}, "OVERQUOTA 1000 1000"),
     ("under the limit of messages", b"2C\n10 1\n", {}, "OK 10 0"),
-    ("the limit of messages reached", b"2C\n10 2\n", {}, "OVERQUOTA 10 0"),
     ("messages only, true bytes", b"9S,2C\n8 2\n", {}, "OVERQUOTA 8 9"),
     ("items in any order", b"3C,9S\n9 2\n", {}, "OVERQUOTA 9 9"),
     ("0 is no limit", b"0S,0C\n9 9\n", {}, "OK 9 0"),
@@ -3834,7 +3781,6 @@ MAILDIR_RULE: list[Any] = [
     ("an unfinished line that is none", b"8S\n3 1\nx", FULL_CUR, "OK 3 8"),
     ("lines add up", b"999S\n1 1\n  -2   -1\n\t9 1\n-7 -1\n", FULL_CUR, "OK 1 999"),
     ("more on a line is left out", b"9S\n9 2 7 x\n", {}, "OVERQUOTA 9 9"),
-    ("under is trusted", b"1000S\n9 1\n", FULL_CUR, "OK 9 1000"),
     ("under is trusted when old", b"1000S\n9 1\n", FULL_CUR, "OK 9 1000", {"age": 10**7}),
     ("no lines are a sum of 0", b"1000S\n", FULL_CUR, "OK 0 1000"),
     ("no file: counted", None, FULL_CUR, "OVERQUOTA 2000 900", {"QUOTA_LIMIT": "900"}),
@@ -3852,11 +3798,9 @@ MAILDIR_RULE: list[Any] = [
     ("messages over and old: counted", b"1C\n9 2\n", {}, "OK 0 0", {"age": 910}),
     ("just full and old: Courier counts", b"9S\n9 1\n", {}, "OK 0 9", {"age": 910}),
     ("Dovecot does not", b"9S\n9 1\n", DOVECOT, "OVERQUOTA 9 9", {"age": 910}),
-    ("cur and new count", DOUBT, {"cur/1": 9, "new/2": 8}, "OK 17 1000"),
-    ("tmp does not", DOUBT, {"tmp/1": 9000, "cur/1": 9}, "OK 9 1000"),
+    ("cur and new count, tmp not", DOUBT, {"cur/1": 9, "new/2": 8, "tmp/1": 9}, "OK 17 1000"),
     ("folders count", DOUBT, {".a/cur/1": 9, ".a.b.c/new/1": 8}, "OK 17 1000"),
-    ("deep folders do not", DOUBT, {".a/.b/cur/1": 9000}, "OK 0 1000"),
-    ("folders without a dot do not", DOUBT, {"a/cur/1": 9000}, "OK 0 1000"),
+    ("deep ones and those without a dot not", DOUBT, {".a/.b/cur/1": 9, "a/cur/1": 9}, "OK 0 1000"),
     ("linked ones not in Courier", DOUBT, LINKED, "OK 0 1000"),
     ("linked ones in Dovecot", DOUBT, {**LINKED, **DOVECOT}, "OK 9 1000"),
     ("not folders", DOUBT, {".file": 9000, "cur/.a/1": 9}, "OK 0 1000"),
@@ -3873,8 +3817,7 @@ MAILDIR_RULE: list[Any] = [
     ("Trash", DOUBT, {".Trash/cur/1": 9, ".Trash.a/cur/1": 8}, "OK 8 1000"),
     ("flag T", DOUBT, {"cur/1:2,ST": 9, "new/1,S=8:2,T": 8}, "OK 0 1000"),
     ("other flags", DOUBT, {"cur/T:2,DFPRSt": 9, "cur/T": 8}, "OK 17 1000"),
-    ("Dovecot's Trash", DOUBT, {".Trash/cur/1": 9, **DOVECOT}, "OK 9 1000"),
-    ("its flag T", DOUBT, {"cur/1:2,T": 9, **DOVECOT}, "OK 9 1000"),
+    ("Dovecot's Trash and flag T", DOUBT, {**TRASH, **DOVECOT}, "OK 27 1000"),
     ("its Trash skipped", DOUBT, {**TRASH, **DOVECOT}, "OK 18 1000", {"QUOTA_TRASH": "skip"}),
     ("Courier's trash counted", DOUBT, TRASH, "OK 18 1000", {"QUOTA_TRASH": "count"}),
     ("a server that is named", DOUBT, TRASH, "OK 27 1000", {"QUOTA_KEEPER": "dovecot"}),
@@ -3891,34 +3834,32 @@ MAILDIR_RULE: list[Any] = [
     ("not for Dovecot", b"9S,0S\n9 1\n", DOVECOT, "OVERQUOTA 9 9"),
     ("a last line without an end", b"9S\n9 1", {}, "OVERQUOTA 9 9"),
     ("is not there yet for Dovecot", b"9S\n9 1", DOVECOT, "OK 0 9"),
+    ("half a first line is none to Dovecot", b"1000S", {**FULL_CUR, **DOVECOT}, "OK 2000 0"),
     # A NUL byte, as a crash leaves.
-    ("NUL in the first line: no file", b"9S\0\n1 1\n", FULL_CUR, "OK 2000 0"),
-    ("so the limit is another", b"\0" * 50, FULL_CUR, "OVERQUOTA 2000 5", {"QUOTA_LIMIT": "5"}),
-    ("NUL in a later line: counted", b"9S\n1 1\n\0\0", FULL_CUR, "OVERQUOTA 2000 9"),
-    ("NUL between lines: counted", b"9S\n1 1\n\0\n1 1\n", FULL_CUR, "OVERQUOTA 2000 9"),
+    ("NUL in the first line: no file", b"\0" * 50, FULL_CUR, "OVERQUOTA 2000 5", QUOTA_5),
+    ("NUL in a later line: counted", b"9S\n1 1\n\0\n1 1\n", FULL_CUR, "OVERQUOTA 2000 9"),
     # No limit is invented.
     ("no limit anywhere", None, FULL_CUR, "OK 2000 0"),
     ("nor by the maildir driver", None, FULL_CUR, "OK 2000 0", {"QUOTA_KEEPER": "dovecot"}),
     ("0 is none by count", None, FULL_CUR, "OK 2000 0", {**BY_COUNT, "QUOTA_LIMIT": "0"}),
     ("its trash may be skipped", None, TRASH, "OK 9 1000", {**BY_COUNT, "QUOTA_TRASH": "skip"}),
+    # Dovecot's count driver: virtual sizes. No message is opened.
+    (
+        "W= beats S= and the file",
+        None,
+        {"cur/1,S=3,W=4:2,S": 1, "new/2,W=7": 3},
+        "OK 11 1000",
+        BY_COUNT,
+    ),
+    ("no W=: the file", None, {"new/1,S=7": 312, "cur/2:2,": 9}, "OK 321 1000", BY_COUNT),
+    ("W= without digits is 0", None, {"cur/1,W=:2,": 3, "new/1,W=,S=3": 3}, "OK 0 1000", BY_COUNT),
+    ("but not at the end", None, {"new/1,W=": 312}, "OK 312 1000", BY_COUNT),
+    ("of two W= the first", None, {"cur/1,W=5,W=900:2,": 312}, "OK 5 1000", BY_COUNT),
+    ("hidden names of count", None, {"cur/.1,W=9": 9, "new/..1,W=9": 9}, "OK 0 1000", BY_COUNT),
+    ("linked folders of count", None, LINKED, "OK 9 1000", BY_COUNT),
+    ("trash of count", None, TRASH, "OK 18 1000", BY_COUNT),
+    ("a maildirsize is not read", b"9S\n9 1\n", {"cur/1,W=5": 9}, "OK 5 1000", BY_COUNT),
 ]
-VIRTUAL_SIZES = [
-    # Dovecot's count driver: (sentence, files, bytes). No message is opened.
-    ("W= beats S= and the file", {"cur/1,S=312,W=414:2,S": 1, "new/2,W=7": 312}, 421),
-    ("no W=: the file", {"new/1,S=7": 312, "cur/2:2,": 9}, 321),
-    ("zeros ahead", {"cur/1,W=007:2,": 312}, 7),
-    ("W= without digits is 0", {"cur/1,W=:2,": 312, "new/1,W=,S=312": 312}, 0),
-    ("but not at the end", {"new/1,W=": 312}, 312),
-    ("of two W= the first", {"cur/1,W=5,W=900:2,": 312}, 5),
-    ("other things are no W=", {"cur/1,W=7x:2,": 312, "new/2,W=-5": 312, "new/3,w=7": 312}, 936),
-    ("hidden names", {"cur/.1,W=9": 9, "new/..1,W=9": 9}, 0),
-    ("folders", {".a/new/1,W=9": 9, ".a.b/cur/2,W=8:2,": 9, ".a/.b/cur/3,W=7": 9}, 17),
-    ("linked ones", {"x/cur/1,W=9:2,": 9, ".a": "x"}, 9),
-    ("trash", {".Trash/cur/1,W=9:2,": 9, "cur/2,W=8:2,T": 9}, 17),
-    ("a maildirsize is not read", {"maildirsize": b"9S\n9 1\n", "cur/1,W=5": 9}, 5),
-]
-for sentence, files, size in VIRTUAL_SIZES:
-    MAILDIR_RULE.append((f"virtual: {sentence}", None, files, f"OK {size} 1000", BY_COUNT))
 
 
 @pytest.mark.parametrize("row", MAILDIR_RULE, ids=lambda row: row[0])
@@ -3929,8 +3870,7 @@ def test_a_maildir_is_over_as_the_rule_says(row, tmp_path):
     if "QUOTA_USERS" in settings:
         (tmp_path / "users").write_text(f"john {settings['QUOTA_USERS']}\n")
         settings["QUOTA_USERS"] = tmp_path / "users"
-    status, figures = line.split(" ", 1)
-    assert ask_maildir(path, **settings)[:2] == (200, f"{status} john {figures}")
+    assert ask_maildir(path, **settings)[:2] == (200, line.replace(" ", " john ", 1))
 
 
 KEEPERS = [
@@ -3939,18 +3879,14 @@ KEEPERS = [
     (None, None, 0, "courier"),
     (None, 9000, 0, "courier"),
     (9000, None, 9000, "dovecot-count"),
-    (3 * 10**9, None, 0, "dovecot-count"),  # 1931
     (0, 0, 0, "dovecot"),
     (0, 9000, 9000, "dovecot"),  # somebody has read
     (9000, 9000, 0, "dovecot"),  # another program has delivered
     (50, 100, 50, "dovecot"),
-    (0, -(10**10), 0, "dovecot"),
     (0, 9000, -(10**10), "dovecot"),  # in the year 2342
     (0, 9000, None, "dovecot"),
     (0, 9000, 0, "old"),
     (0, 100, 0, "old"),
-    (-(10**10), 9000, 0, "old"),
-    (0, 3 * 10**9, 0, "old"),
 ]
 KEPT = {
     # keeper: the answers without and with QUOTA_LIMIT=90, and the default grace of the latter
@@ -3962,9 +3898,10 @@ KEPT = {
 
 
 @pytest.mark.parametrize("control", [False, True])
-@pytest.mark.parametrize("row", KEEPERS)
-def test_who_keeps_a_maildir_is_seen_by_its_files(row, control, tmp_path):
-    uidlist, maildirsize, message, keeper = row
+@pytest.mark.parametrize(("uidlist", "maildirsize", "message", "keeper"), KEEPERS)
+def test_who_keeps_a_maildir_is_seen_by_its_files(
+    uidlist, maildirsize, message, keeper, control, tmp_path
+):
     now = time.time()
     stamp = "x" if message is None else int(now - message)
     path = make_maildir(tmp_path / "Maildir", {f".a/new/{stamp}.M1P1.x,S=10,W=20": 1})
@@ -3981,12 +3918,11 @@ def test_who_keeps_a_maildir_is_seen_by_its_files(row, control, tmp_path):
     alone, with_limit, grace = KEPT[keeper]
     if maildirsize is None and keeper == "courier":
         alone, with_limit = "OK 10 0", "OK 10 90"
-    for limit, expected in ("", alone), ("90", with_limit):
-        got = ask_maildir(path, QUOTA_LIMIT=limit, **settings)
-        assert got.line.startswith(expected.replace("OK", "OK john")), got
-        if got.status == 500:
-            assert "QUOTA_DOVEADM" in got.line and "QUOTA_LIMIT" in got.line
-    assert got.header.get("Quota-Grace", "0") == grace
+    got = ask_maildir(path, **settings)
+    assert got.line.startswith(alone.replace("OK", "OK john"))
+    assert got.status == 200 or "QUOTA_DOVEADM" in got.line and "QUOTA_LIMIT" in got.line
+    got = ask_maildir(path, QUOTA_LIMIT="90", **settings)
+    assert got.line == with_limit.replace("OK", "OK john") and got.header["Quota-Grace"] == grace
     fixed = ask_maildir(path, QUOTA_LIMIT="90", QUOTA_GRACE="7", **settings)
     assert fixed.header["Quota-Grace"] == "7"
 
@@ -3994,7 +3930,6 @@ def test_who_keeps_a_maildir_is_seen_by_its_files(row, control, tmp_path):
 def test_a_control_folder_is_a_path_with_placeholders(tmp_path):
     path = make_maildir(tmp_path / "Maildir", {"cur/1": 20}, b"9S\n9 1\n")
     make_maildir(tmp_path / "control" / "john", DOVECOT, b"70S\n7 1\n")
-    assert ask_maildir(path).line == "OVERQUOTA john 9 9"
     assert ask_maildir(path, QUOTA_CONTROL=tmp_path / "control/%n").line == "OK john 7 70"
     none = ask_maildir(path, QUOTA_CONTROL=tmp_path / "control/%n.none", QUOTA_LIMIT="50")
     assert none.line == "OK john 20 50"
@@ -4009,31 +3944,27 @@ def test_a_path_that_ends_in_a_slash_is_the_same(tmp_path):
 
 
 LIVES = [
-    # (what happens, the file before it and after it)
-    ("a message is delivered", None, "new/9.x"),
-    ("a message is read", "new/1.x", "cur/1.x:2,S"),
-    ("a message is deleted", "cur/1.x:2,S", None),
-    ("a delivery is refused", None, "maildirsize"),
+    # (what happens, the file before it and after it, whether the mailbox has changed)
+    ("a message is delivered", None, "new/9.x", True),
+    ("a message is read", "new/1.x", "cur/1.x:2,S", True),
+    ("a message is deleted", "cur/1.x:2,S", "tmp/1.x", True),
+    ("a delivery is refused", None, "maildirsize", False),
 ]
 
 
-@pytest.mark.parametrize(("event", "before", "later"), LIVES, ids=[row[0] for row in LIVES])
+@pytest.mark.parametrize(("event", "before", "later", "is_change"), LIVES)
 def test_last_modified_is_when_a_message_came_or_was_read_or_deleted(
-    event, before, later, tmp_path
+    event, before, later, is_change, tmp_path
 ):
     path = make_maildir(tmp_path / "Maildir", {before: 9} if before else {})
-    then = time.time() - 40 * 86400
     for folder in path, *path.rglob("*"):
-        os.utime(folder, (then, then))
-    if before and later:
+        os.utime(folder, (5, 5))
+    if before:
         (path / before).rename(path / later)
-    elif before:
-        (path / before).unlink()
     else:
         (path / later).write_bytes(b"9S\n")
     changed = ask_maildir(path).header["Last-Modified"]
-    age = time.time() - email.utils.parsedate_to_datetime(changed).timestamp()
-    assert (age < 86400) == (event != "a delivery is refused")
+    assert (changed == email.utils.formatdate(5, usegmt=True)) == (not is_change)
 
 
 # ---- what can be wrong with a Maildir ----
@@ -4043,73 +3974,45 @@ HUGE = b"1000S\n10 1\n"
 BAD_MAILDIRS = [
     # (what it is, `maildirsize` or files, the line with QUOTA_LIMIT=1500 and a message of 2000)
     ("a folder", {"maildirsize/": 0}, "OVERQUOTA john 2000 1500"),
-    ("a FIFO", "fifo", "OVERQUOTA john 2000 1500"),
     ("a link", {"maildirsize": "elsewhere", "elsewhere": HUGE}, "OK john 10 1000"),
     ("a link to nowhere", {"maildirsize": "nowhere"}, "OVERQUOTA john 2000 1500"),
     ("a link to itself", {"maildirsize": "maildirsize"}, "ERROR cannot read the mailbox: "),
     ("a device", {"maildirsize": "/dev/zero"}, "OVERQUOTA john 2000 1500"),
-    ("a gigabyte", "sparse", "OVERQUOTA john 2000 1000"),
     ("binary", EVERY_BYTE, "OK john 2000 0"),
     ("binary entries", b"1000S\n" + EVERY_BYTE, "OVERQUOTA john 2000 1000"),
-    ("one long line", b"9" * 5000 + b"S\n1 1\n", "OK john 1 0"),
     ("a limit of 10^30", b"%dS\n1 1\n" % 10**30, "OK john 1 0"),
     ("a size of 10^4500", b"9S\n" + b"9" * 4500 + b" 1\n", "OVERQUOTA john 2000 9"),
     ("cur is a file", {".a/cur": 0}, "ERROR cannot read the mailbox: "),
     ("a message is a loop", {"cur/loop": "loop"}, "ERROR cannot read the mailbox: "),
     ("folders in a circle", {**DOVECOT, ".b": ".c", ".c": ".b"}, "ERROR cannot read the mailbox: "),
-    ("a link that cannot be followed", {**DOVECOT, ".b": "x" * 300}, "ERROR cannot read the mail"),
     ("folders that loop", {".b": ".", ".c": "..", ".f": ".f"}, "OVERQUOTA john 2000 1500"),
-    ("half a first line", {**DOVECOT, "maildirsize": b"1000S"}, "OK john 2000 0"),
     ("a name with 10^200", {f"cur/1,S={10**200}": 0}, f"OVERQUOTA john {10**200 + 2000} 1500"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("what", "spoiled", "line"), BAD_MAILDIRS, ids=[r[0] for r in BAD_MAILDIRS]
+    ("what", "spoiled", "line"), BAD_MAILDIRS, ids=lambda value: str(value)[:20]
 )
 def test_a_bad_maildir_gets_a_verdict_by_counting_or_an_error(what, spoiled, line, tmp_path):
     files = {"cur/1": 2000, ".a/new/": 0, **(spoiled if isinstance(spoiled, dict) else {})}
-    text = spoiled if isinstance(spoiled, bytes) else HUGE if spoiled == "sparse" else None
-    path = make_maildir(tmp_path / "Maildir", files, text)
-    if spoiled == "fifo":
-        os.mkfifo(path / "maildirsize")
-    if spoiled == "sparse":
-        os.truncate(path / "maildirsize", 2**30)
-    got = ask_maildir(path, QUOTA_LIMIT="1500")
+    text = spoiled if isinstance(spoiled, bytes) else None
+    got = ask_maildir(make_maildir(tmp_path / "Maildir", files, text), QUOTA_LIMIT="1500")
     assert got.line.startswith(line) and str(tmp_path) not in got.line
     assert (got.status == 500) == line.startswith("ERROR")
 
 
-def test_a_fifo_that_its_owner_puts_in_place_of_maildirsize_holds_nobody_up(tmp_path, monkeypatch):
-    make_maildir(tmp_path / "Maildir", {"cur/1": 2000}, HUGE)
-    open_it = os.open
-
-    def open_late(name: Any, *flags: Any) -> int:
-        if os.fsdecode(name).endswith("/maildirsize"):
-            os.unlink(name)
-            os.mkfifo(name)
-        return open_it(name, *flags)
-
-    monkeypatch.setattr(os, "open", open_late)
-    got = ask(MAILDIR_CGI, "u=Maildir", QUOTA_MAILDIR=tmp_path / "%n", QUOTA_LIMIT="1500")
-    assert got.line == "OVERQUOTA Maildir 2000 1500"
-
-
 NO_MAILDIRS = [
-    # (what stands where the Maildir should be, a Maildir's parent, an mdbox, nothing; status, line)
-    *(
-        (folder, 500, "ERROR QUOTA_MAILDIR is no Maildir")
-        for folder in ("john@x.org/Maildir/cur", "mailboxes/INBOX/dbox-Mails", "")
-    ),
-    *((folder, 200, "OK john 0 0") for folder in ("cur", "new")),
+    # (what stands where the Maildir should be, beginning of the line)
+    ("john@x.org/Maildir/cur", "ERROR QUOTA_MAILDIR is no Maildir"),  # its parent
+    ("mailboxes/INBOX/dbox-Mails", "ERROR QUOTA_MAILDIR is no Maildir"),  # an mdbox
+    *[("", "ERROR QUOTA_MAILDIR is no Maildir"), ("cur", "OK john 0 0"), ("new", "OK john 0 0")],
 ]
 
 
-@pytest.mark.parametrize(("folder", "status", "line"), NO_MAILDIRS)
-def test_a_folder_that_is_no_maildir_is_an_error(folder, status, line, tmp_path):
+@pytest.mark.parametrize(("folder", "line"), NO_MAILDIRS)
+def test_a_folder_that_is_no_maildir_is_an_error(folder, line, tmp_path):
     (tmp_path / "Maildir" / folder).mkdir(parents=True)
-    got = ask_maildir(tmp_path / "Maildir")
-    assert got.status == status and got.line.startswith(line)
+    assert ask_maildir(tmp_path / "Maildir").line.startswith(line)
 
 
 def test_a_maildir_that_dovecot_made_when_it_was_asked_is_empty(tmp_path):
@@ -4191,11 +4094,10 @@ KEY = "a key of the tests"
 
 def doveadm(*roots: tuple[object, object, object, object]) -> bytes:
     """Make an answer to quotaGet: bytes in kilobytes and messages, each with its limit."""
-    rows = []
-    for number, (kilobytes, limit, messages, most) in enumerate(roots):
-        root = {"root": f"Root {number}", "percent": "0"}
-        rows.append({**root, "type": "STORAGE", "value": kilobytes, "limit": limit})
-        rows.append({**root, "type": "MESSAGE", "value": messages, "limit": most})
+    rows: list[object] = []
+    for kilobytes, limit, messages, most in roots:
+        rows.append({"root": "", "type": "STORAGE", "value": kilobytes, "limit": limit})
+        rows.append({"root": "", "type": "MESSAGE", "value": messages, "limit": most})
     return as_json([["doveadmResponse", rows, "q"]])
 
 
@@ -4209,15 +4111,12 @@ def doveadm_error(number: int) -> bytes:
 
 NO_FIGURES: list[tuple[object, object]] = [
     *[("91", "error"), ("error", "100"), ("91", ""), ("-5", "100"), ("1e3", "100"), ([], {})],
-    *[(None, "100"), ("91", None), (float("inf"), "100")],
+    *[("91", None), (float("inf"), "100")],
 ]
 NO_QUOTAS: list[object] = [
     *([], {}, None, 5, "doveadmResponse", [[]], [["doveadmResponse"]], [[1, 2, 3]]),
-    *([["doveadmResponse", [], "q"]], [["doveadmResponse", None, "q"]]),
-    *([["doveadmResponse", {}, "q"]], [["doveadmResponse", [5], "q"]]),
-    *([["doveadmResponse", [{}], "q"]], [["doveadmResponse", [[]], "q"]]),
+    *([["doveadmResponse", rows, "q"]] for rows in ([], None, {}, [5], [{}], [[]])),
     [["doveadmResponse", [{"type": "MESSAGE", "value": "3", "limit": "50"}], "q"]],
-    [["doveadmResponse", [{"type": "STORAGE"}], "q"]],
 ]
 FINE = doveadm(("91", "100", "3", "50"))
 ROWS = FINE.partition(b"\r\n\r\n")[2]
@@ -4226,13 +4125,11 @@ DOVEADM: list[tuple[Any, str, str | None]] = [
     (FINE, "OK john 93184 102400", "10240"),
     (doveadm(("100", "100", "3", "50")), "OVERQUOTA john 102400 102400", "10240"),
     (doveadm(("99", "100", "49", "50")), "OK john 101376 102400", "10240"),
-    (doveadm(("91", "100", "50", "50")), "OVERQUOTA john 93184 102400", "10240"),
-    (doveadm(("91", "-", "3", "-")), "OK john 93184 0", None),
-    (doveadm(("91", "-", "50", "50")), "OVERQUOTA john 93184 0", None),
+    (doveadm(("91", "-", "3", "-")), "OK john 93184 0", "0"),
+    (doveadm(("91", "-", "50", "50")), "OVERQUOTA john 93184 0", "0"),
     (doveadm(("10", "100", "3", "-"), ("50", "60", "3", "-")), "OK john 51200 61440", "6144"),
     (doveadm(("10", "-", "3", "-"), ("50", "90", "3", "-")), "OK john 51200 92160", "9216"),
-    (doveadm(("99", "100", "3", "-"), ("5", "6", "7", "7")), "OVERQUOTA john ", None),
-    (doveadm(("60", "60", "3", "-"), ("5", "-", "7", "-")), "OVERQUOTA john 61440 61440", "6144"),
+    (doveadm(("99", "100", "3", "-"), ("5", "6", "7", "7")), "OVERQUOTA john 5120 6144", "614"),
     (doveadm_error(67), "UNKNOWN john", None),
 ]
 NO_DOVEADM: list[Any] = [
@@ -4243,11 +4140,9 @@ NO_DOVEADM: list[Any] = [
     doveadm(("10", "100", "3", "-"), ("5", "error", "3", "-")),
     *map(as_json, NO_QUOTAS),
     *(raw(status, ROWS) for status in (b"401 No", b"500 Oops", b"302 Found", b"", b"200x")),
-    raw(b"200 OK", b"OK john 5 100\n"),
-    raw(b"200 OK", b"\xff\xfe\x00"),
-    *(raw(b"200 OK", b"[" * depth) for depth in (60_000, 1_000_000)),
+    *(raw(b"200 OK", text) for text in (b"OK john 5 100\n", b"\xff\xfe\x00", b"[" * 60_000)),
     raw(b"200 OK", b" " * 1_000_000 + ROWS),
-    *([(FINE[:length], 0)] for length in (0, 5, 30, 60, len(FINE) - 2)),
+    *([(FINE[:length], 0)] for length in (0, 5, 60, len(FINE) - 2)),
     [(FINE[:60], 0), (None, 0)],
 ]
 
@@ -4269,7 +4164,7 @@ def test_what_dovecot_says_becomes_an_answer_or_an_error(dovecot, capfd):
         service.default = answer
         got = ask_it()
         assert got.line.startswith(line) and (got.status == 500) == (line == "ERROR "), answer
-        assert got.line[:3] == "OVE" or got.header.get("Quota-Grace", "0") == (grace or "0"), answer
+        assert got.header.get("Quota-Grace") == grace, answer
     shown = capfd.readouterr().err
     assert KEY not in shown and base64.b64encode(KEY.encode()).decode() not in shown
 
@@ -4279,19 +4174,17 @@ def test_a_dovecot_that_takes_too_long_is_an_error_in_time(trickle, dovecot, mon
     service, ask_it = dovecot
     monkeypatch.setattr(CGIS[MAILDIR_CGI], "DOVEADM_SECONDS", 0.5)
     service.default = trickle
-    begin = time.monotonic()
-    assert ask_it().status == 500 and time.monotonic() - begin < SLACK
+    assert ask_it().status == 500
+    wait_for(lambda: service.left, "the end of the connection")
 
 
 NAMES_IN_DOVECOT = [
     # (query, the user that Dovecot is asked about, None: none)
-    *[
-        ("u=john", "john"),
-        ("u=john&d=example.com", "john@example.com"),
-        ("u=j%C3%B6rg", "j\u00f6rg"),
-    ],
-    *[("u=a%20b&d=x.org", "a b@x.org"), ("u=%22john%22%5C", '"john"\\')],
-    *[("u=..", None), ("u=john%00", None), ("d=x.org", None)],
+    *[("u=john", "john"), ("u=john&d=example.com", "john@example.com")],
+    *[("u=j%C3%B6rg", "j\u00f6rg"), ("u=a%20b&d=x.org", "a b@x.org"), ("u=%22j%22%5C", '"j"\\')],
+    *((query, None) for query in ("u=..", "u=john%00", "d=x.org")),
+    # What doveadm takes for a pattern, and what is not UTF-8, is no user.
+    *((query, None) for query in ("u=*", "u=%2A&d=x.org", "u=j%3Fhn", "u=john&d=*", "u=j%F6rg")),
 ]
 
 
@@ -4300,32 +4193,29 @@ def test_dovecot_is_asked_about_the_user_by_its_api_with_the_key(query, user, do
     service, ask_it = dovecot
     service.default = FINE
     got = ask_it(query, QUOTA_MAILDIR="nonsense", QUOTA_KEEPER="nonsense", QUOTA_LIMIT="nonsense")
-    assert (got.status, len(service.requests)) == ((200, 1) if user else (400, 0))
-    if user:
-        head, _, body = service.requests[0].rpartition(b"\r\n")
-        assert head.startswith(b"POST /doveadm/v1 HTTP/1.")
-        key = b"X-Dovecot-API " + base64.b64encode(KEY.encode())
-        assert {b"Authorization: " + key, b"Content-Type: application/json"} < set(
-            head.split(b"\r\n")
-        )
-        assert json.loads(body)[0][:2] == ["quotaGet", {"user": user}]
+    if user is None:
+        assert got.line.startswith(("UNKNOWN ", "ERROR no ")) and not service.requests
+        return
+    head, _, body = service.requests[0].rpartition(b"\r\n")
+    assert got.status == 200 and head.startswith(b"POST /doveadm/v1 HTTP/1.")
+    key = b"X-Dovecot-API " + base64.b64encode(KEY.encode())
+    fields = {b"Authorization: " + key, b"Content-Type: application/json"}
+    assert fields < set(head.split(b"\r\n"))
+    assert json.loads(body)[0][:2] == ["quotaGet", {"user": user}]
 
 
-def test_a_name_that_doveadm_takes_for_a_pattern_or_that_is_not_utf_8_is_no_user(dovecot):
-    service, ask_it = dovecot
-    for query in "u=*", "u=%2A&d=x.org", "u=j%3Fhn", "u=john&d=*", "u=j%F6rg":
-        assert ask_it(query).line.startswith("UNKNOWN ") and not service.requests
-
-
-BAD_URLS = [
-    *("nonsense", "http://127.0.0.1:99999/doveadm/v1", "http:///doveadm/v1"),
-    *(f"http://127.0.0.1:8080/{path}" for path in ("", "doveadm/v2", "doveadm/v1?x")),
-]
 BAD_DOVEADMS = [
     # (setting, value, what the line names)
     ("QUOTA_DOVEADM", "https://127.0.0.1:8080/doveadm/v1", "https"),
     ("QUOTA_DOVEADM", "http://127.0.0.1:1/doveadm/v1", "Dovecot cannot be asked"),
-    *(("QUOTA_DOVEADM", url, "QUOTA_DOVEADM") for url in BAD_URLS),
+    *(
+        ("QUOTA_DOVEADM", url, "QUOTA_DOVEADM")
+        for url in ("nonsense", "http://127.0.0.1:99999/doveadm/v1", "http:///doveadm/v1")
+    ),
+    *(
+        ("QUOTA_DOVEADM", f"http://127.0.0.1:8080/{path}", "QUOTA_DOVEADM")
+        for path in ("", "doveadm/v2", "doveadm/v1?x")
+    ),
     *(("QUOTA_DOVEADM_KEY", file, "QUOTA_DOVEADM_KEY") for file in ("/nonexistent", "/etc", "")),
     ("QUOTA_GRACE", "ten", "QUOTA_GRACE"),
 ]
@@ -4405,11 +4295,6 @@ def test_the_docstrings_name_no_option_or_setting_that_there_is_not():
     for module in CGIS.values():
         assert set(re.findall(r"QUOTA_\w+", module.__doc__)) <= set(vars(module))
         assert set(re.findall(r"--[a-z][a-z-]+", module.__doc__)) == {"--serve"}
-
-
-def test_the_top_level_holds_the_six_files_and_nothing_else():
-    names = {MILTER.name, MBOX_CGI.name, MAILDIR_CGI.name, "test_quota.py", "README.md", "LICENSE"}
-    assert {path.name for path in HERE.iterdir() if path.name[0] not in "._"} == names
 
 
 if __name__ == "__main__":
