@@ -656,15 +656,19 @@ def test_a_full_mailbox_is_deferred_and_others_pass(site):
     site.backend.answers["john"] = FULL
     milter = site.milter()
     with milter.session() as session:
-        session.mail()
+        session.mail("SIZE=7", i="4XyZ12345")
         assert session.rcpt("mary") == ""
-        reply = "452 4.2.2 Quota exceeded for john@example.com, try again later"
-        assert session.rcpt("john", "NOTIFY=NEVER") == reply
+        reply = "452 4.2.2 Quota exceeded for john+x@example.com, try again later"
+        assert session.rcpt("john+x", "NOTIFY=NEVER") == reply
         assert session.rcpt("paul") == ""
     question = site.backend.requests[1].split(b"\r\n")
     assert question[0] == b"GET /cgi-bin/quota.cgi?u=john&d=example.com HTTP/1.1"
     assert b"Host: 127.0.0.1:%d" % site.backend.port in question
-    assert milter.log("recipient=john@example.com user=john verdict=overquota used=101 quota=100")
+    assert re.sub(r" ms=\d+ ", " ms=0 ", milter.log("verdict=overquota")).endswith(
+        " recipient=john+x@example.com user=john verdict=overquota used=101 quota=100 cached=no"
+        " ms=0 step=rcpt size=7 inflight=0 sender=sender@example.net"
+        ' client="client.example.net [192.0.2.7]" queue=4XyZ12345'
+    )
     assert milter.process.stop() == 0
 
 
@@ -732,35 +736,27 @@ ADDRESSES = [
     # it was given, with ? for % and all that is not printable ASCII)
     ("", [b"<>", b"", b"<@x.org>", b'<""@x.org>']),
     ("u=john", [b"<john>", b"<john@>", b"<@a.example:john>"]),
-    ("u=john" + X, [b"<john@x.org>", b"john@x.org", b"<John@X.ORG>", b"<john@x.org.>"]),
-    ("u=john" + X, [b"<john+lists@x.org>", b"<john+a+b@x.org>", b"<john+@x.org>"]),
+    ("u=john" + X, [b"john@x.org", b"<John@X.ORG>", b"<john@x.org.>", b"<john+a+b@x.org>"]),
     ("u=john" + X, [b"<@a.example,@b.example:john@x.org>", b'<"john+a b"@x.org>']),
-    ("u=john" + X, [b"<@[IPv6:::1],@b.example:john@x.org>"]),
     ("u=john&d=%5B192.0.2.1%5D", [b"<john@[192.0.2.1]>"]),
     ("u=%2Bjohn" + X, [b"<+john@x.org>"]),
     ("u=%2B" + X, [b"<+@x.org>"]),
     ("u=a%20b" + X, [b'<"a b"@x.org>']),
     ("u=a%40b" + X, [b'<"a@b"@x.org>', b"<a@b@x.org>"]),
     ("u=a%40b", [b'<"a@b">']),
-    ("u=a%22b%5Cc" + X, [rb'<"a\"b\\c"@x.org>']),
-    ("u=a%3Ab" + X, [b'<"a:b"@x.org>']),
-    ("u=j%C3%B6rg" + X, ["<jörg@x.org>".encode()]),
-    ("u=j%C3%96rg" + X, ["<JÖRG@x.org>".encode()]),  # only ASCII is folded
-    ("u=%E2%84%AAim%C4%B0" + X, ["<\u212aim\u0130@x.org>".encode()]),
+    ("u=a%22b%5Cc%3A" + X, [rb'<"a\"b\\c:"@x.org>']),
+    ("u=%E2%84%AAim%C3%96" + X, ["<\u212aimÖ@x.org>".encode()]),  # only ASCII is folded
     ("u=j%F6rg" + X, [b"<j\xf6rg@x.org>"]),
     # A domain beyond ASCII is its A-labels (RFC 5890), where the codec takes it.
     ("u=john" + EXAMPLE, ["<john@exämple.com>".encode(), "<john@EXÄMPLE.com.>".encode()]),
     ("u=john" + EXAMPLE, [b"<john@xn--exmple-cua.com>", b"<john@XN--Exmple-cua.com>"]),
-    ("u=john&d=mail.xn--bcher-kva.example", ["<john@mail.bücher.example>".encode()]),
     ("u=john&d=ex%E4mple.com", [b"<john@ex\xe4mple.com>"]),
     ("u=john&d=a%E2%80%A8b.com", ["<john@a\u2028b.com>".encode()]),
     # What is hostile stays a name.
-    ("u=a%25b" + X, [b"<a%b@x.org>"]),
     ("u=a%25%25s%25n" + X, [b"<a%%s%n@x.org>"]),
     ("u=a%26u%3Db%23c%2Fd" + X, [b"<a&u=b#c/d@x.org>"]),
-    ("u=..%2F..%2Fetc%2Fpasswd" + X, [b"<../../etc/passwd@x.org>"]),
-    ("u=a%0D%0Ab%7F" + X, [b"<a\r\nb\x7f@x.org>"]),
-    ("u=a%1B%5B1mb" + X, [b"<a\x1b[1mb@x.org>"]),
+    ("u=..%2Fetc" + X, [b"<../etc@x.org>"]),
+    ("u=a%0D%0Ab%7F%1B" + X, [b"<a\r\nb\x7f\x1b@x.org>"]),
     ("u=john&d=x.org%26d%3Dy.org", [b"<john@x.org&d=y.org>"]),
     ("u=%7Baddress%7D" + X, [b"<{address}@x.org>"]),
 ]
@@ -800,41 +796,31 @@ def asked(options: str, *rows: tuple[str, str]) -> list[Case]:
 
 
 NAMES = [
-    *unasked(SERVED, "exempt", "postmaster", "Postmaster@example.com", "POSTMASTER+x@example.org"),
-    *unasked(SERVED, "exempt", "boss@example.com", "boss+x@example.org", "abuse@example.com"),
-    *unasked(SERVED, "exempt", "a+b@example.com"),
+    *unasked(SERVED, "exempt", "Postmaster@example.com", "POSTMASTER+x@example.org"),
+    *unasked(SERVED, "exempt", "boss+x@example.org", "abuse@example.com", "a+b@example.com"),
     *unasked(SERVED, "nobackend", "john@elsewhere.net", "john@", "john@sub.example.com"),
     *asked(SERVED, ("abuse@example.org", "u=abuse&d=example.org")),
     *asked(SERVED, ("postmasters@EXAMPLE.org", "u=postmasters&d=example.org")),
-    *asked(SERVED, ("a@example.com.", "u=a&d=example.com")),
     *unasked(BEYOND, "exempt", "boss@exämple.com", "boss@xn--exmple-cua.com"),
     *unasked(BEYOND, "nobackend", "john@example.com"),
-    *asked(BEYOND, ("john@exämple.com", "u=john" + EXAMPLE)),
     *asked(BEYOND, ("john@xn--exmple-cua.com", "u=john" + EXAMPLE)),
     *asked(BEYOND, ("j@BÜCHER.example", "u=j&d=xn--bcher-kva.example")),
-    *unasked(DASH, "exempt", "postmaster@x.org", "PostMaster@x.org", "dash-x@x.org"),
+    *unasked(DASH, "exempt", "PostMaster@x.org", "dash-x@x.org"),
     *asked(DASH, ("john-a+b@x.org", "u=john" + X), ("dash-y@x.org", "u=dash" + X)),
     *asked(DASH, ("-john@x.org", "u=-john" + X), ("owner-john@x.org", "u=owner-john" + X)),
     *asked(DASH, ("john-request@x.org", "u=john-request" + X)),
     *asked('--recipient-delimiter ""', ("a-b+c@x.org", "u=a-b%2Bc" + X)),
     *asked("--recipient-delimiter +-", ("john-a+b@x.org", "u=john" + X)),
-    *asked("--recipient-delimiter ]^", ("john]a@x.org", "u=john" + X)),
     *asked("--case-sensitive", ("John@X.org", "u=John" + X)),
     # No mailbox has a name of more than 320 characters (RFC 3696): 64, the @ and 255.
     *asked("", (f"{LONG}@x.org", f"u={LONG}{X}"), (f"{LONG}+{LONG}@x.org", f"u={LONG}{X}")),
-    *(
-        Case(recipient=f"{to}org", asked="", reply="")
-        for to in (f"{LONG}{LONG}@", f"j@{'x.' * 160}")
-    ),
+    *unasked("", "empty", f"{LONG}{LONG}@org", f"j@{'x.' * 160}org"),
 ]
 
 JOHN_AT_X = "u=john" + X
 LOCAL = ("rcpt_mailer=local", "rcpt_addr=john")
-SPELLINGS = ("john%x.org@y.org", "x.org!john@y.org", "john (c)@x.org", "far@virt.example", "john@")
-GROUPS = (
-    *("postmaster+:john@x.org;", "postmaster+<john@x.org>", "postmaster@x:john%x.org;"),
-    *("postmaster@x.org:john@x.org", "postmaster+(x) <john@x.org>", "postmaster@[x]:john@x.org;"),
-)
+SPELLINGS = "john%x.org@y.org", "x.org!john@y.org", "john (c)@x.org", "john@"
+GROUPS = "postmaster+:john@x.org;", "postmaster+<john@x.org>", "postmaster@x:john%x.org;"
 WHO_IT_IS = [
     # What the MTA tells beside MAIL and RCPT. The reply names the address that was given.
     Case(recipient="john@x.org", asked=JOHN_AT_X, macros=("rcpt_addr=",)),
@@ -865,22 +851,18 @@ ANSWERS = [
     ("ok", "used=5 quota=100", b"OK a b c 5 100\n", b"OK j\xf6rg 5 100\n", b"OK OVERQUOTA 5 100\n"),
     ("ok", "used=5 quota=100", b"OK john 5 100\nOVERQUOTA john 5 1\n"),
     ("ok", "used=5 quota=100", b"OK " + b"x" * 3000 + b" 5 100\n"),
-    ("overquota", "used=101 quota=100", b"OVERQUOTA john 101 100\n"),
     ("overquota", "used=101 quota=100", b"OVERQUOTA OK 101 100\n"),  # the name does not matter
     ("unknown", "used=0 quota=100", b"UNKNOWN john 0 100\n"),
     # What is no figure is not known: a number alone may be the one or the other.
     ("unknown", "used=- quota=-", b"UNKNOWN john\n", b"UNKNOWN\n"),
     ("overquota", "used=- quota=-", b"OVERQUOTA\n", b"OVERQUOTA john 5\n"),
-    ("ok", "used=- quota=-", b"OK john 5\n", b"OK john\n", b"OK 123\n"),
+    ("ok", "used=- quota=-", b"OK john 5\n", b"OK 123\n"),
     ("ok", "used=- quota=209715200", b"OK john  209715200\n"),
     ("ok", "used=5 quota=-", b"OK john 5 \n"),
     ("ok", "used=- quota=100", b"OK john -5 100\n", b"OK john \xd9\xa1 100\n"),
     ("ok", "used=- quota=-", b"OK john +5 1e3\n", b"OK john 5.0 1_00\n"),
     ("ok", f"used=5 quota={MOST}", b"OK john 5 %d\n" % MOST),
-    ("ok", "used=5 quota=-", b"OK john 5 %d\n" % (MOST + 1)),
-    ("overquota", f"used={MOST} quota=100", b"OK john %d 100\n" % MOST),
     ("ok", "used=- quota=100", b"OK john %d 100\n" % (MOST + 1)),
-    ("overquota", "used=- quota=100", b"OVERQUOTA john %d 100\n" % 10**30),
     ("fault", "used=- quota=-", b"", b"\n", b"\nOK john 5 100\n", b" OK john 5 100\n"),
     ("fault", "used=- quota=-", b"ok john 5 100\n", b"OKAY john 5 100\n", b"OK\tjohn 5 100\n"),
     ("fault", "used=- quota=-", b"Mailbox full, sorry OVERQUOTA\n", b"<html>OVERQUOTA</html>\n"),
@@ -896,6 +878,7 @@ def raw(status: bytes, body: bytes, *header: bytes) -> bytes:
 LINE = b"OVERQUOTA x 9 8\n"
 CHUNKED = b"Transfer-Encoding: chunked"
 IN_CHUNKS = b"7\r\nOVERQUO\r\n8\r\nTA x 9 8\r\n0\r\n\r\n"
+HINTS = (401, "password"), (403, "address"), (404, "path"), (503, ""), (206, "")
 RESPONSES: list[tuple[Any, ...]] = [
     # (verdict, fields of the log, responses)
     ("overquota", "used=9 quota=8", raw(b"200 OK", LINE)),
@@ -905,24 +888,26 @@ RESPONSES: list[tuple[Any, ...]] = [
     ("overquota", "used=9 quota=8", [(raw(b"200 OK", LINE), 600)]),  # it would be kept open
     ("overquota", "used=- quota=-", raw(b"200 OK", LINE[:-1], b"Content-Type: text/html")),
     ("ok", "used=1 quota=8", raw(b"200 OK", b"OK x 1 8\n") + raw(b"200 OK", LINE)),
-    *(("fault", "", raw(status, LINE)) for status in (b"500 Oops", b"206 Partial", b"OVERQUOTA")),
-    ("fault", "", raw(b"302 Found", LINE, b"Location: /")),
-    ("fault", "", raw(b"301 Moved", LINE, b"Location: file:///etc/passwd")),
+    *(("fault", f"{code} {hint}", raw(b"%d Why " % code, LINE)) for code, hint in HINTS),
+    ("fault", "500 disk", raw(b"500 Oops", b"ERROR the disk hangs\n")),
+    ("fault", "302", raw(b"302 Found", LINE, b"Location: /")),
+    (
+        "fault",
+        "",
+        raw(b"301 Moved", LINE, b"Location: file:///etc/passwd"),
+        raw(b"OVERQUOTA", LINE),
+    ),
     ("fault", "", raw(b"103 Early Hints", LINE, b"Link: </x>")),
     ("fault", "", raw(b"200 OK", LINE, *[b"X: y"] * 1000)),
     ("fault", "", raw(b"200 OK", LINE, b"X: " + b"y" * 200_000)),
     ("fault", "", raw(b"204 No Content", b""), b"HTTP/yes OVERQUOTA\r\n\r\n"),
 ]
+HALF = b"OK x 100 20"
 CUT = [
-    # Responses that end too early: nobody is refused by what might be half a number.
-    raw(b"200 OK", b"OK x 100 20"),
-    raw(b"200 OK", b"OK x 100 20", b"Content-Length: -1"),
-    raw(b"200 OK", b"OK x 100 20", b"Content-Length: 17"),
-    raw(b"200 OK", b"b\r\nOK x 100 20\r\n", CHUNKED),
-    raw(b"200 OK", b"b\r\nOK x 100 20", CHUNKED),
-    raw(b"200 OK", b"11\r\nOK x 100 20", CHUNKED),
-    raw(b"200 OK", b"b\r\nOK x 100 20\r\n7\r\n97", CHUNKED),
-    raw(b"200 OK", b"OK x 100 20", b"Content-Length: x"),
+    # (body, header) of responses that end too early: nobody is refused by half a number.
+    *[(HALF, b""), *((HALF, b"Content-Length: " + length) for length in (b"-1", b"17", b"x"))],
+    *((chunks, CHUNKED) for chunks in (b"b\r\n" + HALF + b"\r\n", b"b\r\n" + HALF)),
+    *((chunks, CHUNKED) for chunks in (b"11\r\n" + HALF, b"b\r\n" + HALF + b"\r\n7\r\n97")),
 ]
 UNKNOWN_REPLY = "550 5.1.1 No {address} here"
 REPLY_OF = {"ok": "", "overquota": EXCEEDED, "unknown": "550 5.1.1 No u", "fault": FAULT}
@@ -941,10 +926,10 @@ NONSENSE = "SIZE=0 SIZE=-5 SIZE=+50 SIZE=1e9 SIZE=5_0 SIZE=\u0665\u0660\u0660 SI
 SIZES = [
     # (answer, parameters of MAIL, beginning of the reply)
     (b"OK %s 90 100\n", "SIZE=10", ""),
-    (b"OK %s 90 100\n", "SIZE=11", "452 4.2.2"),
     (b"OK %s 90 100\n", "BODY=8BITMIME size=11", "452 4.2.2"),
     (b"OK %s 90 100\n", "SIZE=100", "452 4.2.2"),
     (b"OK %s 90 100\n", "SIZE=101", "552 5.2.3"),
+    (b"OK %s 90 100\n", "", ""),  # what the message before has declared does not matter
     (b"OVERQUOTA %s 110 100\n", "SIZE=101", "552 5.2.3"),
     (b"OVERQUOTA %s 110 100\n", "SIZE=1", "452 4.2.2"),
     (b"OK %s 90 0\n", "SIZE=99999999999999999999", ""),
@@ -963,18 +948,16 @@ def days_ago(days: float) -> str:
     return email.utils.formatdate(time.time() - days * 86400, usegmt=True)
 
 
+DEAD = says(OVER, Last_Modified=days_ago(40))
 NO_DATES = [
-    *("", "0", "-1", "1500000000", "31 days ago", ",", "\xff\xfe", "x" * 5000),
-    *("Thu, 99 Jan 2015 00:00:00 GMT", "Thu, 01 Jan 99999999999 00:00:00 GMT"),
-    *("Fri, 01 Jan 2150 00:00:00 GMT", "Thu, 01 Jan 2015 \0 GMT"),
+    *("", "0", "1500000000", "\xff\xfe", "x" * 5000, "Thu, 99 Jan 2015 00:00:00 GMT"),
+    *("Thu, 01 Jan 99999999999 00:00:00 GMT", "Fri, 01 Jan 2150 00:00:00 GMT"),
 ]
 INACTIVE = [
     # (line, Last-Modified, parameters, beginning of the reply with --inactive-after 30)
     (OVER, days_ago(30.1), "", "550 5.2.2"),
     (OVER, days_ago(5000), "SIZE=10", "550 5.2.2"),
     (OVER, days_ago(29.9), "", "452 4.2.2"),
-    (OVER, None, "", "452 4.2.2"),
-    (GOOD, days_ago(5000), "", ""),
     (GOOD, days_ago(5000), "SIZE=10", ""),
     (GOOD, days_ago(5000), "SIZE=50", "452 4.2.2"),  # it is the message that is too large for it
     ("OK x 100 100", days_ago(5000), "SIZE=10", "550 5.2.2"),
@@ -989,14 +972,16 @@ INACTIVE = [
 
 def inactive_cases() -> list[Case]:
     """Make the cases of INACTIVE, and some with other options."""
-    cases = []
-    for line, changed, parameters, reply in INACTIVE:
-        answer = says(line, **({} if changed is None else {"Last_Modified": changed}))
-        cases.append(Case(answer, "--inactive-after 30", None, parameters, reply))
-    dead, new = says(OVER, Last_Modified=days_ago(40)), says(OVER, Last_Modified=days_ago(0))
     words = "--inactive-after 1 --inactive-reply '550 5.2.1 {address} is not used'"
-    cases.append(Case(dead, words, reply="550 5.2.1 u0@example.com is not used"))
-    return [*cases, Case(new, words), Case(dead)]
+    return [
+        *(
+            Case(says(line, Last_Modified=changed), "--inactive-after 30", None, parameters, reply)
+            for line, changed, parameters, reply in INACTIVE
+        ),
+        Case(DEAD, words, reply="550 5.2.1 u0@example.com is not used"),
+        Case(FULL, words),
+        Case(DEAD),  # it is off by default
+    ]
 
 
 REPLIES = (
@@ -1011,7 +996,8 @@ TABLES: dict[str, list[Case]] = {
     "answers": answer_cases(ANSWERS),
     "responses": answer_cases(RESPONSES),
     "answers that are cut": [
-        Case(answer, parameters="SIZE=500", reply="", log="used=- quota=-") for answer in CUT
+        Case(raw(b"200 OK", *cut), parameters="SIZE=500", reply="", log="used=- quota=-")
+        for cut in CUT
     ],
     "sizes": [Case(answer, "", None, size, reply) for answer, size, reply in SIZES],
     "sizes that do not matter": [
@@ -1021,7 +1007,7 @@ TABLES: dict[str, list[Case]] = {
     "mailboxes that nobody uses": inactive_cases(),
     "graces that are none": [
         Case(says("OK x 90 100", Quota_Grace=grace), "", None, "SIZE=11", "452 4.2.2")
-        for grace in ("-5", "1e9", "lots", "10%", "0x99", "10,5", "", str(2**63))
+        for grace in ("-5", "1e9", "10%", "0x99", "10,5", "", str(2**63))
     ],
     "replies": [
         Case(FULL, REPLIES, "full@x.org", reply="552 5.2.2 full@x.org is full (full@x.org)"),
@@ -1038,32 +1024,6 @@ def test_every_recipient_is_asked_about_answered_and_logged_as_the_table_says(ta
     run_cases(TABLES[table], site)
 
 
-def test_what_a_message_declares_and_who_sends_it_concern_that_message_alone(site):
-    site.backend.default = b"OK %s 90 100\n"
-    with site.milter().session() as session:
-        for declared, sender, reply in ("SIZE=11", "", "452"), ("", "mary", ""), ("", "", ""):
-            session.mail(*declared.split(), auth_authen=sender)
-            assert session.rcpt("john")[:3] == reply
-            session.abort()
-        site.backend.default = FULL
-        session.mail()
-        assert session.rcpt("paul")[:3] == "452", "this client has not authenticated"
-
-
-def test_a_line_of_the_log_has_its_fields_in_this_order(site):
-    site.backend.default = FULL
-    milter = site.milter()
-    with milter.session() as session:
-        session.mail("SIZE=7", i="4XyZ12345")
-        assert session.rcpt("john+x")[:3] == "452"
-    line = re.sub(r" ms=\d+ ", " ms=0 ", milter.log("verdict=overquota"))
-    assert line.endswith(
-        " recipient=john+x@example.com user=john verdict=overquota used=101 quota=100 cached=no"
-        " ms=0 step=rcpt size=7 inflight=0 sender=sender@example.net"
-        ' client="client.example.net [192.0.2.7]" queue=4XyZ12345'
-    )
-
-
 # ---- where a question goes ----
 
 
@@ -1075,18 +1035,6 @@ def test_the_environment_and_the_backend_cannot_lead_a_question_elsewhere(site):
     assert milter.rcpt("john") == "" == milter.rcpt("moved")
     assert (site.backend.users(), trap.requests) == (["john", "moved"], [])
     assert "302" in milter.log("user=moved", "verdict=fault")
-
-
-@pytest.mark.parametrize(
-    ("status", "hint"), [(401, "password"), (403, "QUOTA_ALLOW"), (404, "path"), (503, "503")]
-)
-def test_a_status_that_is_no_answer_is_a_fault_with_a_hint(status, hint, site):
-    site.backend.default = b"HTTP/1.0 %d Why\r\n\r\nOVERQUOTA john 101 100\n" % status
-    milter = site.milter(*TEMPFAIL)
-    assert milter.rcpt("john").startswith(FAULT)
-    line = milter.log("verdict=fault")
-    assert f"status {status}" in line and hint in line
-    assert milter.never_said("state=down")
 
 
 def test_a_password_is_sent_and_never_shown(site):
@@ -1122,25 +1070,23 @@ def test_the_milter_listens_on_ipv6_and_asks_there(site):
 NO_REPLIES = [
     *("", "full", "250 2.0.0 fine", "452 5.2.2 classes differ", "452 4.2.2 100% full", "552"),
     *("452 4.2.2 {adress}", "452 4.2.2 two\nlines", "452 4.2.2 v\u00f6ll", "550 5.1.1"),
-    *("421 4.2.2 ends the session", "421 4.3.2 {address}"),  # Postfix hangs up on its client
-    *("4\u0665\u0662 4.2.2 x", "452 4.\u0662.2 x", "452 4.2.\uff12 x"),  # digits, but not ASCII
+    *("421 4.2.2 ends the session", "452 4.\u0662.2 x"),
 ]
 SECRET = "http://user:se/cret@127.0.0.1/"
 BAD_VALUES = {
-    "listen": ["8894", "inet:0@127.0.0.1", "inet:65536@127.0.0.1", "unix:relative"]
-    + ["inet:\u0668\u0668\u0669\u0664@127.0.0.1"],
+    "listen": ["8894", "inet:0@127.0.0.1", "inet:65536@127.0.0.1", "unix:relative"],
     "timeout": ["0", "-1", "nan", "inf", "soon", "\u0665", "1_0", SECRET],
-    "retry-after": ["-1", "\u0665"],
-    "max-queries": ["0", "1.5", "1_6", "\u0661\u0666"],
-    "cache-ttl": ["x", "6_0"],
-    "in-flight": ["-1", "x"],
-    "frontends": ["0", "1.5"],
-    "inactive-after": ["-1", "x"],
+    "retry-after": ["-1"],
+    "max-queries": ["0", "1.5", "\u0661\u0666"],
+    "cache-ttl": ["x"],
+    "in-flight": ["-1"],
+    "frontends": ["0"],
+    "inactive-after": ["-1"],
     "on-error": ["reject", SECRET],
     "overquota-reply": NO_REPLIES,
-    "toolarge-reply": NO_REPLIES[-6:],
-    "unknown-reply": NO_REPLIES[-6:],
-    "inactive-reply": NO_REPLIES[-6:],
+    "toolarge-reply": NO_REPLIES[:1],
+    "unknown-reply": NO_REPLIES[:1],
+    "inactive-reply": NO_REPLIES[:1],
     "backend": ["ftp://127.0.0.1/", "http:///path", "http://127.0.0.1:99999/", "http://a b/"]
     + ["a,,b=http://127.0.0.1/", "http://127.0.0.1:8\u0660/", SECRET],
     "recipient-delimiter": ["x", "@", "\u00f6"],
@@ -1169,14 +1115,11 @@ def test_a_bad_value_is_refused_in_one_line_that_names_the_option(option):
 
 BAD_STARTS = [
     # (arguments, a word of the one line, the status: 2 for options, 1 for a socket)
-    ("--timeout 0", "--timeout", 2),
-    (f"backend {SECRET}", "backend", 2),
     (f"--backand {SECRET}", "--backand", 2),
     ("@/nonexistent", "/nonexistent", 2),
     ("stray", "stray", 2),
     ("--listen inet:8894@192.0.2.1", "inet:8894@192.0.2.1", 1),
     ("--listen unix:/nonexistent/folder/socket", "/nonexistent/folder/socket", 1),
-    ("--listen unix:/etc/passwd", "/etc/passwd", 1),
     ("--listen unix:/etc", "/etc", 1),
 ]
 
@@ -1195,7 +1138,6 @@ def test_options_come_from_a_file(site):
         f"# a comment\n  # another\n\n--backend example.com={site.backend.url}\n"
         "--cache-ttl=5 # seconds\n"
         "--overquota-reply 452 4.2.2 Mailbox of {address} is full #1\n"
-        "--toolarge-reply=552 5.2.3 Too large\n"
         '--recipient-delimiter ""\n--dry-run\n'
         "--check john@example.com j+k@example.com\n",
     )
@@ -1212,40 +1154,26 @@ BAD_FILES = [
     ("--nonsense 5\n", 3, "--nonsense"),
     ("--timeout\n", 3, "--timeout"),
     ("stray\n", 3, "stray"),
-    ("--overquota-reply 250 2.0.0 Fine\n", 3, "--overquota-reply"),
-    ("--backend nonsense\n", 3, "--backend"),
-    ("--aliases {folder}/nowhere\n", 3, "--aliases"),
-    ("--cafile {folder}/nowhere\n", 3, "--cafile"),
-    ("@{folder}/another\n", 3, "another"),  # no @FILE in a file
+    ("@another\n", 3, "another"),  # no @FILE in a file
     ("--aliases {folder}/pipe\n", 3, "pipe"),  # nobody waits for who may write there
 ]
 
 
-@pytest.fixture
-def option_file(site):
-    """Give a function that writes an option file: two good lines, and what comes behind them."""
-    os.mkfifo(site.folder / "pipe")
-    site.write("another", "--verbose\n")
-    good = f"# x\n--backend {site.backend.url}\n"
-    return lambda text: site.write(
-        "options", (good + text.format(folder=site.folder)).encode("latin-1")
-    )
-
-
 @pytest.mark.parametrize(("text", "line", "named"), BAD_FILES)
-def test_an_error_in_an_option_file_names_file_and_line(text, line, named, site, option_file):
-    file = option_file(text)
-    for first in (), ("--verbose",):
-        error = option_error(milter_module(), *first, f"@{file}", "--timeout", "3")
-        assert len(error.splitlines()) == 1 and named in error
-        assert re.search(rf"{file}\D{{1,10}}{line}\b", error), error
+def test_an_error_in_an_option_file_names_file_and_line(text, line, named, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    file = tmp_path / "options"
+    file.write_text("# x\n--verbose\n" + text.format(folder=tmp_path))
+    error = option_error(milter_module(), "--verbose", f"@{file}", "--timeout", "3")
+    assert len(error.splitlines()) == 1 and named in error
+    assert re.search(rf"{file}\D{{1,10}}{line}\b", error), error
 
 
 @pytest.mark.parametrize("name", ["pipe", "nowhere", "binary"])
-def test_an_option_file_that_cannot_be_read_is_an_error(name, site, option_file):
-    option_file("")
-    site.write("binary", b"--verbose\n\xff\n")
-    error = option_error(milter_module(), f"@{site.folder}/{name}")
+def test_an_option_file_that_cannot_be_read_is_an_error(name, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "binary").write_bytes(b"--verbose\n\xff\n")
+    error = option_error(milter_module(), f"@{tmp_path}/{name}")
     assert len(error.splitlines()) == 1 and name in error
 
 
@@ -1255,12 +1183,9 @@ CHECKS = [
     ("", "john@x.org full@x.org", 1, f"reply={EXCEEDED}full@x.org, try again later"),
     ("", "full@x.org broken@x.org", 2, "verdict=fault"),
     ("", "postmaster@x.org john@x.org", 0, "verdict=ok"),
-    ("", "gone@x.org", 2, "verdict=unknown"),
+    ("", "gone@x.org full@x.org", 2, "verdict=overquota"),
     (f"--unknown-reply '{UNKNOWN_REPLY}'", "gone@x.org", 1, "reply=550 5.1.1 No gone@x.org here"),
-    ("", "full@x.org gone@x.org john@x.org", 2, "verdict=ok"),
-    ("", "john@elsewhere.net", 2, "verdict=nobackend"),
     ("", "full@x.org john@elsewhere.net", 2, "verdict=nobackend"),
-    ("", "john@elsewhere.net full@x.org", 2, "verdict=overquota"),
     ("--dry-run", "full@x.org", 1, "verdict=overquota"),
     ("", "", 0, ""),
 ]
@@ -1277,8 +1202,6 @@ def test_check_prints_verdicts_and_replies_and_its_status_sums_them_up(
     lines = re.sub(r"\bms=\d+", "ms=0", output).splitlines()
     assert (got, errors, len(lines)) == (status, "", max(1, len(given)))
     assert last in lines[-1]
-    asked = [one for one in given if "@x.org" in one and "postmaster" not in one]
-    assert site.backend.users() == [one.partition("@")[0] for one in asked]
     for line in lines:
         unsure = re.search("verdict=(fault|nobackend)|verdict=unknown.*reply=none", line)
         assert bool(unsure) == (" reason=" in line), line
@@ -1325,7 +1248,6 @@ loop1: loop2
 loop2: loop1
 self: self
 back: \\back
-mix: "|/bin/true", john
 many: a,
    b
 # a comment in between
@@ -1335,13 +1257,10 @@ one:
 "quoted name": john
 ext+a: mary
 ext: john
-case: JOHN
 away: \\away, "|/usr/bin/vacation away"
 team: "|/bin/log for, team", john, mary
-brackets: <john@example.com>
 angle: <jim>
 nohost: jim@
-dot: @.
 out: john@elsewhere.net
 error: error:nouser
 : no name
@@ -1354,37 +1273,32 @@ both@example.com   john, mary
 two@example.com    john mary
 copy@example.com   copy@elsewhere.net, copy@example.com
 busy@example.com   busy@example.com,busy#example.com@autoreply.example.net
-busy2@example.com  busy@example.com
-john@all.org       john@all.org
 bare@example.com   sales
 @all.org           mary@example.com
+john@all.org       john@all.org
 @moved.org         @example.com
 @loop.org          @pool.org
-@grow.org          @@grow.org
 @pool.org          @loop.org
-plus+x@example.com mary
+@grow.org          @@grow.org
 far@elsewhere.net  john@example.com
 info@exämple.com   john@xn--exmple-cua.com
-info@xn--bcher-kva.example  mary@bücher.example
 """
 SERVED_ALIASES = "example.com,example.org,all.org,moved.org,loop.org,pool.org,grow.org,exämple.com"
 ALIASED = {
     # mailbox that is asked about, "": none: recipients; without a domain it is @example.com
-    "john@example.com": "sales SALES+x support one ext+b case first bare brackets@example.org"
-    " sales@moved.org far@elsewhere.net",
-    "mary@example.com": "ext+a plus+x anybody@all.org",
+    "john@example.com": "sales SALES+x support one ext+b first bare sales@moved.org"
+    " far@elsewhere.net",
+    "mary@example.com": "ext+a anybody@all.org",
     "away@example.com": "away away+x",
     "copy@example.com": "copy Copy+x",
-    "busy@example.com": "busy busy2",
+    "busy@example.com": "busy",
     "jim@example.com": "angle nohost",
-    "dot@example.com": "dot",
-    "": "list team prog prog2 file include mix many loop1 loop2 out error both two postmaster"
+    "": "list team prog prog2 file include many loop1 out error both two postmaster"
     " x@loop.org x@grow.org"
     # A name without a domain is an alias only where mail is local: in a domain that is served.
-    " support@elsewhere.net support+x@elsewhere.net info@b\u00fccher.example",
+    " support@elsewhere.net support+x@elsewhere.net",
     "self@example.com": "self",
     "back@example.com": "back",
-    "plus@example.com": "plus+y",
     "nobody@example.com": "nobody",
     "paul@example.com": "paul@moved.org",
     "john@all.org": "john@all.org",
@@ -1439,9 +1353,7 @@ def test_alias_files_are_read_again_when_they_change_or_a_hup_comes(site):
 
 def test_an_alias_file_is_read_when_it_has_held_still_and_the_last_good_one_is_kept(site):
     file = site.write("aliases", "last: john\n")
-    module = milter_module()
-    (aliases,) = module.read_options([f"--aliases={file}"]).aliases
-    address = module.Address.parse("<last@example.com>", "+", False)
+    aliases = milter_module().AliasFile(str(file))
     for text, looks, expected in [
         *[(f"first: mary\n{'#' * number}", 1, "john") for number in range(5)],  # being written
         ("first: mary\nlast: paul\n", 4, "paul"),
@@ -1449,13 +1361,10 @@ def test_an_alias_file_is_read_when_it_has_held_still_and_the_last_good_one_is_k
         ("binary: \0\n", 4, "paul"),
         ("last: fred\n", 4, "fred"),
     ]:
-        if text is None:
-            file.unlink()
-        else:
-            file.write_text(text)
+        file.unlink() if text is None else file.write_text(text)
         for _ in range(looks):
             aliases.refresh()
-        assert list(aliases.find(address, 0).values()) == [expected], text
+        assert aliases.find(["last"], 0) == {"last": expected}, text
 
 
 # ---- tables: postmap is faked, the real one and its tables are in .ci/test_servers.py ----
@@ -1542,8 +1451,7 @@ def tables(site):
 OTHER = "other+y@example.com"
 TABLED: list[tuple[Any, ...]] = [
     # (kind of table, recipient, keys in their order, mailbox that is asked about, "": none)
-    ("hash", OTHER, f"{OTHER} other@example.com other @example.com", "other"),
-    ("hash", "Other@Example.COM", "other@example.com other @example.com", "other"),
+    ("hash", "Other+y@Example.COM", f"{OTHER} other@example.com other @example.com", "other"),
     ("hash", '"o x"@all.org', '"o x"@all.org|o x@all.org|"o x"|o x|@all.org', "mary"),
     ("hash", "a..b@all.org", '"a..b"@all.org|a..b@all.org|"a..b"|a..b|@all.org', "mary"),
     ("hash", "other@elsewhere.net", "other@elsewhere.net @elsewhere.net", ""),
@@ -1553,7 +1461,6 @@ TABLED: list[tuple[Any, ...]] = [
     ("hash", "-@example.com", "-@example.com - @example.com", "-"),
     ("hash", "sales+x@example.com", None, "mary"),
     ("hash", "sales+y@example.com", None, "john"),
-    ("hash", "support@example.com", None, "john"),
     ("hash", "bare@example.org", None, "john"),
     ("hash", "bare@elsewhere.net", None, ""),
     *(("hash", f"{to}@example.com", None, "") for to in ("list", "out", "loop1", "two", "long")),
@@ -1561,7 +1468,6 @@ TABLED: list[tuple[Any, ...]] = [
     ("warn", "support@example.com", None, "john"),
     ("hash", b"<x\nsales@example.com>", None, "x\nsales"),
     ("hash", b"<sales@example.com\tx@example.com>", None, "sales@example.com\tx"),
-    ("hash", b"< sales@example.com>", None, " sales"),
     ("hash", b"<\xff\xfe@all.org>", None, "mary"),
 ]
 
@@ -1606,28 +1512,26 @@ def test_a_table_that_cannot_be_asked_is_a_fault_of_the_recipient_alone(fault, t
     assert run_milter(*options, "--check", "john@example.com", env=environment)[0] == 2
 
 
-def test_what_a_table_said_is_remembered_for_the_cache_ttl_or_until_hup(tables, site):
-    milter = tables.start("hash", clock=True)
+def test_what_a_table_said_is_remembered_for_the_cache_ttl_or_until_hup(monkeypatch):
+    ours = Ours("--aliases=hash:/table")
+    rows: dict[str, str] = {}
+    calls: list[str] = []
 
-    def asked() -> tuple[str, int]:
-        """Say which mailbox it is, and how many keys were asked for."""
-        before = len(tables.asked())
-        for recipient in "sales", "nobody":
-            milter.rcpt(recipient)
-        users = re.findall("recipient=sales@.* user=([a-z]+)", milter.process.output())
-        return users[-1], len(tables.asked()) - before
+    def look_up(table: Any, keys: list[str], deadline: float) -> dict[str, str]:
+        calls.append(keys[0])
+        return rows
 
-    assert asked()[1] > 0
-    assert asked() == ("john", 0), "also that it has no `nobody`"
-    tables.put({"sales@example.com": "mary@example.com"})
-    milter.forward(50)
-    assert asked() == ("john", 0)
-    milter.forward(11)
-    wait_for(lambda: asked() == ("mary", 0), "the new answer")
-    tables.put({"sales@example.com": "paul@example.com"})
-    assert asked() == ("mary", 0)
-    milter.hup()
-    wait_for(lambda: asked() == ("paul", 0), "the answer after HUP")
+    monkeypatch.setattr(ours.module.Table, "look_up", look_up)
+    for seconds, mailbox, expected, number in [
+        *[(0, "john", "john", 1), (50, "mary", "john", 1), (11, "mary", "mary", 2)],
+        *[(0, "", "mary", 2), (61, "", "sales", 3), (0, "paul", "sales", 3)],
+    ]:
+        ours.now += seconds
+        rows = {"sales@example.com": f"{mailbox}@example.com"} if mailbox else {}
+        assert ours.rcpt("sales")[1].target.user == expected
+        assert calls.count("sales@example.com") == number
+    ours.reload("--aliases=hash:/table")
+    assert ours.rcpt("sales")[1].target.user == "paul"
 
 
 def test_table_and_backend_share_one_budget(tables, site):
@@ -1639,19 +1543,12 @@ def test_table_and_backend_share_one_budget(tables, site):
 
 
 def test_hanging_postmaps_are_few(tables):
-    options = tables.site.write("options", "--timeout 5\n")
-    milter = tables.start("hang", f"@{options}")
-    with contextlib.ExitStack() as stack:
-        for number in range(24):
-            session = stack.enter_context(milter.session())
-            session.mail()
-            session.ask(f"user{number}")
-            if number == 12:
-                milter.hup()
-        wait_for(lambda: len(tables.postmaps()) > 1, "postmaps")
-        time.sleep(0.5)
-        assert 1 < len(tables.postmaps()) < 12, "a reload does not multiply them"
-        assert milter.process.stop() == 0
+    milter = tables.start("hang", "--timeout", "5")
+    sessions = [milter.ask(f"user{number}") for number in range(24)]
+    wait_for(lambda: len(tables.postmaps()) > 1, "postmaps")
+    time.sleep(0.5)
+    assert len(sessions) > 12 > len(tables.postmaps())
+    assert milter.process.stop() == 0
 
 
 # ---- mail in flight: stories ----
@@ -1698,17 +1595,17 @@ class Story:
         elif verb == "hup":
             assert "state=reloaded" in self.milter.hup()
         else:
-            self.backend.answers[f"{verb}{self.number}"] = self.answer(verb, list(words))
+            self.backend.answers[f"{verb}{self.number}"] = self.answer(list(words))
         return ""
 
-    def answer(self, user: str, words: list[str]) -> bytes:
+    def answer(self, words: list[str]) -> bytes:
         """Make what the backend says of a mailbox."""
         if words[-1] in ("figures", "unknown", "fails"):
-            return {"figures": b"OK %s\n", "unknown": GONE, "fails": OOPS}[words[-1]]
+            return {"figures": b"OK x\n", "unknown": GONE, "fails": OOPS}[words[-1]]
         header = {"Quota_Grace": words[-1]} if "grace" in words else {}
         used, quota = words[1], words[3] if "of" in words else LIMIT
         status = "OVERQUOTA" if "OVERQUOTA" in words else "OK"
-        return says(f"{status} {user} {used} {quota}".replace("_", ""), **header)
+        return says(f"{status} x {used} {quota}".replace("_", ""), **header)
 
     def send(self, verb: str, words: list[str]) -> str:
         """Give a message; return its outcome."""
@@ -1720,8 +1617,7 @@ class Story:
         if verb in ("mail", "sized"):
             return self.outcome(self.session.message(" ".join(names), size, *declared))
         self.session.mail(*declared)
-        for name in names:
-            assert self.session.rcpt(name) == ""
+        assert [self.session.rcpt(name) for name in names] == [""]
         self.session.data()
         self.session.body(size)
         if verb == "rset":
@@ -1733,12 +1629,9 @@ class Story:
 
     def outcome(self, reply: str) -> str:
         """Put a reply into the words of the stories."""
-        if not reply:
-            return "ok"
         named = re.search(r"\b([a-z]+)\d*@example\.com", reply)
         step = "end" if self.session.last == b"E" else "RCPT"
-        outcome = OUTCOMES.get(reply[:9], reply)
-        return f"{outcome} at {step} for {named[1] if named else 'nobody'}"
+        return f"{OUTCOMES[reply[:9]]} at {step} for {named[1]}" if named else "ok"
 
 
 # By the options of one milter: the rows that are played with it. Answers are remembered unless
@@ -1757,31 +1650,21 @@ a mailbox that is filled by what is in flight gets nothing more, however small:
 at the quota without mail in flight its backend alone decides:
     john has 100_000; mail 0 -> ok; mail 0 -> full at RCPT
 what has ended otherwise adds nothing:
-    john has 0; rset 90_000; lost 90_000; lost 90_000 SIZE=90_000;
-    mail 100_001 -> large at end for john; sized 100_001 -> large at RCPT for john;
-    rset 90_000 SIZE=90_000; mail 100_000 -> ok
+    john has 0; rset 90_000; lost 90_000 SIZE=90_000; mail 100_001 -> large at end for john;
+    sized 100_001 -> large at RCPT for john; mail 100_000 -> ok
 hup keeps the answer and what is in flight:
     john has 0; mail 50_000 -> ok; john has 100_000 OVERQUOTA; hup; mail 49_001 -> full at end;
     mail 48_000 -> ok
-the larger of two sizes counts: one that lies above:
-    john has 0; mail 10 SIZE=50000 -> ok; mail 49_001 -> full at end;
-    mail 10 SIZE=49001 -> full at RCPT; mail 48_000 -> ok
-the larger of two sizes counts: one that lies below:
-    john has 40_000; mail 60_001 SIZE=10 -> full at end; mail 30_000 SIZE=10 -> ok;
-    mail 29_001 -> full at end
-sizes that say nothing:
-    john has 40_000; mail 60_001 SIZE=0 -> full at end; mail 60_001 SIZE=-5 -> full at end;
-    mail 60_001 SIZE=1e2 -> full at end; mail 60_000 SIZE=0 -> ok
+the larger of two sizes counts:
+    john has 0; mail 10 SIZE=40000 -> ok; mail 60_000 SIZE=10 -> full at end;
+    mail 10 SIZE=60000 -> full at RCPT; mail 30_000 SIZE=10 -> ok; mail 29_000 -> full at end
 a message that fits into one of its mailboxes is accepted, and counts for both:
     john has 50_000; mary has 0; mail 60_000 to john mary -> ok;
     mail 39_001 to mary -> full at end for mary; mail 0 to john -> full at RCPT for john;
     mail 38_000 to mary -> ok
-a message that fits into none gets the reply of the first:
-    john has 50_000; mary has 60_000; mail 60_000 to john mary -> full at end for john;
-    mail 60_000 to mary john -> full at end for mary; mail 50_000 to mary john -> ok
-the reply of the first, whatever its kind:
+a message that fits into none gets the reply of the first, whatever its kind:
     john has 0 of 50_000; mary has 60_000; mail 60_000 to john mary -> large at end for john;
-    mail 60_000 to mary john -> full at end for mary
+    mail 60_000 to mary john -> full at end for mary; mail 50_000 to mary john -> ok
 who was refused at RCPT does not count:
     john has 90_000; mary has 0; paul has 110_000 OVERQUOTA; sized 20_000 to john mary paul -> ok;
     mail 10_001 to john -> full at end for john;
@@ -1789,12 +1672,9 @@ who was refused at RCPT does not count:
 an exempt recipient takes it for all:
     john has 50_000; mail 60_000 to john postmaster -> ok; mail 0 to john -> full at RCPT;
     mail 900_000 to postmaster -> ok
-an unknown recipient takes it for all:
-    john has 50_000; mary is unknown; mail 60_000 to mary john -> ok;
-    mail 0 to john -> full at RCPT; mail 900_000 to mary -> ok
-a recipient who cannot be asked about takes it for all:
-    john has 50_000; mary fails; mail 60_000 to john mary -> ok; mail 0 to john -> full at RCPT;
-    mail 900_000 to mary -> ok
+so does one who is unknown, or cannot be asked about:
+    john has 50_000; mary is unknown; paul fails; mail 60_000 to mary john -> ok;
+    mail 0 to john -> full at RCPT; mail 900_000 to mary -> ok; mail 900_000 to paul -> ok
 a mailbox without a limit takes all:
     john has 50_000; mary has 500_000 of 0; mail 900_000 to mary -> ok x2;
     mail 60_000 to john mary -> ok; mail 0 to john -> full at RCPT
@@ -1803,11 +1683,8 @@ two names of one mailbox:
 a copy that does not fit is refused for itself where its size is known:
     john has 0; sized 60_000 to john john+a -> ok; mail 39_001 -> full at end; mail 38_000 -> ok
 grace is for the message that fills the mailbox:
-    john has 90_000 grace 10000; mail 20_001 -> full at end; mail 20_000 -> ok;
-    mail 0 -> full at RCPT
-grace at RCPT:
-    john has 90_000 grace 10000; sized 20_001 -> full at RCPT; sized 8_000 -> ok;
-    sized 2_000 -> ok; sized 1 -> full at RCPT
+    john has 90_000 grace 10000; mail 20_001 -> full at end; sized 20_001 -> full at RCPT;
+    sized 8_000 -> ok; sized 2_000 -> ok; sized 1 -> full at RCPT; mail 0 -> full at RCPT
 what is too large is what quota and grace cannot hold:
     john has 0 grace 10000; sized 110_001 -> large at RCPT; mail 110_001 -> large at end;
     mail 110_000 -> ok
@@ -1815,8 +1692,6 @@ grace saves no mailbox that is over quota:
     john has 100_000 OVERQUOTA grace 10000; mail 1 -> full at RCPT
 """,
     "--cache-ttl 0": """
-what used has grown by is no longer in flight:
-    john has 0; mail 50_000 -> ok; john has 50_000; mail 49_001 -> full at end; mail 48_400 -> ok
 growth counts once:
     john has 0; mail 30_000 -> ok x2; john has 30_000; mail 39_000 -> full at end x2;
     john has 60_000; mail 39_000 -> full at end; mail 36_900 -> ok
@@ -1833,9 +1708,6 @@ faults: the last known answer, and what has been accepted since:
     john has 0; mail 30_000 -> ok; john fails; mail 70_000 -> full at end;
     mail 100_001 -> full at end; sized 100_001 -> full at RCPT; mail 67_000 -> ok;
     mail 5_000 -> full at
-faults: what was accepted since counts for as long as the answer does:
-    john has 0; mail 30_000 -> ok; john fails; mail 40_000 -> ok; hup; john has 0;
-    mail 29_001 -> full at end
 an unknown mailbox has not become smaller:
     john has 50_000; mail 20_000 -> ok; john is unknown; mail 0 to john -> ok; john has 50_000;
     mail 29_001 -> full at end
@@ -1844,9 +1716,7 @@ nor has one of which there are no figures:
     john has 50_000; mail 29_001 -> full at end; mail 26_500 -> ok
 """,
     "--in-flight 10": """
-what is in flight ends by itself, with the answer that knows nothing of it:
-    john has 0; mail 60_000 -> ok; mail 60_000 -> full at end; forward 12; mail 60_000 -> ok
-each message by its own time:
+what is in flight ends by itself, each message by its own time:
     john has 0; mail 40_000 -> ok; forward 7; mail 40_000 -> ok; mail 40_000 -> full at end;
     forward 5; mail 40_000 -> ok; mail 40_000 -> full at end
 """,
@@ -1854,9 +1724,6 @@ each message by its own time:
 while a backend fails, its last answer has counted all that was accepted since:
     john has 0; mail 60_000 -> ok; john fails; forward 12; mail 60_000 -> full at end;
     mail 38_000 -> ok; forward 12; mail 0 -> full at RCPT; john has 20_000; mail 80_000 -> ok
-also what was in flight when that answer came:
-    john has 0; mail 60_000 -> ok; mail 60_000 -> full at end; john fails; forward 12;
-    mail 60_000 -> full at end
 """,
     "--in-flight 10 --cache-ttl 600": """
 an answer does not outlive what was accepted since:
@@ -1867,18 +1734,13 @@ without mail it does:
 """,
     "--in-flight 0": """
 nothing is in flight, and the real size counts:
-    john has 0; mail 60_000 -> ok x3; sized 60_000 -> ok; mail 100_001 -> large at end;
-    mary has 60_000; mail 40_001 to mary -> full at end
+    john has 60_000; mail 40_000 -> ok x3; sized 40_000 -> ok; mail 100_001 -> large at end;
+    mail 40_001 -> full at end
 """,
     "--frontends 2": """
 what was accepted counts for each frontend:
     john has 0; mail 30_000 -> ok; mail 38_001 -> full at end; mail 36_000 -> ok;
     mail 0 -> full at RCPT
-""",
-    "--frontends 3 --cache-ttl 0": """
-and growth is what all frontends' mail has made:
-    john has 0; mail 20_000 -> ok; john has 20_000; mail 38_001 -> full at end; john has 60_000;
-    mail 38_001 -> full at end; mail 35_000 -> ok
 """,
     "--ignore-size --cache-ttl 0": """
 the status alone decides:
@@ -1893,7 +1755,7 @@ a fault at RCPT is none at the end:
     "--dry-run": """
 everything is accepted:
     john has 50_000; mary has 100_000 OVERQUOTA; mail 60_000 -> ok; sized 60_000 -> ok;
-    mail 60_000 -> ok; mail 100_001 -> ok; mail 60_000 to mary -> ok
+    mail 100_001 -> ok; mail 60_000 to mary -> ok
 """,
 }
 
@@ -2288,22 +2150,6 @@ def test_a_question_gets_its_turn_in_the_first_half_of_its_time_or_not_at_all(si
     assert second.rcpt("second")[:3] == "452", "what was never asked counts against nobody"
 
 
-def test_after_a_stall_of_all_questions_those_that_wait_get_their_turn(site):
-    """They have less time left than the last answer took, but the next ones come at once."""
-    opened = threading.Event()
-    stalled = after(opened, FULL)
-    site.backend.answers, site.backend.default = {"first": stalled, "second": stalled}, FULL
-    milter = site.milter("--max-queries", "2", "--timeout", "6", *TEMPFAIL)
-    stuck = [milter.ask(user) for user in site.backend.answers]
-    wait_for(lambda: site.backend.busy == 2, "the first questions")
-    time.sleep(3.5)
-    waiting = [milter.ask(user) for user in ("third", "fourth", "fifth", "sixth")]
-    time.sleep(1.5)
-    opened.set()
-    assert {session.reply()[:3] for session in waiting} == {"452"}
-    assert all(session.reply() for session in stuck)
-
-
 @pytest.mark.parametrize("pause", [1, 2.5])
 def test_a_question_that_was_overtaken_makes_room_for_others_after_half_its_time(pause, site):
     opened = threading.Event()
@@ -2609,16 +2455,14 @@ def test_usr1_logs_the_counters_and_so_does_the_end(site):
     for user in "john", "john", "mary", "gone", "ill", "postmaster", b"<>":
         milter.rcpt(user)
     milter.process.popen.send_signal(signal.SIGUSR1)
-    found = dict(re.findall(r"(\w+)=(\d+)", milter.log("counters")))
-    expected = "recipients=7 refused=2 cached=1 lastknown=0 overquota=2 ok=1 unknown=1 fault=1"
-    for name, count in re.findall(r"(\w+)=(\d+)", expected + " exempt=1 empty=1 toolarge=0"):
-        assert found.get(name) == count, name
+    expected = "recipients=7 refused=2 cached=1 lastknown=0 ok=1 overquota=2 toolarge=0 inactive=0"
+    expected += " unknown=1 fault=1 empty=1 exempt=1 alias=0 nobackend=0"
+    assert milter.log("counters ").endswith(f"counters {expected}")
     assert milter.rcpt("john")[:3] == "452"
     assert milter.process.stop() == 0 and len(milter.lines("counters recipients=8 ")) == 1
 
 
 def test_a_stale_unix_socket_is_replaced_and_removed_and_a_live_one_is_neither(site):
-    site.backend.answers["john"] = FULL
     path = site.folder / "m.sock"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
@@ -2635,7 +2479,7 @@ def test_a_stale_unix_socket_is_replaced_and_removed_and_a_live_one_is_neither(s
         assert (status, output, len(errors.splitlines())) == (1, "", 1) and str(path) in errors
         with MilterSession(str(path)) as session:
             session.mail()
-            assert session.rcpt("john")[:3] == "452"
+            assert session.rcpt("john") == ""
         assert process.stop() == 0 and not path.exists()
     path.write_text("precious")
     assert run_milter(*options)[0] == 1 and path.read_text() == "precious"
@@ -2650,10 +2494,10 @@ def test_a_second_instance_on_a_busy_port_ends_with_status_1_and_one_line(site):
 
 
 def test_a_full_disk_under_the_log_changes_no_answer(site):
-    site.backend.answers["john"] = FULL
+    site.backend.default = FULL
     with open("/dev/full", "w") as full:
         milter = site.milter("--verbose", stdout=full, stderr=full)
-        assert milter.rcpt("john")[:3] == "452" and milter.rcpt("mary") == ""
+        assert milter.rcpt("john")[:3] == "452" and milter.rcpt("postmaster") == ""
         assert milter.process.stop() == 0
 
 
@@ -2674,51 +2518,19 @@ def metrics_of(file: pathlib.Path) -> dict[str, float]:
     assert text.endswith("\n") and file.stat().st_mode & 0o777 == 0o644
     kinds = dict(re.findall(r"^# TYPE (\w+) (counter|gauge|histogram)$", text, re.MULTILINE))
     assert set(re.findall(r"^# HELP (\w+) \S", text, re.MULTILINE)) == set(kinds)
-    sample = re.compile(r'(quota_milter_\w+)((?:\{\w+="[^"\n]*"(?:,\w+="[^"\n]*")*\})?) (\S+)')
-    samples = {}
-    for line in text.splitlines():
-        if line[0] != "#":
-            match = sample.fullmatch(line)
-            assert match, line
-            family = re.sub("_(bucket|count|sum)$", "", match[1])
-            assert kinds[match[1] if match[1] in kinds else family]
-            samples[match[1].partition("_milter_")[2] + match[2]] = float(match[3])
-    return samples
-
-
-def figures_of_the_story(url: str, dead: str) -> dict[str, float]:
-    """Give all metrics that are not 0 at the end of the next test, but for the histogram."""
-    return {
-        'recipients_total{verdict="ok"}': 3,
-        'recipients_total{verdict="overquota"}': 4,
-        'recipients_total{verdict="unknown"}': 1,
-        'recipients_total{verdict="fault"}': 1,
-        "cached_total": 4,
-        'refused_total{step="rcpt",verdict="overquota"}': 4,
-        'refused_total{step="data",verdict="overquota"}': 1,
-        'refused_bytes_total{step="rcpt"}': 140_003,
-        'refused_bytes_total{step="data"}': 80_005,
-        "in_flight_messages": 4,
-        "in_flight_bytes": 2 * (20_000 + 1024) + 2 * (5 + 1024),
-        "remembered_answers": 4,
-        **{f'backend_up{{backend="{url}{number}"}}': 1 for number in ("", "#3", "#4")},
-        f'backend_questions_total{{backend="{url}"}}': 4,
-        f'backend_questions_total{{backend="{dead}"}}': 1,
-        f'backend_faults_total{{backend="{dead}"}}': 1,
-    }
+    sample = r'quota_milter_(\w+(?:\{\w+="[^"\n]*"(?:,\w+="[^"\n]*")*\})?) ([0-9.e+-]+)\n'
+    assert re.fullmatch(rf"(# .*\n|{sample})+", text)
+    return {name: float(value) for name, value in re.findall(sample, text)}
 
 
 def test_metrics_are_replaced_and_tell_what_the_milter_did(site):
-    folder = site.folder / "metrics"
-    folder.mkdir()
-    file = folder / "quota.prom"
+    file = site.folder / "quota.prom"
+    url, dead = site.backend.url, f"http://127.0.0.1:{free_port()}/"
     site.backend.default = says(f"OK x 40000 {LIMIT}")
     site.backend.answers = {"full": FULL, "gone": GONE}
-    secret = site.backend.url.replace("//", "//user:secret@")
-    dead = f"http://127.0.0.1:{free_port()}/"
-    urls = {"example.com": secret, "dead.org": dead}
-    urls.update({f"{name}.org": f"{site.backend.url}?secret={name}" for name in "ab"})
-    options = [f"--backend={domain}={url}" for domain, url in urls.items()]
+    secret = url.replace("//", "//user:secret@")
+    urls = f"example.com={secret}", f"dead.org={dead}", f"b.org={url}?secret=b"
+    options = [f"--backend={url}" for url in urls]
     milter = site.milter(*options, "--metrics", file, backend=False, clock=True, umask=0o077)
     wait_for(file.exists, "the first file")
     first = file.stat().st_ino
@@ -2733,15 +2545,30 @@ def test_metrics_are_replaced_and_tell_what_the_milter_did(site):
     wait_for(lambda: file.stat().st_ino != first, "the next file")
     metrics = metrics_of(file)
     assert not re.search("secret|john", file.read_text())
-    url = site.backend.url
-    counted = {name: n for name, n in metrics.items() if "seconds" not in name and n}
-    assert counted == figures_of_the_story(url, dead)
-    assert metrics[f'backend_up{{backend="{dead}"}}'] == 0
+    assert {name: n for name, n in metrics.items() if "seconds" not in name and n} == {
+        'recipients_total{verdict="ok"}': 3,
+        'recipients_total{verdict="overquota"}': 4,
+        'recipients_total{verdict="unknown"}': 1,
+        'recipients_total{verdict="fault"}': 1,
+        "cached_total": 4,
+        'refused_total{step="rcpt",verdict="overquota"}': 4,
+        'refused_total{step="data",verdict="overquota"}': 1,
+        'refused_bytes_total{step="rcpt"}': 140_003,
+        'refused_bytes_total{step="data"}': 80_005,
+        "in_flight_messages": 4,
+        "in_flight_bytes": 2 * (20_000 + 1024) + 2 * (5 + 1024),
+        "remembered_answers": 4,
+        f'backend_up{{backend="{url}"}}': 1,
+        f'backend_up{{backend="{url}#3"}}': 1,
+        f'backend_questions_total{{backend="{url}"}}': 4,
+        f'backend_questions_total{{backend="{dead}"}}': 1,
+        f'backend_faults_total{{backend="{dead}"}}': 1,
+    }
     buckets = [value for name, value in metrics.items() if "bucket" in name and f'"{url}"' in name]
     assert buckets == sorted(buckets) and buckets[-1] == 4
     assert metrics[f'backend_seconds_count{{backend="{url}"}}'] == 4
-    assert 0 < metrics[f'backend_seconds_sum{{backend="{url}"}}'] < 4 * (5 + SLACK)
-    assert milter.process.stop() == 0 and os.listdir(folder) == ["quota.prom"]
+    assert 0 < metrics[f'backend_seconds_sum{{backend="{url}"}}'] < 4 * 5
+    assert milter.process.stop() == 0 and not file.with_name("quota.prom.new").exists()
 
 
 def test_metrics_are_not_written_through_a_link_that_somebody_left(tmp_path):
