@@ -16,7 +16,6 @@ import contextlib
 import email.utils
 import errno
 import functools
-import gc
 import heapq
 import importlib.machinery
 import importlib.util
@@ -31,7 +30,6 @@ import resource
 import runpy
 import select
 import shlex
-import shutil
 import signal
 import socket
 import ssl
@@ -40,7 +38,6 @@ import subprocess
 import sys
 import threading
 import time
-import tracemalloc
 import types
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -180,16 +177,7 @@ class MilterSession:
 
     SKIP, ALL = 0x400, 0x1FFFFF  # bits of the negotiation: a body may be skipped; all there are
     CHUNK = 65535  # bytes of a body that an MTA sends at a time
-    STEPS = {
-        # command: the bits with which a milter does without it, and without replying to it
-        b"C": (0x1, 0x1000),
-        b"H": (0x2, 0x2000),
-        b"M": (0x4, 0x4000),
-        b"T": (0x200, 0x10000),
-        b"L": (0x20, 0x80),
-        b"N": (0x40, 0x40000),
-        b"B": (0x10, 0x80000),
-    }
+    NOT_SENT = 0x163  # the connection, HELO, headers, their end and unknown commands
 
     def __init__(self, where: int | str, offered: int = ALL, host: str = "127.0.0.1") -> None:
         """Connect to a port of a host, or to the path of a unix socket."""
@@ -204,11 +192,9 @@ class MilterSession:
         self.send(b"O", struct.pack(">III", 6, 0x1FF, offered))
         command, data = self.receive()
         assert command == b"O", command
-        self.protocol = struct.unpack(">III", data[:12])[2]
-        assert not self.protocol & ~offered, "the milter wants what was not offered"
+        protocol = struct.unpack(">III", data[:12])[2]
+        assert protocol == self.NOT_SENT | self.SKIP & offered, "more or fewer steps"
         self.macros(b"C", {"j": "mx.example.com", "_": "client.example.net [192.0.2.7]"})
-        self.step(b"C", b"client.example.net\x004\x00\x19192.0.2.7\0")
-        self.step(b"H", b"client.example.net\0")
 
     def __enter__(self) -> MilterSession:
         return self
@@ -240,12 +226,9 @@ class MilterSession:
         self.send(b"D", step + b"".join(raw))
 
     def step(self, command: bytes, data: bytes = b"") -> bytes:
-        """Take a step, unless the milter does without it; return its reply, "c" for none."""
-        without, without_reply = self.STEPS[command]
-        if self.protocol & without:
-            return b"c"
+        """Take a step and return the milter's reply."""
         self.send(command, data)
-        return b"c" if self.protocol & without_reply else self.receive()[0]
+        return self.receive()[0]
 
     def mail(self, *parameters: str, **macros: str) -> None:
         """Begin a message, with parameters of MAIL FROM and macros (`auth_authen`, `i`)."""
@@ -271,14 +254,9 @@ class MilterSession:
         self.ask(recipient, *parameters)
         return self.reply()
 
-    def data(self) -> None:
-        """Begin the data: DATA, headers, their end."""
-        assert self.step(b"T") == b"c"
-        assert self.step(b"L", b"Subject\0test\0") == b"c"
-        assert self.step(b"N") == b"c"
-
     def body(self, size: int) -> int:
-        """Send a body of so many bytes, or less if the milter skips it; return the bytes sent."""
+        """Send DATA and a body, which the milter may skip; return how many bytes were sent."""
+        assert self.step(b"T") == b"c"
         sent = 0
         while sent < size:
             chunk = b"x" * min(size - sent, self.CHUNK)
@@ -305,7 +283,6 @@ class MilterSession:
         if all(replies):
             self.abort()
             return replies[-1]
-        self.data()
         self.body(size)
         return self.end()
 
@@ -489,20 +466,16 @@ class Milter:
         wait_for(lambda: len(self.lines("recipient=")) >= number, "the log")
         return self.lines("recipient=")
 
-    def never_said(self, *words: str) -> bool:
-        """End the milter and say that its whole log has no line with these words."""
-        assert self.process.stop() == 0
-        return not self.lines(*words)
+    def never_down(self) -> bool:
+        """End the milter and say that it never called a backend down."""
+        return self.process.stop() == 0 and not self.lines("state=down")
 
     def hup(self) -> str:
         """Send a HUP; return the line of the log that says what became of it."""
 
-        def lines() -> list[str]:
-            return [*self.lines("state=reloaded"), *self.lines("state=kept reason=")]
-
-        before = lines()
+        before = self.lines(": state=")
         self.process.popen.send_signal(signal.SIGHUP)
-        return str(wait_for(lambda: [line for line in lines() if line not in before], "HUP")[0])
+        return str(wait_for(lambda: self.lines(": state=")[len(before) :], "HUP")[0])
 
     def forward(self, seconds: int) -> None:
         """Move the clock of a milter that was started with one of ours."""
@@ -1088,7 +1061,12 @@ BAD_VALUES = {
     "unknown-reply": NO_REPLIES[:1],
     "inactive-reply": NO_REPLIES[:1],
     "backend": ["ftp://127.0.0.1/", "http:///path", "http://127.0.0.1:99999/", "http://a b/"]
-    + ["a,,b=http://127.0.0.1/", "http://127.0.0.1:8\u0660/", SECRET],
+    + [
+        "a,,b=http://127.0.0.1/",
+        "http://127.0.0.1:8\u0660/",
+        "x.org,X.org.=http://127.0.0.1/",
+        SECRET,
+    ],
     "recipient-delimiter": ["x", "@", "\u00f6"],
     "exempt": ["", "@example.com"],
     "cafile": ["/nonexistent", "/etc/passwd"],
@@ -1367,31 +1345,8 @@ def test_an_alias_file_is_read_when_it_has_held_still_and_the_last_good_one_is_k
         assert aliases.find(["last"], 0) == {"last": expected}, text
 
 
-# ---- tables: postmap is faked, the real one and its tables are in .ci/test_servers.py ----
+# ---- tables: postmap is faked, the real one is in .ci/test_servers.py ----
 
-POSTMAP = """#!{python} -IS
-import os, sys, time
-option, source, table = sys.argv[1:]
-assert (option, source) == ("-q", "-")
-kind, _, path = table.partition(":")
-with open(path + ".pids", "a") as pids:
-    print(os.getpid(), file=pids)
-keys = sys.stdin.read().splitlines()
-with open(path + ".asked", "a") as asked:
-    print(*keys, sep="\\n", file=asked)
-if kind == "hang":
-    time.sleep(600)
-if kind == "fail":
-    sys.exit("postmap: fatal: cannot open the table")
-if kind == "warn":
-    print("postmap: warning: the table is out of date", file=sys.stderr)
-with open(path) as lines:
-    rows = dict(line.rstrip("\\n").split("\\t", 1) for line in lines)
-found = [key for key in keys if key in rows]
-for key in found:
-    print(key, rows[key].replace("NEWLINE", "\\n"), sep="\\t")
-sys.exit(not found)
-"""
 TABLE = {
     "sales@example.com": "john@example.com",
     "sales+x@example.com": "mary@example.com",
@@ -1403,49 +1358,48 @@ TABLE = {
     "loop2@example.com": "loop1@example.com",
     '"a b"@example.com': "john@example.com",
     "@all.org": "mary@example.com",
-    "two@example.com": "mary@example.comNEWLINEjohn@example.com",
+    "two@example.com": "mary@example.com\njohn@example.com",
     "long@example.com": "john@example.com," * 60_000,
 }
 
 
-class Tables:
-    """A milter whose aliases are tables that a fake postmap answers for."""
+class Tables(Ours):
+    """Our milter with aliases in a table, which a stand-in for subprocess.run() looks up."""
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
-        site.backend.default = FULL
-        postmap = site.write("postmap", POSTMAP.format(python=sys.executable))
-        postmap.chmod(0o755)
-        self.path = site.folder / "table"
-        self.put(TABLE)
+    def __init__(self, kind: str, *options: str) -> None:
+        backend = "--backend=example.com,example.org,all.org=http://127.0.0.1:1/"
+        super().__init__(backend, f"--aliases={kind}:/table", *UNCACHED, *options, backends=0)
+        self.answers = {1: FREE_BOX}
+        self.rows, self.keys = TABLE, list[str]()
+        self.seconds = 0  # that each look-up takes
 
-    def put(self, rows: dict[str, str]) -> None:
-        self.path.write_text("".join(f"{key}\t{value}\n" for key, value in rows.items()))
-
-    def start(self, kind: str, *options: object, **more: Any) -> Milter:
-        environment = {**os.environ, "PATH": f"{self.site.folder}:{os.environ.get('PATH', '')}"}
-        url = f"--backend=example.com,example.org,all.org={self.site.backend.url}"
-        words = url, f"--aliases={kind}:{self.path}", "--timeout", "20", *TEMPFAIL, *options
-        return self.site.milter(*words, backend=False, env=environment, **more)
-
-    def asked(self) -> list[str]:
-        """Return the keys that postmap was asked for."""
-        file = self.path.with_suffix(".asked")
-        return file.read_text().splitlines() if file.exists() else []
-
-    def postmaps(self) -> list[int]:
-        """Return which of the postmaps still run."""
-        file = self.path.with_suffix(".pids")
-        pids = file.read_text().split() if file.exists() else []
-        return [int(pid) for pid in pids if os.path.exists(f"/proc/{pid}/exe")]
+    def run(self, command: list[str], input: bytes, timeout: float, **_: object) -> Any:
+        kind = command[-1].partition(":")[0]
+        assert command == [command[0], "-q", "-", f"{kind}:/table"] and 0 < timeout <= 2.5
+        if kind == "hang":
+            raise subprocess.TimeoutExpired(command, timeout)
+        if kind == "missing":
+            raise FileNotFoundError
+        self.now += self.seconds
+        keys = input.decode().splitlines()
+        self.keys += keys
+        found = "".join(f"{key}\t{self.rows[key]}\n" for key in keys if key in self.rows)
+        complaint = {"fail": b"postmap: fatal: cannot open", "warn": b"postmap: warning: old"}
+        status = 1 if kind == "fail" or not found else 0
+        text = "" if kind == "fail" else found
+        return subprocess.CompletedProcess(command, status, text.encode(), complaint.get(kind, b""))
 
 
 @pytest.fixture
-def tables(site):
-    made = Tables(site)
-    yield made
-    for pid in made.postmaps():
-        os.kill(pid, signal.SIGKILL)
+def table_of(monkeypatch):
+    """Give a function that makes a milter with a table of some kind."""
+
+    def make(kind: str, *options: str) -> Tables:
+        made = Tables(kind, *options)
+        monkeypatch.setattr(subprocess, "run", made.run)
+        return made
+
+    return make
 
 
 OTHER = "other+y@example.com"
@@ -1456,99 +1410,79 @@ TABLED: list[tuple[Any, ...]] = [
     ("hash", "a..b@all.org", '"a..b"@all.org|a..b@all.org|"a..b"|a..b|@all.org', "mary"),
     ("hash", "other@elsewhere.net", "other@elsewhere.net @elsewhere.net", ""),
     *((kind, OTHER, OTHER, "other") for kind in ("regexp", "pcre", "tcp", "socketmap")),
-    ("hash", "postmaster@example.com", "", ""),
-    ("hash", b"<>", "", ""),
+    *[("hash", "postmaster@example.com", "", ""), ("hash", "", "", "")],
     ("hash", "-@example.com", "-@example.com - @example.com", "-"),
     ("hash", "sales+x@example.com", None, "mary"),
     ("hash", "sales+y@example.com", None, "john"),
-    ("hash", "bare@example.org", None, "john"),
-    ("hash", "bare@elsewhere.net", None, ""),
+    *[("hash", "bare@example.org", None, "john"), ("hash", "bare@elsewhere.net", None, "")],
     *(("hash", f"{to}@example.com", None, "") for to in ("list", "out", "loop1", "two", "long")),
     ("hash", '"a b"@example.com', None, "john"),
     ("warn", "support@example.com", None, "john"),
-    ("hash", b"<x\nsales@example.com>", None, "x\nsales"),
-    ("hash", b"<sales@example.com\tx@example.com>", None, "sales@example.com\tx"),
-    ("hash", b"<\xff\xfe@all.org>", None, "mary"),
+    ("hash", "x\nsales@example.com", None, "x\nsales"),
+    ("hash", "sales@example.com\tx@example.com", None, "sales@example.com\tx"),
+    ("hash", "\udcff\udcfe@all.org", None, "mary"),
+    *((fault, "john@example.com", None, "") for fault in ("fail", "hang", "missing")),
 ]
 
 
-@pytest.mark.parametrize("kind", dict.fromkeys(kind for kind, *_ in TABLED))
-def test_a_table_is_asked_as_postfix_asks_it_and_leads_to_the_mailbox(kind, tables, site):
-    milter = tables.start(kind, *UNCACHED)
-    for recipient, keys, user in [row for of_kind, *row in TABLED if of_kind == kind]:
-        keys_before, before = len(tables.asked()), len(site.backend.requests)
-        assert milter.rcpt(recipient)[:3] == ("452" if user else ""), recipient
-        assert site.backend.users()[before:] == [user] * bool(user), recipient
-        if keys is not None:
-            expected = keys.split("|") if "|" in keys else keys.split()
-            asked = tables.asked()[keys_before:]
-            assert asked[: len(expected)] == expected, recipient
-            assert user == "mary" or len(asked) == len(expected), recipient
+@pytest.mark.parametrize(("kind", "recipient", "keys", "user"), TABLED)
+def test_a_table_is_asked_as_postfix_asks_it_and_leads_to_the_mailbox(
+    kind, recipient, keys, user, table_of
+):
+    ours = table_of(kind)
+    decision = ours.rcpt(recipient)[1]
+    assert [name for name, _, _ in ours.asked] == [user] * bool(user)
+    if keys is not None:
+        expected = keys.split("|") if "|" in keys else keys.split()
+        assert ours.keys[: len(expected)] == expected
+        assert user == "mary" or len(ours.keys) == len(expected)
+    assert bool(decision.finding.fault) == (kind in ("fail", "hang", "missing"))
 
 
-def test_files_and_tables_stand_beside_each_other_in_their_order(tables, site):
+def test_files_and_tables_stand_beside_each_other_in_their_order(table_of, site):
     file = site.write("aliases", "support@example.com mary\nfirst: sales\nlast: john\n")
-    tables.put({**TABLE, "last@example.com": "paul"})
-    milter = tables.start("hash", "--aliases", file, *UNCACHED)
+    ours = table_of("hash", f"--aliases={file}")
+    ours.rows = {**TABLE, "last@example.com": "paul"}
     for recipient, user in ("support", "john"), ("first", "john"), ("last", "paul"):
-        milter.rcpt(recipient)
-        assert site.backend.users()[-1] == user, "the more specific name, then the first source"
+        ours.rcpt(recipient)
+        assert ours.asked[-1][0] == user, "the more specific name, then the first source"
 
 
-@pytest.mark.parametrize("fault", ["fail", "hang", "missing"])
-def test_a_table_that_cannot_be_asked_is_a_fault_of_the_recipient_alone(fault, tables, site):
-    if fault == "missing":
-        site.folder.joinpath("postmap").unlink()
-        if shutil.which("postmap", path=os.defpath + ":/usr/sbin:/usr/local/sbin"):
-            site.write("postmap", "#!/nonexistent\n").chmod(0o755)
-    milter = tables.start(fault, "--timeout", "1")
-    assert milter.rcpt("john").startswith(FAULT)
-    assert milter.log("recipient=john@example.com", "verdict=fault", " reason=")
-    assert milter.rcpt("postmaster") == "" and site.backend.requests == []
-    wait_for(lambda: not tables.postmaps(), "the end of postmap")
-    environment = {**os.environ, "PATH": f"{site.folder}:{os.environ['PATH']}"}
-    options = f"--aliases={fault}:{tables.path}", f"--backend={site.backend.url}", "--timeout=1"
-    assert run_milter(*options, "--check", env=environment)[0] == 0, "the options are good"
-    assert run_milter(*options, "--check", "john@example.com", env=environment)[0] == 2
-
-
-def test_what_a_table_said_is_remembered_for_the_cache_ttl_or_until_hup(monkeypatch):
-    ours = Ours("--aliases=hash:/table")
-    rows: dict[str, str] = {}
-    calls: list[str] = []
-
-    def look_up(table: Any, keys: list[str], deadline: float) -> dict[str, str]:
-        calls.append(keys[0])
-        return rows
-
-    monkeypatch.setattr(ours.module.Table, "look_up", look_up)
-    for seconds, mailbox, expected, number in [
-        *[(0, "john", "john", 1), (50, "mary", "john", 1), (11, "mary", "mary", 2)],
-        *[(0, "", "mary", 2), (61, "", "sales", 3), (0, "paul", "sales", 3)],
+def test_what_a_table_said_is_remembered_for_the_cache_ttl_or_until_hup(table_of):
+    ours = table_of("hash", "--cache-ttl=60")
+    for seconds, mailbox, expected in [
+        *[(0, "john", "john"), (50, "mary", "john"), (11, "mary", "mary"), (0, "", "mary")],
+        *[(61, "", "sales"), (0, "paul", "sales")],  # also that it has no such name
     ]:
         ours.now += seconds
-        rows = {"sales@example.com": f"{mailbox}@example.com"} if mailbox else {}
+        ours.rows = {"sales@example.com": mailbox} if mailbox else {}
         assert ours.rcpt("sales")[1].target.user == expected
-        assert calls.count("sales@example.com") == number
-    ours.reload("--aliases=hash:/table")
+    ours.reload(*ours.service.arguments)
     assert ours.rcpt("sales")[1].target.user == "paul"
 
 
-def test_table_and_backend_share_one_budget(tables, site):
-    # The table takes 0.3 seconds twice, and the backend 1.7 of the 1.4 that are left.
-    site.backend.default = after(1.7, FULL)
-    postmap = POSTMAP.replace("if kind", "time.sleep(0.3)\nif kind", 1)
-    site.write("postmap", postmap.format(python=sys.executable)).chmod(0o755)
-    assert tables.start("hash", "--timeout", "2").rcpt("sales").startswith(FAULT)
+def test_table_and_backend_share_one_budget(table_of):
+    ours = table_of("hash")
+    ours.seconds = 0.5
+    ours.rcpt("sales")
+    assert ours.asked == [("john", 1, 4)], "the table was asked twice, and left 4 of 5 seconds"
 
 
-def test_hanging_postmaps_are_few(tables):
-    milter = tables.start("hang", "--timeout", "5")
-    sessions = [milter.ask(f"user{number}") for number in range(24)]
-    wait_for(lambda: len(tables.postmaps()) > 1, "postmaps")
-    time.sleep(0.5)
-    assert len(sessions) > 12 > len(tables.postmaps())
-    assert milter.process.stop() == 0
+def test_of_all_tables_few_are_asked_at_a_time(table_of, monkeypatch):
+    ours, opened, running = table_of("hash"), threading.Event(), list[object]()
+
+    def run(*command: object, **options: Any) -> Any:
+        running.append(command)
+        opened.wait(60)
+        return subprocess.CompletedProcess([], 1, b"", b"")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        pool.map(ours.rcpt, [f"user{number}" for number in range(24)])
+        wait_for(lambda: len(running) > 1, "postmaps")
+        time.sleep(0.5)
+        assert len(running) < 12
+        opened.set()
 
 
 # ---- mail in flight: stories ----
@@ -1618,7 +1552,6 @@ class Story:
             return self.outcome(self.session.message(" ".join(names), size, *declared))
         self.session.mail(*declared)
         assert [self.session.rcpt(name) for name in names] == [""]
-        self.session.data()
         self.session.body(size)
         if verb == "rset":
             self.session.abort()
@@ -1638,10 +1571,9 @@ class Story:
 # the options say otherwise.
 STORIES = {
     "--verbose": """
-what fits exactly is accepted, one byte more is not:
-    john has 40_000; mail 60_001 -> full at end for john; mail 60_000 -> ok
-a declared size is known at RCPT:
-    john has 40_000; sized 60_001 -> full at RCPT for john; sized 60_000 -> ok
+what fits exactly is accepted, one byte more is not; a declared size is known at RCPT:
+    john has 40_000; mail 60_001 -> full at end for john; sized 60_001 -> full at RCPT for john;
+    sized 60_000 -> ok
 three messages, and the room that each leaves to the next:
     john has 0; mail 50_000 -> ok; mail 49_001 -> full at end; mail 48_000 -> ok;
     mail 1_000 -> full at
@@ -1678,8 +1610,9 @@ so does one who is unknown, or cannot be asked about:
 a mailbox without a limit takes all:
     john has 50_000; mary has 500_000 of 0; mail 900_000 to mary -> ok x2;
     mail 60_000 to john mary -> ok; mail 0 to john -> full at RCPT
-two names of one mailbox:
-    john has 0; mail 60_000 to john john -> ok; mail 39_001 -> full at; mail 38_000 -> ok
+each address of a mailbox brings it a copy:
+    john has 0; mail 30_000 to john john -> ok; mail 20_000 to john john+a -> ok;
+    mail 27_000 -> full at end; mail 25_000 -> ok
 a copy that does not fit is refused for itself where its size is known:
     john has 0; sized 60_000 to john john+a -> ok; mail 39_001 -> full at end; mail 38_000 -> ok
 grace is for the message that fills the mailbox:
@@ -1768,13 +1701,6 @@ def test_mail_in_flight_counts(options, site):
         Story(milter, site.backend, number).play(steps.strip())
 
 
-def test_each_address_of_a_mailbox_brings_it_a_copy(site):
-    site.backend.default = says(f"OK x 0 {LIMIT}")
-    milter = site.milter("--aliases", site.write("aliases", "info: john\n"))
-    assert milter.message("john john+a info", 30_000) == ""
-    assert milter.message("john", 7_000)[:3] == "452" and milter.message("john", 6_000) == ""
-
-
 def test_an_older_mta_that_skips_no_body_gets_the_same_answers(site):
     site.backend.default = says(f"OK x 40000 {LIMIT}")
     with site.milter().session(MilterSession.ALL & ~MilterSession.SKIP) as session:
@@ -1802,7 +1728,6 @@ def test_a_body_without_end_is_read_no_longer_than_it_can_change_the_answer(site
             session.mail(*parameters.split())
             for recipient in recipients.split():
                 assert session.rcpt(recipient) == ""
-            session.data()
             assert session.body(20_000_000) <= enough + 2 * session.CHUNK, recipients
             got = session.end()
             assert got.startswith(reply) and bool(got) == bool(reply), (recipients, got)
@@ -1866,12 +1791,6 @@ def test_a_question_goes_to_the_backends_of_its_domain(domains, numbers):
         ours.asked.clear()
         ours.rcpt(recipient)
         assert [backend for _, backend, _ in ours.asked] == expected
-
-
-@pytest.mark.parametrize("names", [("x.org=", "x.org="), ("x.org=", "y.org,X.org.="), ("", "")])
-def test_a_backend_named_twice_for_a_domain_is_an_error(names):
-    options = [f"--backend={name}http://127.0.0.1:1/" for name in names]
-    assert "--backend" in option_error(milter_module(), *options)
 
 
 ALL_BACKENDS: list[tuple[list[Any], str, list[float]]] = [
@@ -2110,7 +2029,7 @@ def test_a_mailbox_that_hangs_is_left_alone_for_a_while_and_never_makes_the_back
         assert site.backend.users() == ["john"] * number
         milter.forward(11)
     site.backend.answers["john"] = FULL
-    assert milter.rcpt("john")[:3] == "452" and milter.never_said("state=down")
+    assert milter.rcpt("john")[:3] == "452" and milter.never_down()
 
 
 def test_three_mailboxes_in_a_row_that_run_out_of_time_are_a_backend_that_is_down(site):
@@ -2133,7 +2052,7 @@ def test_a_backend_that_answers_slowly_is_not_called_down(site):
     replies = milter.at_once([f"user{number}" for number in range(16)])
     assert {reply[:3] for reply in replies} <= {"452", ""} and len(site.backend.requests) >= 4
     site.backend.default = FULL
-    assert milter.rcpt("afterwards")[:3] == "452" and milter.never_said("state=down")
+    assert milter.rcpt("afterwards")[:3] == "452" and milter.never_down()
 
 
 def test_a_question_gets_its_turn_in_the_first_half_of_its_time_or_not_at_all(site):
@@ -2368,21 +2287,12 @@ def test_an_hour_of_last_known_answers_takes_no_memory():
     """While its backend fails a busy mailbox gets two messages a second by its last answer."""
     ours = Ours()
     ours.answers["john"] = "OK", 0, 2**60
-    sizes = []
-    tracemalloc.start()
     for number in range(2_000):
         ours.now = number / 2
         assert ours.message("john", 100) == "ok"
-        ours.asked.clear()
         ours.answers.clear()
-        if number % 400 == 399:
-            gc.collect()
-            snapshot = tracemalloc.take_snapshot()
-            found = snapshot.filter_traces([tracemalloc.Filter(True, str(MILTER))]).traces
-            sizes.append(sum(trace.size for trace in found))
-    tracemalloc.stop()
-    assert sizes[-1] < sizes[0] + 50_000, sizes
-    assert ours.rcpt("john")[1].finding.in_flight == 2_000 * 1124, "all mail since the answer"
+    (account,) = ours.service.ledger.accounts.values()
+    assert len(account.recent) < 200 and account.in_flight == 2_000 * 1124
 
 
 # ---- HUP: options and aliases again ----
@@ -3308,23 +3218,18 @@ MAILDIR_RULE: list[Any] = [
     # (sentence, maildirsize, files, status, used and quota of the answer[, settings, `age`])
     ("under the limit of bytes", b"1000S\n999 1\n", {}, "OK 999 1000"),
     ("the limit of bytes reached", b"1000S\n1000 1\n", {}, "OVERQUOTA 1000 1000"),
-    ("under the limit of messages", b"2C\n10 1\n", {}, "OK 10 0"),
     ("messages only, true bytes", b"9S,2C\n8 2\n", {}, "OVERQUOTA 8 9"),
     ("items in any order", b"3C,9S\n9 2\n", {}, "OVERQUOTA 9 9"),
     ("0 is no limit", b"0S,0C\n9 9\n", {}, "OK 9 0"),
     ("no digits, no limit", b"NOQUOTA\n9 9\n", {}, "OK 9 0"),
-    ("other letters, no limit", b"5B,5s\n9 9\n", {}, "OK 9 0"),
     ("an empty file is none", b"", FULL_CUR, "OVERQUOTA 2000 9", {"QUOTA_LIMIT": "9"}),
-    ("zeros ahead", b"6S\n" + b"0" * 200 + b"5 1\n", FULL_CUR, "OK 5 6"),
     ("an unfinished line that is none", b"8S\n3 1\nx", FULL_CUR, "OK 3 8"),
     ("lines add up", b"999S\n1 1\n  -2   -1\n\t9 1\n-7 -1\n", FULL_CUR, "OK 1 999"),
     ("more on a line is left out", b"9S\n9 2 7 x\n", {}, "OVERQUOTA 9 9"),
     ("under is trusted when old", b"1000S\n9 1\n", FULL_CUR, "OK 9 1000", {"age": 10**7}),
     ("no lines are a sum of 0", b"1000S\n", FULL_CUR, "OK 0 1000"),
-    ("no file: counted", None, FULL_CUR, "OVERQUOTA 2000 900", {"QUOTA_LIMIT": "900"}),
     ("a line that is none: counted", b"9S\nx\n", FULL_CUR, "OVERQUOTA 2000 9"),
     ("a blank line: counted", b"9S\n1 1\n\n", FULL_CUR, "OVERQUOTA 2000 9"),
-    ("half a line: counted", b"9S\n1\n", FULL_CUR, "OVERQUOTA 2000 9"),
     ("not decimal: counted", b"9S\n1_0 1\n", FULL_CUR, "OVERQUOTA 2000 9"),
     ("a sum of bytes below 0: counted", b"9S\n-1 1\n", FULL_CUR, "OVERQUOTA 2000 9"),
     ("a sum of messages below 0: counted", b"9S\n1 -1\n", FULL_CUR, "OVERQUOTA 2000 9"),
@@ -3338,7 +3243,7 @@ MAILDIR_RULE: list[Any] = [
     ("Dovecot does not", b"9S\n9 1\n", DOVECOT, "OVERQUOTA 9 9", {"age": 910}),
     ("cur and new count, tmp not", DOUBT, {"cur/1": 9, "new/2": 8, "tmp/1": 9}, "OK 17 1000"),
     ("folders count", DOUBT, {".a/cur/1": 9, ".a.b.c/new/1": 8}, "OK 17 1000"),
-    ("deep ones and those without a dot not", DOUBT, {".a/.b/cur/1": 9, "a/cur/1": 9}, "OK 0 1000"),
+    ("deep ones, or without a dot, not", DOUBT, {".a/.b/cur/1": 9, "a/cur/1": 9}, "OK 0 1000"),
     ("linked ones not in Courier", DOUBT, LINKED, "OK 0 1000"),
     ("linked ones in Dovecot", DOUBT, {**LINKED, **DOVECOT}, "OK 9 1000"),
     ("not folders", DOUBT, {".file": 9000, "cur/.a/1": 9}, "OK 0 1000"),
@@ -3364,8 +3269,6 @@ MAILDIR_RULE: list[Any] = [
     ("a user's own beats it", b"9S\n8 1\n", {}, "OVERQUOTA 8 7", {"QUOTA_USERS": "7"}),
     ("and its messages", b"7S,1C\n6 1\n", {}, "OK 6 7", {"QUOTA_USERS": "7"}),
     ("a user without limit", b"9S\n9 1\n", {}, "OK 9 0", {"QUOTA_USERS": "0"}),
-    ("a first line from Windows", b"9S\r\n9 1\r\n", {}, "OVERQUOTA 9 9"),
-    ("is none to Dovecot", b"9S\r\n9 1\r\n", DOVECOT, "OK 9 0"),
     ("spaces", b" 9S, 2C\n9 1\n", {}, "OVERQUOTA 9 9"),
     ("are none to Dovecot", b" 9S, 2C\n9 1\n", DOVECOT, "OK 9 0"),
     ("the last 0 counts", b"9S,0S\n9 1\n", {}, "OK 9 0"),
@@ -3382,21 +3285,23 @@ MAILDIR_RULE: list[Any] = [
     ("0 is none by count", None, FULL_CUR, "OK 2000 0", {**BY_COUNT, "QUOTA_LIMIT": "0"}),
     ("its trash may be skipped", None, TRASH, "OK 9 1000", {**BY_COUNT, "QUOTA_TRASH": "skip"}),
     # Dovecot's count driver: virtual sizes. No message is opened.
-    (
-        "W= beats S= and the file",
-        None,
-        {"cur/1,S=3,W=4:2,S": 1, "new/2,W=7": 3},
-        "OK 11 1000",
-        BY_COUNT,
+    *(
+        (f"virtual: {sentence}", None, files, f"OK {size} 1000", BY_COUNT)
+        for sentence, files, size in [
+            ("W= beats S= and the file", {"cur/1,S=312,W=414:2,S": 1, "new/2,W=7": 312}, 421),
+            ("no W=: the file", {"new/1,S=7": 312, "cur/2:2,": 9}, 321),
+            ("W= without digits is 0", {"cur/1,W=:2,": 312, "new/1,W=,S=312": 312}, 0),
+            ("but not at the end", {"new/1,W=": 312}, 312),
+            ("of two W= the first", {"cur/1,W=5,W=900:2,": 312}, 5),
+            ("hidden names", {"cur/.1,W=9": 9, "new/..1,W=9": 9}, 0),
+            ("linked folders and trash", {**LINKED, **TRASH}, 27),
+            ("a maildirsize is not read", {"maildirsize": b"9S\n9 1\n", "cur/1,W=5": 9}, 5),
+        ]
     ),
-    ("no W=: the file", None, {"new/1,S=7": 312, "cur/2:2,": 9}, "OK 321 1000", BY_COUNT),
-    ("W= without digits is 0", None, {"cur/1,W=:2,": 3, "new/1,W=,S=3": 3}, "OK 0 1000", BY_COUNT),
-    ("but not at the end", None, {"new/1,W=": 312}, "OK 312 1000", BY_COUNT),
-    ("of two W= the first", None, {"cur/1,W=5,W=900:2,": 312}, "OK 5 1000", BY_COUNT),
-    ("hidden names of count", None, {"cur/.1,W=9": 9, "new/..1,W=9": 9}, "OK 0 1000", BY_COUNT),
-    ("linked folders of count", None, LINKED, "OK 9 1000", BY_COUNT),
-    ("trash of count", None, TRASH, "OK 18 1000", BY_COUNT),
-    ("a maildirsize is not read", b"9S\n9 1\n", {"cur/1,W=5": 9}, "OK 5 1000", BY_COUNT),
+    *(
+        (f"a bad {name}", None, {}, f"ERROR {name} is not one of auto, ", {name: word})
+        for name, word in (("QUOTA_KEEPER", "exim"), ("QUOTA_TRASH", "yes"), ("QUOTA_KEEPER", ""))
+    ),
 ]
 
 
@@ -3408,7 +3313,11 @@ def test_a_maildir_is_over_as_the_rule_says(row, tmp_path):
     if "QUOTA_USERS" in settings:
         (tmp_path / "users").write_text(f"john {settings['QUOTA_USERS']}\n")
         settings["QUOTA_USERS"] = tmp_path / "users"
-    assert ask_maildir(path, **settings)[:2] == (200, line.replace(" ", " john ", 1))
+    got = ask_maildir(path, **settings)
+    if line.startswith("ERROR"):
+        assert got.status == 500 and got.line.startswith(line)
+    else:
+        assert got[:2] == (200, line.replace(" ", " john ", 1))
 
 
 KEEPERS = [
@@ -3517,7 +3426,6 @@ BAD_MAILDIRS = [
     ("a link to itself", {"maildirsize": "maildirsize"}, "ERROR cannot read the mailbox: "),
     ("a device", {"maildirsize": "/dev/zero"}, "OVERQUOTA john 2000 1500"),
     ("binary", EVERY_BYTE, "OK john 2000 0"),
-    ("binary entries", b"1000S\n" + EVERY_BYTE, "OVERQUOTA john 2000 1000"),
     ("a limit of 10^30", b"%dS\n1 1\n" % 10**30, "OK john 1 0"),
     ("a size of 10^4500", b"9S\n" + b"9" * 4500 + b" 1\n", "OVERQUOTA john 2000 9"),
     ("cur is a file", {".a/cur": 0}, "ERROR cannot read the mailbox: "),
@@ -3540,40 +3448,28 @@ def test_a_bad_maildir_gets_a_verdict_by_counting_or_an_error(what, spoiled, lin
 
 
 NO_MAILDIRS = [
-    # (what stands where the Maildir should be, beginning of the line)
-    ("john@x.org/Maildir/cur", "ERROR QUOTA_MAILDIR is no Maildir"),  # its parent
-    ("mailboxes/INBOX/dbox-Mails", "ERROR QUOTA_MAILDIR is no Maildir"),  # an mdbox
-    *[("", "ERROR QUOTA_MAILDIR is no Maildir"), ("cur", "OK john 0 0"), ("new", "OK john 0 0")],
+    # (the only file where the Maildir should be, beginning of the line)
+    *((f"{folder}x", "ERROR QUOTA_MAILDIR is no Maildir") for folder in ("", "john@x.org/cur/")),
+    ("mailboxes/INBOX/dbox-Mails/u.1", "ERROR QUOTA_MAILDIR is no Maildir"),  # an mdbox
+    *[("cur/x", "OK john 10 0"), ("new/x", "OK john 10 0")],
+    ("maildirsize", "OK john 0 1000"),  # Dovecot made it when it was asked
 ]
 
 
-@pytest.mark.parametrize(("folder", "line"), NO_MAILDIRS)
-def test_a_folder_that_is_no_maildir_is_an_error(folder, line, tmp_path):
-    (tmp_path / "Maildir" / folder).mkdir(parents=True)
+@pytest.mark.parametrize(("part", "line"), NO_MAILDIRS)
+def test_a_folder_that_is_no_maildir_is_an_error(part, line, tmp_path):
+    file = tmp_path / "Maildir" / part
+    file.parent.mkdir(parents=True)
+    file.write_text("1000S\n0 0\n")
     assert ask_maildir(tmp_path / "Maildir").line.startswith(line)
-
-
-def test_a_maildir_that_dovecot_made_when_it_was_asked_is_empty(tmp_path):
-    (tmp_path / "Maildir").mkdir()
-    (tmp_path / "Maildir" / "maildirsize").write_text("1000S\n0 0\n")
-    assert ask_maildir(tmp_path / "Maildir").line == "OK john 0 1000"
 
 
 def test_a_maildir_that_does_not_exist_has_no_bytes_or_may_be_unknown(tmp_path):
     settings = {"QUOTA_MAILDIR": tmp_path / "%n"}
-    assert ask(MAILDIR_CGI, "u=x", **settings).line == "OK x 0 0"
     assert ask(MAILDIR_CGI, "u=x", QUOTA_LIMIT="9", **settings).line == "OK x 0 9"
-    assert ask(MAILDIR_CGI, "u=x", QUOTA_UNKNOWN="1", **settings).line.startswith("UNKNOWN x 0 ")
+    assert ask(MAILDIR_CGI, "u=x", QUOTA_UNKNOWN="1", **settings).line == "UNKNOWN x 0 0"
     (tmp_path / "x").write_bytes(HUGE)
     assert ask(MAILDIR_CGI, "u=x", **settings).status == 500, "a file"
-
-
-@pytest.mark.parametrize("setting", ["QUOTA_KEEPER=exim", "QUOTA_TRASH=yes", "QUOTA_KEEPER="])
-def test_a_word_that_is_none_of_a_settings_is_an_error(setting, tmp_path):
-    name, _, value = setting.partition("=")
-    path = make_maildir(tmp_path / "Maildir", {})
-    got = ask_maildir(path, **{name: value})
-    assert got.status == 500 and got.line.startswith(f"ERROR {name} is not one of auto, ")
 
 
 UNREADABLE_PARTS = [
@@ -3815,17 +3711,11 @@ def test_readme_and_help_give_every_option_with_its_default_in_the_same_order():
 @pytest.mark.parametrize("script", CGIS)
 def test_readme_gives_every_setting_its_default(script):
     row = re.compile(r"^\| `(QUOTA_\w+)`(?: \((.*?)\))? \| (.*?) \|", re.MULTILINE)
-    found = [
-        (name, default) for name, of, default in row.findall(README) if of in ("", script.name)
-    ]
+    rows = [(name, default) for name, of, default in row.findall(README) if of in ("", script.name)]
     settings = {name: value for name, value in vars(CGIS[script]).items() if name[:6] == "QUOTA_"}
-    assert [name for name, _ in found] == sorted(settings, key=[n for n, _ in found].index)
-    for name, default in found:
-        expected = settings[name] or "none"
-        parts = [part for part in default.split(", ") if f"({script.name}" in part] or [default]
-        assert parts[0].partition(" (")[0].strip("`") == expected, name
-    text = script.read_text()
-    assert all(name in text.partition('"""')[2] for name in settings)
+    assert {name: default.strip("`") for name, default in rows} == {
+        name: value or "none" for name, value in settings.items()
+    }
 
 
 def test_the_docstrings_name_no_option_or_setting_that_there_is_not():
