@@ -40,7 +40,7 @@ import threading
 import time
 import types
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -574,6 +574,7 @@ class Ours:
         self.answers: dict[Any, Any] = {}  # by the user, or the number of the backend (from 1)
         self.asked: list[tuple[str, int, float]] = []  # user, backend, the seconds it may take
         self.base = [f"--backend=http://127.0.0.1:{n}/" for n in range(1, backends + 1)]
+        self.options = options
         words = [*self.base, *options]
         self.service = self.module.Service(words, self.module.read_options(words))
 
@@ -1488,217 +1489,198 @@ def test_of_all_tables_few_are_asked_at_a_time(table_of, monkeypatch):
 # ---- mail in flight: stories ----
 
 LIMIT = 100_000  # bytes: the quota of the tables below, in which 1,024 count for headers
-OUTCOMES = {"452 4.2.2": "full", "552 5.2.3": "large", "451 4.3.0": "fault"}
 
 
-class Story:
-    """Plays the steps of a story, in one session, with mailboxes of its own.
+class Story(Ours):
+    """Plays the steps of a story.
 
     john has 40_000 [of 0] [OVERQUOTA] [grace 10]  what the backend says of john (of LIMIT)
-    john has no figures, is unknown, fails         an answer without numbers, UNKNOWN, a status 500
+    john has no figures, is unknown, fails         an answer without numbers, UNKNOWN, a fault
     mail 60_000 [SIZE=5] [to john mary] -> OUTCOME a message (to john), to its end
     sized 60_000 [to john mary] -> OUTCOME         the same, and its true size declared
-    rset 60_000, lost 60_000                       its body is sent, then RSET or no more at all
-    forward 61, hup                                seconds of the milter's clock; the signal
+    rset 60_000                                    it ends before its end
+    forward 61, hup                                seconds of the clock; the signal
 
-    OUTCOME: ok, or full, large (552) or fault, `at RCPT` or `at end`, and whom the reply names
-    where that matters. `x3`: three times.
+    OUTCOME: ok, or the verdict, `at RCPT` or `at end`, and whom the reply names where that
+    matters. `x3`: three times.
     """
-
-    def __init__(self, milter: Milter, backend: Backend, number: int) -> None:
-        self.milter, self.backend, self.number = milter, backend, number
-        self.session = milter.session()
 
     def play(self, steps: str) -> None:
         """Play all steps; an assertion names the one that went wrong."""
         for step in re.split(r";\s+", steps):
-            told, _, expected = re.sub(r" x\d+$", "", step).partition(" -> ")
-            times = re.search(r" x(\d+)$", step)
-            for _ in range(int(times[1]) if times else 1):
+            told, _, expected = step.partition(" -> ")
+            expected, _, times = expected.partition(" x")
+            for _ in range(int(times or 1)):
+                self.now += 0.01
                 outcome = self.take(*told.split())
-                is_right = outcome.startswith(expected) and bool(outcome) == bool(expected)
-                assert is_right, (step, outcome)
-        self.session.socket.close()
+                assert outcome.startswith(expected) and bool(outcome) == bool(expected), step
 
     def take(self, verb: str, *words: str) -> str:
         """Take a step; return what became of a message."""
-        if verb in ("mail", "sized", "rset", "lost"):
-            return self.send(verb, list(words))
+        if verb in ("mail", "sized", "rset"):
+            users = words[words.index("to") + 1 :] if "to" in words else ["john"]
+            declared = (
+                words[0] if verb == "sized" else words[1][5:] if "SIZE" in str(words) else "0"
+            )
+            return self.send(users, int(words[0]), int(declared), ends=verb != "rset")
         if verb == "forward":
-            self.milter.forward(int(words[0]))
+            self.now += int(words[0])
         elif verb == "hup":
-            assert "state=reloaded" in self.milter.hup()
+            self.reload(*self.options)
+        elif words[-1] in ("figures", "unknown", "fails"):
+            self.answers[verb] = {"figures": ("OK",), "unknown": NO_BOX, "fails": None}[words[-1]]
         else:
-            self.backend.answers[f"{verb}{self.number}"] = self.answer(list(words))
+            status = "OVERQUOTA" if "OVERQUOTA" in words else "OK"
+            quota = int(words[3]) if "of" in words else LIMIT
+            grace = int(words[-1]) if "grace" in words else 0
+            self.answers[verb] = status, int(words[1]), quota, grace
         return ""
 
-    def answer(self, words: list[str]) -> bytes:
-        """Make what the backend says of a mailbox."""
-        if words[-1] in ("figures", "unknown", "fails"):
-            return {"figures": b"OK x\n", "unknown": GONE, "fails": OOPS}[words[-1]]
-        header = {"Quota_Grace": words[-1]} if "grace" in words else {}
-        used, quota = words[1], words[3] if "of" in words else LIMIT
-        status = "OVERQUOTA" if "OVERQUOTA" in words else "OK"
-        return says(f"{status} x {used} {quota}".replace("_", ""), **header)
-
-    def send(self, verb: str, words: list[str]) -> str:
+    def send(self, users: Sequence[str], size: int, declared: int, ends: bool) -> str:
         """Give a message; return its outcome."""
-        size = int(words[0])
-        users = words[words.index("to") + 1 :] if "to" in words else ["john"]
-        names = [re.sub("^(?!postmaster)[a-z]+", rf"\g<0>{self.number}", user) for user in users]
-        declared = [word for word in words if word.startswith("SIZE=")]
-        declared += [f"SIZE={size}"] if verb == "sized" else []
-        if verb in ("mail", "sized"):
-            return self.outcome(self.session.message(" ".join(names), size, *declared))
-        self.session.mail(*declared)
-        assert [self.session.rcpt(name) for name in names] == [""]
-        self.session.body(size)
-        if verb == "rset":
-            self.session.abort()
-        else:
-            self.session.socket.close()
-            self.session = self.milter.session()
-        return ""
-
-    def outcome(self, reply: str) -> str:
-        """Put a reply into the words of the stories."""
-        named = re.search(r"\b([a-z]+)\d*@example\.com", reply)
-        step = "end" if self.session.last == b"E" else "RCPT"
-        return f"{OUTCOMES[reply[:9]]} at {step} for {named[1]}" if named else "ok"
+        message, policy = self.module.Message(declared), self.service.policy
+        for user in users:
+            decision = policy.decide(f"<{user}@example.com>", message)
+            if decision.reply is None:
+                message.let_through(decision)
+        refusal, step = decision, "RCPT"
+        if message.passed or message.others_passed:
+            message.count_body(size)
+            refusal, step = policy.end_of_data(message) if ends else None, "end"
+        return f"{refusal.verdict} at {step} for {refusal.address.user}" if refusal else "ok" * ends
 
 
-# By the options of one milter: the rows that are played with it. Answers are remembered unless
-# the options say otherwise.
+# By the options of a milter: what happens to it. Answers are remembered unless the options say
+# otherwise.
 STORIES = {
-    "--verbose": """
+    "": """
 what fits exactly is accepted, one byte more is not; a declared size is known at RCPT:
-    john has 40_000; mail 60_001 -> full at end for john; sized 60_001 -> full at RCPT for john;
-    sized 60_000 -> ok
+    john has 40_000; mail 60_001 -> overquota at end for john;
+    sized 60_001 -> overquota at RCPT for john; sized 60_000 -> ok
 three messages, and the room that each leaves to the next:
-    john has 0; mail 50_000 -> ok; mail 49_001 -> full at end; mail 48_000 -> ok;
-    mail 1_000 -> full at
+    john has 0; mail 50_000 -> ok; mail 49_001 -> overquota at end; mail 48_000 -> ok;
+    mail 1_000 -> overquota at
 a mailbox that is filled by what is in flight gets nothing more, however small:
-    john has 0; sized 99_500 -> ok; mail 0 -> full at RCPT; sized 1 -> full at RCPT
+    john has 0; sized 99_500 -> ok; mail 0 -> overquota at RCPT; sized 1 -> overquota at RCPT
 at the quota without mail in flight its backend alone decides:
-    john has 100_000; mail 0 -> ok; mail 0 -> full at RCPT
+    john has 100_000; mail 0 -> ok; mail 0 -> overquota at RCPT
 what has ended otherwise adds nothing:
-    john has 0; rset 90_000; lost 90_000 SIZE=90_000; mail 100_001 -> large at end for john;
-    sized 100_001 -> large at RCPT for john; mail 100_000 -> ok
+    john has 0; rset 90_000; mail 100_001 -> toolarge at end for john;
+    sized 100_001 -> toolarge at RCPT for john; mail 100_000 -> ok
 hup keeps the answer and what is in flight:
-    john has 0; mail 50_000 -> ok; john has 100_000 OVERQUOTA; hup; mail 49_001 -> full at end;
-    mail 48_000 -> ok
+    john has 0; mail 50_000 -> ok; john has 100_000 OVERQUOTA; hup;
+    mail 49_001 -> overquota at end; mail 48_000 -> ok
 the larger of two sizes counts:
-    john has 0; mail 10 SIZE=40000 -> ok; mail 60_000 SIZE=10 -> full at end;
-    mail 10 SIZE=60000 -> full at RCPT; mail 30_000 SIZE=10 -> ok; mail 29_000 -> full at end
+    john has 0; mail 10 SIZE=40000 -> ok; mail 60_000 SIZE=10 -> overquota at end;
+    mail 10 SIZE=60000 -> overquota at RCPT; mail 30_000 SIZE=10 -> ok;
+    mail 29_000 -> overquota at end
 a message that fits into one of its mailboxes is accepted, and counts for both:
     john has 50_000; mary has 0; mail 60_000 to john mary -> ok;
-    mail 39_001 to mary -> full at end for mary; mail 0 to john -> full at RCPT for john;
-    mail 38_000 to mary -> ok
+    mail 39_001 to mary -> overquota at end for mary;
+    mail 0 to john -> overquota at RCPT for john; mail 38_000 to mary -> ok
 a message that fits into none gets the reply of the first, whatever its kind:
-    john has 0 of 50_000; mary has 60_000; mail 60_000 to john mary -> large at end for john;
-    mail 60_000 to mary john -> full at end for mary; mail 50_000 to mary john -> ok
+    john has 0 of 50_000; mary has 60_000; mail 60_000 to john mary -> toolarge at end for john;
+    mail 60_000 to mary john -> overquota at end for mary; mail 50_000 to mary john -> ok
 who was refused at RCPT does not count:
     john has 90_000; mary has 0; paul has 110_000 OVERQUOTA; sized 20_000 to john mary paul -> ok;
-    mail 10_001 to john -> full at end for john;
-    mail 100_000 to paul mary -> full at end for mary; mail 10_000 to john -> ok
+    mail 10_001 to john -> overquota at end for john;
+    mail 100_000 to paul mary -> overquota at end for mary; mail 10_000 to john -> ok
 an exempt recipient takes it for all:
-    john has 50_000; mail 60_000 to john postmaster -> ok; mail 0 to john -> full at RCPT;
+    john has 50_000; mail 60_000 to john postmaster -> ok; mail 0 to john -> overquota at RCPT;
     mail 900_000 to postmaster -> ok
 so does one who is unknown, or cannot be asked about:
     john has 50_000; mary is unknown; paul fails; mail 60_000 to mary john -> ok;
-    mail 0 to john -> full at RCPT; mail 900_000 to mary -> ok; mail 900_000 to paul -> ok
+    mail 0 to john -> overquota at RCPT; mail 900_000 to mary -> ok; mail 900_000 to paul -> ok
 a mailbox without a limit takes all:
     john has 50_000; mary has 500_000 of 0; mail 900_000 to mary -> ok x2;
-    mail 60_000 to john mary -> ok; mail 0 to john -> full at RCPT
+    mail 60_000 to john mary -> ok; mail 0 to john -> overquota at RCPT
 each address of a mailbox brings it a copy:
     john has 0; mail 30_000 to john john -> ok; mail 20_000 to john john+a -> ok;
-    mail 27_000 -> full at end; mail 25_000 -> ok
+    mail 27_000 -> overquota at end; mail 25_000 -> ok
 a copy that does not fit is refused for itself where its size is known:
-    john has 0; sized 60_000 to john john+a -> ok; mail 39_001 -> full at end; mail 38_000 -> ok
+    john has 0; sized 60_000 to john john+a -> ok; mail 39_001 -> overquota at end;
+    mail 38_000 -> ok
 grace is for the message that fills the mailbox:
-    john has 90_000 grace 10000; mail 20_001 -> full at end; sized 20_001 -> full at RCPT;
-    sized 8_000 -> ok; sized 2_000 -> ok; sized 1 -> full at RCPT; mail 0 -> full at RCPT
+    john has 90_000 grace 10000; mail 20_001 -> overquota at end;
+    sized 20_001 -> overquota at RCPT; sized 8_000 -> ok; sized 2_000 -> ok;
+    sized 1 -> overquota at RCPT; mail 0 -> overquota at RCPT
 what is too large is what quota and grace cannot hold:
-    john has 0 grace 10000; sized 110_001 -> large at RCPT; mail 110_001 -> large at end;
+    john has 0 grace 10000; sized 110_001 -> toolarge at RCPT; mail 110_001 -> toolarge at end;
     mail 110_000 -> ok
 grace saves no mailbox that is over quota:
-    john has 100_000 OVERQUOTA grace 10000; mail 1 -> full at RCPT
+    john has 100_000 OVERQUOTA grace 10000; mail 1 -> overquota at RCPT
 """,
     "--cache-ttl 0": """
 growth counts once:
-    john has 0; mail 30_000 -> ok x2; john has 30_000; mail 39_000 -> full at end x2;
-    john has 60_000; mail 39_000 -> full at end; mail 36_900 -> ok
+    john has 0; mail 30_000 -> ok x2; john has 30_000; mail 39_000 -> overquota at end x2;
+    john has 60_000; mail 39_000 -> overquota at end; mail 36_900 -> ok
 a figure that drops and comes back makes no room: where four fit, four are accepted:
-    john has 0; mail 24_000 -> ok x2; john has 48_000; mail 60_000 -> full at end; john has 0;
-    mail 60_000 -> full at end; john has 48_000; mail 60_000 -> full at end; mail 24_000 -> ok x2;
-    mail 0 -> full at RCPT
+    john has 0; mail 24_000 -> ok x2; john has 48_000; mail 60_000 -> overquota at end;
+    john has 0; mail 60_000 -> overquota at end; john has 48_000; mail 60_000 -> overquota at end;
+    mail 24_000 -> ok x2; mail 0 -> overquota at RCPT
 growth that others made leaves no more room than there is:
-    john has 0; mail 10_000 -> ok; john has 90_000; mail 10_001 -> full at end; mail 10_000 -> ok
+    john has 0; mail 10_000 -> ok; john has 90_000; mail 10_001 -> overquota at end;
+    mail 10_000 -> ok
 a user who deletes does not make what is in flight smaller:
-    john has 80_000; mail 18_000 -> ok; john has 0; mail 81_001 -> full at end; john has 18_000;
-    mail 81_001 -> full at end; mail 80_400 -> ok
+    john has 80_000; mail 18_000 -> ok; john has 0; mail 81_001 -> overquota at end;
+    john has 18_000; mail 81_001 -> overquota at end; mail 80_400 -> ok
 faults: the last known answer, and what has been accepted since:
-    john has 0; mail 30_000 -> ok; john fails; mail 70_000 -> full at end;
-    mail 100_001 -> full at end; sized 100_001 -> full at RCPT; mail 67_000 -> ok;
-    mail 5_000 -> full at
+    john has 0; mail 30_000 -> ok; john fails; mail 70_000 -> overquota at end;
+    mail 100_001 -> overquota at end; sized 100_001 -> overquota at RCPT; mail 67_000 -> ok;
+    mail 5_000 -> overquota at
 an unknown mailbox has not become smaller:
     john has 50_000; mail 20_000 -> ok; john is unknown; mail 0 to john -> ok; john has 50_000;
-    mail 29_001 -> full at end
+    mail 29_001 -> overquota at end
 nor has one of which there are no figures:
     john has 50_000; mail 20_000 -> ok; john has no figures; mail 0 to john -> ok;
-    john has 50_000; mail 29_001 -> full at end; mail 26_500 -> ok
+    john has 50_000; mail 29_001 -> overquota at end; mail 26_500 -> ok
 """,
     "--in-flight 10": """
 what is in flight ends by itself, each message by its own time:
-    john has 0; mail 40_000 -> ok; forward 7; mail 40_000 -> ok; mail 40_000 -> full at end;
-    forward 5; mail 40_000 -> ok; mail 40_000 -> full at end
+    john has 0; mail 40_000 -> ok; forward 7; mail 40_000 -> ok; mail 40_000 -> overquota at end;
+    forward 5; mail 40_000 -> ok; mail 40_000 -> overquota at end
 """,
     "--in-flight 10 --cache-ttl 0": """
 while a backend fails, its last answer has counted all that was accepted since:
-    john has 0; mail 60_000 -> ok; john fails; forward 12; mail 60_000 -> full at end;
-    mail 38_000 -> ok; forward 12; mail 0 -> full at RCPT; john has 20_000; mail 80_000 -> ok
+    john has 0; mail 60_000 -> ok; john fails; forward 12; mail 60_000 -> overquota at end;
+    mail 38_000 -> ok; forward 12; mail 0 -> overquota at RCPT; john has 20_000;
+    mail 80_000 -> ok
 """,
     "--in-flight 10 --cache-ttl 600": """
 an answer does not outlive what was accepted since:
-    john has 0; mail 60_000 -> ok; john has 61_000; forward 12; mail 39_001 -> full at end;
+    john has 0; mail 60_000 -> ok; john has 61_000; forward 12; mail 39_001 -> overquota at end;
     mail 38_000 -> ok
 without mail it does:
     john has 10_000; rset 0; john has 100_000 OVERQUOTA; forward 500; mail 80_000 -> ok
 """,
     "--in-flight 0": """
 nothing is in flight, and the real size counts:
-    john has 60_000; mail 40_000 -> ok x3; sized 40_000 -> ok; mail 100_001 -> large at end;
-    mail 40_001 -> full at end
+    john has 60_000; mail 40_000 -> ok x3; sized 40_000 -> ok; mail 100_001 -> toolarge at end;
+    mail 40_001 -> overquota at end
 """,
     "--frontends 2": """
 what was accepted counts for each frontend:
-    john has 0; mail 30_000 -> ok; mail 38_001 -> full at end; mail 36_000 -> ok;
-    mail 0 -> full at RCPT
+    john has 0; mail 30_000 -> ok; mail 38_001 -> overquota at end; mail 36_000 -> ok;
+    mail 0 -> overquota at RCPT
 """,
     "--ignore-size --cache-ttl 0": """
 the status alone decides:
     john has 0; mail 200_000 -> ok; sized 200_000 -> ok; mail 200_000 SIZE=5 -> ok;
-    john has 100_000 OVERQUOTA; mail 0 -> full at RCPT
+    john has 100_000 OVERQUOTA; mail 0 -> overquota at RCPT
 """,
     "--on-error tempfail": """
 a fault at RCPT is none at the end:
-    john has 50_000; mary fails; mail 60_000 to john mary -> full at end for john;
+    john has 50_000; mary fails; mail 60_000 to john mary -> overquota at end for john;
     mail 1 to mary -> fault at RCPT for mary
-""",
-    "--dry-run": """
-everything is accepted:
-    john has 50_000; mary has 100_000 OVERQUOTA; mail 60_000 -> ok; sized 60_000 -> ok;
-    mail 100_001 -> ok; mail 60_000 to mary -> ok
 """,
 }
 
 
 @pytest.mark.parametrize("options", STORIES)
-def test_mail_in_flight_counts(options, site):
-    stories = STORIES[options]
-    milter = site.milter(*options.split(), clock="forward" in stories)
-    for number, steps in enumerate(re.split(r"^\S.*:\n", stories, flags=re.MULTILINE)[1:]):
-        Story(milter, site.backend, number).play(steps.strip())
+def test_mail_in_flight_counts(options):
+    words = options.replace(" ", "=").replace("=--", " --").split()
+    for steps in re.split(r"^\S.*:\n", STORIES[options], flags=re.MULTILINE)[1:]:
+        Story(*words).play(steps.strip())
 
 
 def test_an_older_mta_that_skips_no_body_gets_the_same_answers(site):
@@ -1707,6 +1689,21 @@ def test_an_older_mta_that_skips_no_body_gets_the_same_answers(site):
         assert session.message("john", 3_000_000)[:9] == "552 5.2.3"
         assert session.message("john postmaster", 30_000) == ""
         assert session.message("john", 30_001)[:9] == "452 4.2.2"
+        session.mail()
+        assert session.rcpt("mary") == ""
+        session.body(50_000)
+        session.abort()
+        assert session.message("mary", 60_000) == "", "what has ended otherwise adds nothing"
+
+
+def test_a_dry_run_accepts_everything(site):
+    site.backend.default = says(f"OK x 40000 {LIMIT}")
+    site.backend.answers["full"] = FULL
+    milter = site.milter("--dry-run")
+    with milter.session() as session:
+        for recipient, size in ("full", 1), ("john", 60_001), ("mary", 100_001):
+            assert session.message(recipient, size) == ""
+    assert milter.log("verdict=toolarge", "dry_run=yes")
 
 
 BODIES = [
@@ -1989,24 +1986,24 @@ def verdict_on(recipient: str, *options: str) -> str:
 def test_of_two_addresses_of_a_backend_one_that_swallows_packets_costs_no_verdict(
     site, monkeypatch
 ):
-    look_up = socket.getaddrinfo
+    look_up, connect, shares = socket.getaddrinfo, socket.create_connection, list[float]()
 
-    def look_up_here(host: str, *rest: Any, **options: Any) -> list[Any]:
-        hosts = ("127.0.0.2", "127.0.0.1") if host == "two.test" else (host,)
-        return [found for one in hosts for found in look_up(one, *rest, **options)]
+    def connect_slowly(where: tuple[str, int], seconds: float) -> socket.socket:
+        if where[0] == "127.0.0.2":
+            shares.append(seconds)
+            raise TimeoutError
+        return connect(where, seconds)
 
-    monkeypatch.setattr(socket, "getaddrinfo", look_up_here)
+    def look_up_both(host: str, *rest: Any, **options: Any) -> list[Any]:
+        both = look_up("127.0.0.2", *rest, **options), look_up("127.0.0.1", *rest, **options)
+        return [*both[0], *both[1]]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up_both)
+    monkeypatch.setattr(socket, "create_connection", connect_slowly)
     site.backend.default = FULL
-    # A queue of connections that is full swallows all others, as a packet filter does.
-    with socket.socket() as swallowing, contextlib.ExitStack() as stack:
-        swallowing.bind(("127.0.0.2", site.backend.port))
-        swallowing.listen(0)
-        for _ in range(3):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(("127.0.0.2", site.backend.port))
-        url = site.backend.url.replace("127.0.0.1", "two.test")
-        assert verdict_on("john@x.org", f"--backend={url}", "--timeout=4") == "overquota"
+    url = site.backend.url.replace("127.0.0.1", "two.test")
+    assert verdict_on("john@x.org", f"--backend={url}", "--timeout=9") == "overquota"
+    assert 0 < shares[0] <= 3, "a third for each address, and one for the answer"
 
 
 def test_a_name_whose_look_up_hangs_is_a_fault_in_time(monkeypatch):
@@ -3323,7 +3320,7 @@ def test_a_maildir_is_over_as_the_rule_says(row, tmp_path):
 KEEPERS = [
     # (uidlist and maildirsize: seconds since they were written, None: missing; those since the
     # time in a message's name; keeper)
-    (None, None, 0, "courier"),
+    (None, None, 0, "new"),
     (None, 9000, 0, "courier"),
     (9000, None, 9000, "dovecot-count"),
     (0, 0, 0, "dovecot"),
@@ -3336,6 +3333,7 @@ KEEPERS = [
     (0, 100, 0, "old"),
 ]
 KEPT = {
+    "new": ("OK 10 0", "OK 10 90", "0"),  # as Courier's
     # keeper: the answers without and with QUOTA_LIMIT=90, and the default grace of the latter
     "courier": ("OK 1 900", "OK 1 900", "0"),
     "dovecot": ("OK 1 900", "OK 1 900", "90"),
@@ -3344,44 +3342,33 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize(("uidlist", "maildirsize", "message", "keeper"), KEEPERS)
-def test_who_keeps_a_maildir_is_seen_by_its_files(
-    uidlist, maildirsize, message, keeper, control, tmp_path
-):
+def test_who_keeps_a_maildir_is_seen_by_its_files(uidlist, maildirsize, message, keeper, tmp_path):
     now = time.time()
     stamp = "x" if message is None else int(now - message)
     path = make_maildir(tmp_path / "Maildir", {f".a/new/{stamp}.M1P1.x,S=10,W=20": 1})
-    place = tmp_path / "control.john" if control else path
-    place.mkdir(exist_ok=True)
     files = ("dovecot-uidlist", UIDLIST, uidlist), ("maildirsize", b"900S\n1 1\n", maildirsize)
     for name, text, age in files:
         if age is not None:
-            (place / name).write_bytes(text)
-            os.utime(place / name, (now - age, now - age))
-    if control and uidlist is None:  # CONTROL is Dovecot's
-        keeper = "dovecot" if maildirsize else "dovecot-count"
-    settings = {"QUOTA_CONTROL": tmp_path / "control.%n"} if control else {}
+            (path / name).write_bytes(text)
+            os.utime(path / name, (now - age, now - age))
     alone, with_limit, grace = KEPT[keeper]
-    if maildirsize is None and keeper == "courier":
-        alone, with_limit = "OK 10 0", "OK 10 90"
-    got = ask_maildir(path, **settings)
+    got = ask_maildir(path)
     assert got.line.startswith(alone.replace("OK", "OK john"))
     assert got.status == 200 or "QUOTA_DOVEADM" in got.line and "QUOTA_LIMIT" in got.line
-    got = ask_maildir(path, QUOTA_LIMIT="90", **settings)
+    got = ask_maildir(path, QUOTA_LIMIT="90")
     assert got.line == with_limit.replace("OK", "OK john") and got.header["Quota-Grace"] == grace
-    fixed = ask_maildir(path, QUOTA_LIMIT="90", QUOTA_GRACE="7", **settings)
-    assert fixed.header["Quota-Grace"] == "7"
 
 
 def test_a_control_folder_is_a_path_with_placeholders(tmp_path):
     path = make_maildir(tmp_path / "Maildir", {"cur/1": 20}, b"9S\n9 1\n")
     make_maildir(tmp_path / "control" / "john", DOVECOT, b"70S\n7 1\n")
     assert ask_maildir(path, QUOTA_CONTROL=tmp_path / "control/%n").line == "OK john 7 70"
-    none = ask_maildir(path, QUOTA_CONTROL=tmp_path / "control/%n.none", QUOTA_LIMIT="50")
-    assert none.line == "OK john 20 50"
-    for bad, status in (tmp_path / "%q", 500), ("control/%n", 500), (tmp_path / "%d/%n", 400):
-        assert ask_maildir(path, QUOTA_CONTROL=bad).status == status
+    none = tmp_path / "control/%n.none"  # by the setting it is Dovecot all the same
+    assert ask_maildir(path, QUOTA_CONTROL=none, QUOTA_LIMIT="50").line == "OK john 20 50"
+    bad = (none, 500), (tmp_path / "%q", 500), ("control/%n", 500), (tmp_path / "%d/%n", 400)
+    for setting, status in bad:
+        assert ask_maildir(path, QUOTA_CONTROL=setting).status == status
 
 
 def test_a_path_that_ends_in_a_slash_is_the_same(tmp_path):
@@ -3639,18 +3626,15 @@ def test_dovecot_is_asked_about_the_user_by_its_api_with_the_key(query, user, do
     assert json.loads(body)[0][:2] == ["quotaGet", {"user": user}]
 
 
+BAD_URLS = [
+    *("nonsense", "http://127.0.0.1:99999/doveadm/v1", "http:///doveadm/v1"),
+    *(f"http://127.0.0.1:8080/{path}" for path in ("", "doveadm/v2", "doveadm/v1?x")),
+]
 BAD_DOVEADMS = [
     # (setting, value, what the line names)
     ("QUOTA_DOVEADM", "https://127.0.0.1:8080/doveadm/v1", "https"),
     ("QUOTA_DOVEADM", "http://127.0.0.1:1/doveadm/v1", "Dovecot cannot be asked"),
-    *(
-        ("QUOTA_DOVEADM", url, "QUOTA_DOVEADM")
-        for url in ("nonsense", "http://127.0.0.1:99999/doveadm/v1", "http:///doveadm/v1")
-    ),
-    *(
-        ("QUOTA_DOVEADM", f"http://127.0.0.1:8080/{path}", "QUOTA_DOVEADM")
-        for path in ("", "doveadm/v2", "doveadm/v1?x")
-    ),
+    *(("QUOTA_DOVEADM", url, "QUOTA_DOVEADM") for url in BAD_URLS),
     *(("QUOTA_DOVEADM_KEY", file, "QUOTA_DOVEADM_KEY") for file in ("/nonexistent", "/etc", "")),
     ("QUOTA_GRACE", "ten", "QUOTA_GRACE"),
 ]
