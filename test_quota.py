@@ -445,10 +445,6 @@ class Milter:
             session.mail(*parameters)
             return session.rcpt(recipient)
 
-    def message(self, recipients: str, size: int, *parameters: str) -> str:
-        with self.session() as session:
-            return session.message(recipients, size, *parameters)
-
     def at_once(self, recipients: list[str]) -> list[str]:
         """Give recipients in a session each, all at once; return the replies in order."""
         with concurrent.futures.ThreadPoolExecutor(len(recipients)) as pool:
@@ -472,7 +468,6 @@ class Milter:
 
     def hup(self) -> str:
         """Send a HUP; return the line of the log that says what became of it."""
-
         before = self.lines(": state=")
         self.process.popen.send_signal(signal.SIGHUP)
         return str(wait_for(lambda: self.lines(": state=")[len(before) :], "HUP")[0])
@@ -1046,27 +1041,18 @@ NO_REPLIES = [
     *("452 4.2.2 {adress}", "452 4.2.2 two\nlines", "452 4.2.2 v\u00f6ll", "550 5.1.1"),
     *("421 4.2.2 ends the session", "452 4.\u0662.2 x"),
 ]
+REPLY_KINDS = "overquota", "toolarge", "unknown", "inactive"
 SECRET = "http://user:se/cret@127.0.0.1/"
 BAD_VALUES = {
     "listen": ["8894", "inet:0@127.0.0.1", "inet:65536@127.0.0.1", "unix:relative"],
     "timeout": ["0", "-1", "nan", "inf", "soon", "\u0665", "1_0", SECRET],
-    "retry-after": ["-1"],
-    "max-queries": ["0", "1.5", "\u0661\u0666"],
-    "cache-ttl": ["x"],
-    "in-flight": ["-1"],
-    "frontends": ["0"],
-    "inactive-after": ["-1"],
+    **dict.fromkeys(["retry-after", "cache-ttl", "in-flight", "inactive-after"], ["-1", "x"]),
+    **dict.fromkeys(["max-queries", "frontends"], ["0", "1.5", "\u0661\u0666"]),
     "on-error": ["reject", SECRET],
-    "overquota-reply": NO_REPLIES,
-    "toolarge-reply": NO_REPLIES[:1],
-    "unknown-reply": NO_REPLIES[:1],
-    "inactive-reply": NO_REPLIES[:1],
-    "backend": ["ftp://127.0.0.1/", "http:///path", "http://127.0.0.1:99999/", "http://a b/"]
-    + [
-        "a,,b=http://127.0.0.1/",
-        "http://127.0.0.1:8\u0660/",
-        "x.org,X.org.=http://127.0.0.1/",
-        SECRET,
+    **dict.fromkeys([f"{kind}-reply" for kind in REPLY_KINDS], NO_REPLIES),
+    "backend": [
+        *["ftp://127.0.0.1/", "http:///path", "http://127.0.0.1:99999/", "http://a b/", SECRET],
+        *["a,,b=http://127.0.0.1/", "http://127.0.0.1:8\u0660/", "x.org,X.org.=http://127.0.0.1/"],
     ],
     "recipient-delimiter": ["x", "@", "\u00f6"],
     "exempt": ["", "@example.com"],
@@ -1077,19 +1063,19 @@ BAD_VALUES = {
 }
 
 
-def option_error(module: Any, *arguments: str) -> str:
-    """Read options that are bad; return what is said of them."""
-    with pytest.raises(Exception) as caught:  # noqa: PT011, B017
-        module.read_options(arguments)
+def option_error(*arguments: str) -> str:
+    """Read options that are bad; return what is said of them, in one line."""
+    with pytest.raises(milter_module().BadOptions) as caught:
+        milter_module().read_options(arguments)
+    assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
 
 @pytest.mark.parametrize("option", BAD_VALUES)
 def test_a_bad_value_is_refused_in_one_line_that_names_the_option(option):
     for value in BAD_VALUES[option]:
-        error = option_error(milter_module(), f"--{option}={value}")
-        assert len(error.splitlines()) == 1 and f"--{option}" in error, value
-        assert "cret" not in error, value
+        error = option_error(f"--{option}={value}")
+        assert f"--{option}" in error and "cret" not in error, value
 
 
 BAD_STARTS = [
@@ -1143,17 +1129,15 @@ def test_an_error_in_an_option_file_names_file_and_line(text, line, named, tmp_p
     os.mkfifo(tmp_path / "pipe")
     file = tmp_path / "options"
     file.write_text("# x\n--verbose\n" + text.format(folder=tmp_path))
-    error = option_error(milter_module(), "--verbose", f"@{file}", "--timeout", "3")
-    assert len(error.splitlines()) == 1 and named in error
-    assert re.search(rf"{file}\D{{1,10}}{line}\b", error), error
+    error = option_error("--verbose", f"@{file}", "--timeout", "3")
+    assert named in error and re.search(rf"{file}\D{{1,10}}{line}\b", error), error
 
 
 @pytest.mark.parametrize("name", ["pipe", "nowhere", "binary"])
 def test_an_option_file_that_cannot_be_read_is_an_error(name, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "binary").write_bytes(b"--verbose\n\xff\n")
-    error = option_error(milter_module(), f"@{tmp_path}/{name}")
-    assert len(error.splitlines()) == 1 and name in error
+    assert name in option_error(f"@{tmp_path}/{name}")
 
 
 CHECKS = [
@@ -1186,15 +1170,6 @@ def test_check_prints_verdicts_and_replies_and_its_status_sums_them_up(
         assert bool(unsure) == (" reason=" in line), line
 
 
-def test_check_ends_well_where_nobody_reads_its_verdicts(site):
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, MILTER, "--backend", site.backend.url, "--check", "john@x.org"]
-    with os.fdopen(writer, "w") as pipe:
-        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, timeout=60)
-    assert (done.returncode, done.stderr) == (0, b"")
-
-
 def test_check_leaves_the_log_of_the_milter_alone():
     backend = f"--backend=http://127.0.0.1:{free_port()}/"
     status, output, errors = run_milter(backend, "--syslog", "--check", "john@x.org")
@@ -1206,9 +1181,8 @@ def test_help_and_version_need_no_pymilter_and_a_start_without_it_says_what_to_i
     status, output, errors = run(*without, "--help")
     assert (status, errors) == (0, "") and output.startswith("usage: quota_milter.py")
     assert run(*without, "--version")[:2] == (0, f"quota_milter {milter_module().VERSION}\n")
-    status, output, errors = run(*without, "--listen", "inet:1@127.0.0.1")
-    assert status and output == "" and "python3-milter" in errors
-    assert len(errors.splitlines()) == 1
+    status, output, errors = run(*without)
+    assert (status, output, len(errors.splitlines())) == (1, "", 1) and "python3-milter" in errors
 
 
 # ---- aliases: one name to one mailbox ----
@@ -1314,7 +1288,7 @@ def test_a_list_takes_no_time_whatever_stands_in_it(site):
     run_cases([Case(FULL, options, one, reply="", asked="") for one in recipients], site)
 
 
-def test_alias_files_are_read_again_when_they_change_or_a_hup_comes(site):
+def test_an_alias_file_is_read_again_when_it_changes(site):
     file = site.write("aliases", "sales: john\n")
     milter = site.milter("--aliases", file, *UNCACHED)
 
@@ -1325,25 +1299,24 @@ def test_alias_files_are_read_again_when_they_change_or_a_hup_comes(site):
     assert leads_to("john")
     file.write_text("sales: mary\n")
     wait_for(lambda: leads_to("mary"), "the changed alias")
-    file.write_text("sales: fred\n")
-    milter.hup()
-    assert leads_to("fred")
 
 
-def test_an_alias_file_is_read_when_it_has_held_still_and_the_last_good_one_is_kept(site):
-    file = site.write("aliases", "last: john\n")
-    aliases = milter_module().AliasFile(str(file))
+def test_an_alias_file_is_read_when_it_has_held_still_or_at_hup_and_a_good_one_is_kept(tmp_path):
+    file = tmp_path / "aliases"
+    file.write_text("last: john\n")
+    ours = Ours(f"--aliases={file}")
     for text, looks, expected in [
         *[(f"first: mary\n{'#' * number}", 1, "john") for number in range(5)],  # being written
         ("first: mary\nlast: paul\n", 4, "paul"),
-        (None, 4, "paul"),
-        ("binary: \0\n", 4, "paul"),
-        ("last: fred\n", 4, "fred"),
+        *[(None, 4, "paul"), ("binary: \0\n", 4, "paul"), ("last: fred\n", 4, "fred")],
     ]:
         file.unlink() if text is None else file.write_text(text)
         for _ in range(looks):
-            aliases.refresh()
-        assert aliases.find(["last"], 0) == {"last": expected}, text
+            ours.service.policy.aliases.sources[0].refresh()
+        assert ours.rcpt("last")[1].target.user == expected, text
+    file.write_text("last: jim\n")
+    ours.reload(*ours.options)
+    assert ours.rcpt("last")[1].target.user == "jim"
 
 
 # ---- tables: postmap is faked, the real one is in .ci/test_servers.py ----
@@ -1469,21 +1442,11 @@ def test_table_and_backend_share_one_budget(table_of):
     assert ours.asked == [("john", 1, 4)], "the table was asked twice, and left 4 of 5 seconds"
 
 
-def test_of_all_tables_few_are_asked_at_a_time(table_of, monkeypatch):
-    ours, opened, running = table_of("hash"), threading.Event(), list[object]()
-
-    def run(*command: object, **options: Any) -> Any:
-        running.append(command)
-        opened.wait(60)
-        return subprocess.CompletedProcess([], 1, b"", b"")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    with concurrent.futures.ThreadPoolExecutor(24) as pool:
-        pool.map(ours.rcpt, [f"user{number}" for number in range(24)])
-        wait_for(lambda: len(running) > 1, "postmaps")
-        time.sleep(0.5)
-        assert len(running) < 12
-        opened.set()
+def test_of_all_tables_eight_are_asked_at_a_time(table_of):
+    ours = table_of("hash")
+    for _ in range(8):
+        assert ours.module.Table.turns.acquire(timeout=0)
+    assert "too many" in ours.rcpt("john")[1].finding.fault
 
 
 # ---- mail in flight: stories ----
@@ -1498,7 +1461,6 @@ class Story(Ours):
     john has no figures, is unknown, fails         an answer without numbers, UNKNOWN, a fault
     mail 60_000 [SIZE=5] [to john mary] -> OUTCOME a message (to john), to its end
     sized 60_000 [to john mary] -> OUTCOME         the same, and its true size declared
-    rset 60_000                                    it ends before its end
     forward 61, hup                                seconds of the clock; the signal
 
     OUTCOME: ok, or the verdict, `at RCPT` or `at end`, and whom the reply names where that
@@ -1517,12 +1479,11 @@ class Story(Ours):
 
     def take(self, verb: str, *words: str) -> str:
         """Take a step; return what became of a message."""
-        if verb in ("mail", "sized", "rset"):
+        if verb in ("mail", "sized"):
             users = words[words.index("to") + 1 :] if "to" in words else ["john"]
-            declared = (
-                words[0] if verb == "sized" else words[1][5:] if "SIZE" in str(words) else "0"
-            )
-            return self.send(users, int(words[0]), int(declared), ends=verb != "rset")
+            sizes = [word[5:] for word in words if word.startswith("SIZE=")]
+            sizes += [words[0]] * (verb == "sized")
+            return self.send(users, int(words[0]), int([*sizes, "0"][0]))
         if verb == "forward":
             self.now += int(words[0])
         elif verb == "hup":
@@ -1536,7 +1497,7 @@ class Story(Ours):
             self.answers[verb] = status, int(words[1]), quota, grace
         return ""
 
-    def send(self, users: Sequence[str], size: int, declared: int, ends: bool) -> str:
+    def send(self, users: Sequence[str], size: int, declared: int) -> str:
         """Give a message; return its outcome."""
         message, policy = self.module.Message(declared), self.service.policy
         for user in users:
@@ -1546,8 +1507,8 @@ class Story(Ours):
         refusal, step = decision, "RCPT"
         if message.passed or message.others_passed:
             message.count_body(size)
-            refusal, step = policy.end_of_data(message) if ends else None, "end"
-        return f"{refusal.verdict} at {step} for {refusal.address.user}" if refusal else "ok" * ends
+            refusal, step = policy.end_of_data(message), "end"
+        return f"{refusal.verdict} at {step} for {refusal.address.user}" if refusal else "ok"
 
 
 # By the options of a milter: what happens to it. Answers are remembered unless the options say
@@ -1564,9 +1525,9 @@ a mailbox that is filled by what is in flight gets nothing more, however small:
     john has 0; sized 99_500 -> ok; mail 0 -> overquota at RCPT; sized 1 -> overquota at RCPT
 at the quota without mail in flight its backend alone decides:
     john has 100_000; mail 0 -> ok; mail 0 -> overquota at RCPT
-what has ended otherwise adds nothing:
-    john has 0; rset 90_000; mail 100_001 -> toolarge at end for john;
-    sized 100_001 -> toolarge at RCPT for john; mail 100_000 -> ok
+what is too large for the whole quota is so whatever is in flight:
+    john has 0; mail 100_001 -> toolarge at end for john; mail 90_000 -> ok;
+    sized 100_001 -> toolarge at RCPT for john
 hup keeps the answer and what is in flight:
     john has 0; mail 50_000 -> ok; john has 100_000 OVERQUOTA; hup;
     mail 49_001 -> overquota at end; mail 48_000 -> ok
@@ -1651,7 +1612,8 @@ an answer does not outlive what was accepted since:
     john has 0; mail 60_000 -> ok; john has 61_000; forward 12; mail 39_001 -> overquota at end;
     mail 38_000 -> ok
 without mail it does:
-    john has 10_000; rset 0; john has 100_000 OVERQUOTA; forward 500; mail 80_000 -> ok
+    john has 10_000; mail 90_001 -> overquota at end; john has 100_000 OVERQUOTA;
+    forward 500; mail 80_000 -> ok
 """,
     "--in-flight 0": """
 nothing is in flight, and the real size counts:
@@ -1986,19 +1948,17 @@ def verdict_on(recipient: str, *options: str) -> str:
 def test_of_two_addresses_of_a_backend_one_that_swallows_packets_costs_no_verdict(
     site, monkeypatch
 ):
-    look_up, connect, shares = socket.getaddrinfo, socket.create_connection, list[float]()
+    connect, shares = socket.create_connection, list[float]()
 
     def connect_slowly(where: tuple[str, int], seconds: float) -> socket.socket:
         if where[0] == "127.0.0.2":
             shares.append(seconds)
             raise TimeoutError
+        monkeypatch.undo()
         return connect(where, seconds)
 
-    def look_up_both(host: str, *rest: Any, **options: Any) -> list[Any]:
-        both = look_up("127.0.0.2", *rest, **options), look_up("127.0.0.1", *rest, **options)
-        return [*both[0], *both[1]]
-
-    monkeypatch.setattr(socket, "getaddrinfo", look_up_both)
+    addresses = [(socket.AF_INET, 1, 6, "", (f"127.0.0.{n}", 0)) for n in (2, 1)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses)
     monkeypatch.setattr(socket, "create_connection", connect_slowly)
     site.backend.default = FULL
     url = site.backend.url.replace("127.0.0.1", "two.test")
@@ -2164,22 +2124,20 @@ class Simulation(Ours):
     users make room; a stand-by gives figures of before; HUPs come.
     """
 
-    def __init__(self, seed: int, ttl: float, lag: float, faults: float) -> None:
+    def __init__(self, ttl: float, lag: float, faults: float) -> None:
         super().__init__(f"--cache-ttl={ttl}", backends=2)
-        self.noise, self.lag, self.faults = random.Random(seed), lag, faults
-        self.numbers = itertools.count()
-        self.users = [f"user{number}" for number in range(12)]
-        self.used = dict.fromkeys(self.users, 0)
-        self.figures = {user: [(-9.0, 0)] for user in self.users}  # lately, the latest last
+        self.noise, self.lag, self.faults = random.Random(1), lag, faults
+        # What each has used lately, and since when; the latest is the last.
+        self.figures = {f"user{number}": [(-9.0, 0)] for number in range(12)}
         self.latest = float("inf")  # when the questions under way have ended
         self.accepted = self.overfilled = 0
-        self.events: list[tuple[float, int, Callable[[], object]]] = []
+        self.events: list[tuple[float, float, Callable[[], object]]] = []
         self.repeat(0.5, self.recipient)
         self.repeat(20, self.delete)
-        self.repeat(600, lambda: self.reload(f"--cache-ttl={ttl}"))
+        self.repeat(600, lambda: self.reload(*self.options))
 
     def after(self, seconds: float, what: Callable[[], object]) -> None:
-        heapq.heappush(self.events, (self.now + seconds, next(self.numbers), what))
+        heapq.heappush(self.events, (self.now + seconds, self.noise.random(), what))
 
     def repeat(self, mean: float, what: Callable[[], object]) -> None:
         """Let something happen now and again, at times more often than at others."""
@@ -2201,17 +2159,19 @@ class Simulation(Ours):
 
     def look_up(self, user: str, backend: int) -> tuple[str, int, int] | None:
         """Answer a question: what is true now, or was a while ago on the stand-by, comes later."""
-        asked, is_stand_by = self.now, backend == 2
-        fails = self.noise.random() < self.faults
-        known = [used for at, used in self.figures[user] if at <= asked - 9 * is_stand_by]
-        before, self.latest = self.latest, min(self.latest, asked + self.noise.random() * self.lag)
+        asked = self.now - (9 if backend == 2 else 0)
+        known = [used for at, used in self.figures[user] if at <= asked]
+        before, self.latest = (
+            self.latest,
+            min(self.latest, self.now + self.noise.random() * self.lag),
+        )
         self.run(self.latest)
         self.latest = before
-        return None if fails else ("OK", known[-1], LIMIT)
+        return None if self.noise.random() < self.faults else ("OK", known[-1], LIMIT)
 
     def recipient(self) -> None:
         """Give a recipient, and the data a while later."""
-        user, size = self.noise.choice(self.users), self.noise.randrange(1000, 30_000)
+        user, size = self.noise.choice(list(self.figures)), self.noise.randrange(1000, 30_000)
         message, decision = self.rcpt(user, size * self.noise.randrange(2))
         if decision.verdict == "ok":
             self.after(self.noise.random() * 5, lambda: self.end_of_data(user, message, size))
@@ -2222,19 +2182,19 @@ class Simulation(Ours):
             self.after(self.noise.random() * 40, lambda: self.change(user, size + 700))
 
     def delete(self) -> None:
-        user = self.noise.choice(self.users)
-        self.change(user, -int(self.used[user] * self.noise.random()))
+        user = self.noise.choice(list(self.figures))
+        self.change(user, -int(self.figures[user][-1][1] * self.noise.random()))
 
     def change(self, user: str, size: int) -> None:
-        self.used[user] += size
-        self.figures[user] = [*self.figures[user][-50:], (self.now, self.used[user])]
-        self.overfilled += self.used[user] > LIMIT + 700  # the last message's header
+        used = self.figures[user][-1][1] + size
+        self.figures[user] = [*self.figures[user][-50:], (self.now, used)]
+        self.overfilled += used > LIMIT + 700  # the last message's header
 
 
 @pytest.mark.parametrize("ttl", [0, 5, 60, 600])
 @pytest.mark.parametrize(("lag", "faults"), [(0, 0), (4, 0), (4, 0.5)])
 def test_in_simulated_hours_no_mailbox_is_overfilled_and_none_left_empty(ttl, lag, faults):
-    hours = Simulation(1, ttl, lag, faults)
+    hours = Simulation(ttl, lag, faults)
     hours.run(2400)
     assert hours.overfilled == 0 and hours.accepted > 200
 
@@ -2295,17 +2255,21 @@ def test_an_hour_of_last_known_answers_takes_no_memory():
 # ---- HUP: options and aliases again ----
 
 
-def test_hup_reads_the_option_file_again_but_for_socket_and_log_and_sessions_stay(site):
+def test_hup_reads_the_option_file_again_but_for_socket_and_log_and_bad_ones_change_nothing(site):
     second, port = site.another(), free_port()
     second.default = FULL
     file = site.write("options", f"--backend {site.backend.url}\n")
-    lines = [f"--backend {second.url}", "--overquota-reply 552 5.2.2 Full", "--verbose"]
-    lines += [f"--listen inet:{port}@127.0.0.1", "--syslog", f"--metrics {site.folder}/quota.prom"]
+    lines = f"--backend {second.url}\n--overquota-reply 552 5.2.2 Full\n--verbose\n"
+    lines += f"--listen inet:{port}@127.0.0.1\n--syslog\n--metrics {site.folder}/quota.prom\n"
     milter = site.milter(f"@{file}", backend=False)
     with milter.session() as session:
         session.mail()
-        assert session.rcpt("john") == ""
-        file.write_text("\n".join(lines) + "\n")
+        for bad in "--timeout soon\n", "--aliases /nonexistent\n", "\xff\n", None:
+            file.unlink() if bad is None else file.write_text(lines + bad, encoding="latin-1")
+            logged = milter.hup()
+            assert "state=kept" in logged and str(file) in logged, bad
+            assert session.rcpt("john") == "", bad
+        file.write_text(lines)
         assert "state=reloaded" in milter.hup()
         # The answer of a backend that serves the domain no more is not used.
         assert session.rcpt("john") == "552 5.2.2 Full" and second.users() == ["john"]
@@ -2323,22 +2287,6 @@ def test_what_is_in_flight_stays_over_a_reload_and_counts_by_the_new_options():
     assert ours.message("john", 39_001) == "overquota"
     assert ours.message("mary", 40_000) == "ok"
     assert ours.message("mary", 0) == "overquota", "three frontends"
-
-
-def test_a_bad_option_file_changes_nothing_and_is_logged(site):
-    site.backend.default = FULL
-    file = site.write("options", f"--backend {site.backend.url}\n")
-    changed = f"{file.read_text()}--overquota-reply 552 5.2.2 Changed\n"
-    milter = site.milter(f"@{file}", backend=False)
-    for text in "--timeout soon\n", "--aliases /nonexistent\n", "\xff\n":
-        file.write_text(changed + text, encoding="latin-1")
-        logged = milter.hup()
-        assert "state=kept" in logged and str(file) in logged, text
-        assert milter.rcpt("full")[:15] == "452 4.2.2 Quota", text
-    file.unlink()
-    assert "state=kept" in milter.hup()
-    file.write_text(changed)
-    assert "state=reloaded" in milter.hup() and milter.rcpt("full") == "552 5.2.2 Changed"
 
 
 # ---- the process: signals, sockets, log, metrics ----
@@ -2408,17 +2356,6 @@ def test_a_full_disk_under_the_log_changes_no_answer(site):
         assert milter.process.stop() == 0
 
 
-def test_a_log_that_nobody_reads_holds_up_neither_mail_nor_the_end(site):
-    reader, writer = os.pipe()
-    with os.fdopen(reader), os.fdopen(writer, "w") as pipe:
-        milter = site.milter("--verbose", stderr=pipe)
-        with milter.session() as session:
-            session.mail()
-            for number in range(12_000):  # more lines than wait to be written
-                assert session.rcpt(f"user{number % 10}") == ""
-        assert milter.process.stop() == 0
-
-
 def metrics_of(file: pathlib.Path) -> dict[str, float]:
     """Read a file of metrics: samples by name and labels. Every line has Prometheus' form."""
     text = file.read_text(encoding="ascii")
@@ -2474,8 +2411,6 @@ def test_metrics_are_replaced_and_tell_what_the_milter_did(site):
     buckets = [value for name, value in metrics.items() if "bucket" in name and f'"{url}"' in name]
     assert buckets == sorted(buckets) and buckets[-1] == 4
     assert metrics[f'backend_seconds_count{{backend="{url}"}}'] == 4
-    assert 0 < metrics[f'backend_seconds_sum{{backend="{url}"}}'] < 4 * 5
-    assert milter.process.stop() == 0 and not file.with_name("quota.prom.new").exists()
 
 
 def test_metrics_are_not_written_through_a_link_that_somebody_left(tmp_path):
@@ -2497,17 +2432,11 @@ def test_metrics_that_cannot_be_written_harm_nothing_and_are_logged(site):
 # ---- load, and what is left of the system ----
 
 
-def test_five_hundred_sessions_stay_open_from_a_soft_limit_of_256(site):
-    site.backend.default = FULL
+def test_the_soft_limit_of_descriptors_is_raised_to_the_hard_one(site):
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     lower = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (256, hard))
-    milter = site.milter(preexec_fn=lower)
-    with contextlib.ExitStack() as stack:
-        for number in range(500):
-            session = stack.enter_context(milter.session())
-            session.mail()
-            assert session.rcpt(f"user{number % 50}")[:3] == "452"
-        assert milter.process.figure("VmRSS") < 80 * 1024
+    pid = site.milter(preexec_fn=lower).process.popen.pid
+    assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (hard, hard)
 
 
 def test_without_descriptors_left_a_question_is_a_fault_and_no_verdict(site):
@@ -2635,28 +2564,24 @@ def test_only_get_and_head_are_answered(spool):
 
 BAD_PATH = "ERROR QUOTA_MAILBOX is not like /var/mail/%n: "
 NO_FOLDER = "ERROR QUOTA_MAILBOX begins with a folder that does not exist: in systemd"
-WANTS_DOMAIN = "ERROR no domain (d=) given"
-JOHN_AT_X_ORG, DOTS = "u=john&d=x.org", "u=a..b"
 TEMPLATES: list[tuple[str, str, str]] = [
-    # (QUOTA_MAILBOX below the folder, or from the root; query; the file, or the error)
+    # (QUOTA_MAILBOX below the folder; query; the file, or the error)
     *(
-        (template, JOHN_AT_X_ORG, file)
+        (template, "u=john&d=x.org", file)
         for template, file in [
             *[("%d/%n", "x.org/john"), ("%u", "john@x.org"), ("100%%/%n", "100%/john")],
-            *[("%%n/%n", "%n/john"), ("x-%1n-%n.mbox", "x-j-john.mbox")],
-            *[("%1n/%n", "j/john"), ("%20n/%n", "john/john"), ("%1.2n/%n", "oh/john")],
-            *[("%3.5n/%n", "n/john"), ("%1.0n/%n", "ohn/john"), ("%9.2n/%n", "john")],
-            *[("%2d/%1.1d/%n", "x././john"), ("%6u/%n", "john@x/john")],
+            *[("%%n/%n", "%n/john"), ("x-%1n-%n.mbox", "x-j-john.mbox"), ("%1n/%n", "j/john")],
+            *[("%20n/%n", "john/john"), ("%1.2n/%n", "oh/john"), ("%3.5n/%n", "n/john")],
+            *[("%1.0n/%n", "ohn/john"), ("%9.2n/%n", "john"), ("%2d/%1.1d/%n", "x././john")],
         ]
     ),
     *((text, "u=john", BAD_PATH) for text in ("%x/%n", "%n%", "%N", "%{user}/%n", "%1.2.3n/%n")),
     *((text, "u=john", BAD_PATH) for text in ("%1n", "%1.1n/%d", "%d", "%%n", "quota.service")),
     *((text, "u=john", NO_FOLDER) for text in ("none/%n", "none/%d/%n", "100%%-none/%n")),
-    *((text, "u=john", WANTS_DOMAIN) for text in ("%d/%n", "%u", "%1d/%n")),
+    *((text, "u=john", "ERROR no domain (d=) given") for text in ("%d/%n", "%u", "%1d/%n")),
     ("%u", f"u={'x' * 255}&d={'y' * 255}", "ERROR cannot read the mailbox: File name too long"),
     # Parts of names lead nowhere else.
-    ("mail/%1.2n/%n", DOTS, NO_USER),
-    ("mail/%1.1n%2.1n/%n", DOTS, NO_USER),
+    *((path, "u=a..b", NO_USER) for path in ("mail/%1.2n/%n", "mail/%1.1n%2.1n/%n")),
 ]
 
 
@@ -2672,12 +2597,6 @@ def test_placeholders_make_the_path(template, query, expected, tmp_path):
     got = ask(MBOX_CGI, query, QUOTA_LIMIT="9", QUOTA_MAILBOX=tmp_path / template)
     assert got.line.startswith(expected if is_error else "OVERQUOTA john 200 9")
     assert str(tmp_path) not in got.line
-
-
-@pytest.mark.parametrize("template", ["mail/%n", "%n", ""])
-def test_a_path_begins_with_a_slash(template):
-    got = ask(MBOX_CGI, QUOTA_MAILBOX=template)
-    assert got.status == 500 and got.line.startswith(BAD_PATH)
 
 
 def test_the_home_of_a_system_user_is_known(tmp_path, monkeypatch):
@@ -2707,17 +2626,10 @@ hash#tag 8
 a:b 9
 Fred 5
 UPPER@Y.org 6
-broken lots
-spaces 5 M
-colon: 5M
-spaced : 5M
-nothing\r
-comment # 5
-zero 5\x00
-broken@z.org x
 """
+BAD_LINES = b"bad lots", b"bad 5 M", b"bad: 5M", b"bad : 5M", b"bad\r", b"bad # 5", b"bad 5\0"
 OF_USERS = [
-    # (query, line, or the number of the line that is an error)
+    # (query, line, or the last line of the file, which is an error)
     *[("u=john", "OVERQUOTA john 100 50"), ("u=john&d=x.org", "OVERQUOTA john 100 50")],
     *[("u=mary", "OK mary 101 1024"), ("u=mary&d=x.org", "OVERQUOTA mary 101 10")],
     *[("u=paul", "OK paul 0 100"), ("u=paul&d=x.org", "OK paul 0 20")],
@@ -2726,8 +2638,8 @@ OF_USERS = [
     *[("u=hash%23tag", "OK hash#tag 0 8"), ("u=%23paul", "OK #paul 0 100")],
     *[("u=a:b", "OK a:b 0 9"), ("u=joh", "OK joh 0 100"), ("u=J%D6HN", "OK J\udcd6HN 0 100")],
     *[("u=JOHN", "OK JOHN 0 50"), ("u=fred", "OK fred 0 5"), ("u=upper&d=y.org", "OK upper 0 6")],
-    *((f"u={name}", 14 + n) for n, name in enumerate("broken spaces colon spaced nothing".split())),
-    *[("u=comment", 19), ("u=zero", 20), ("u=broken&d=z.org", 21)],
+    *(("u=bad", line) for line in BAD_LINES),
+    ("u=bad&d=z.org", b"bad@z.org x"),
 ]
 
 
@@ -2735,11 +2647,12 @@ OF_USERS = [
 def test_limits_of_users_beat_all_others_and_only_the_line_that_counts_is_looked_at(
     query, expected, spool, tmp_path
 ):
-    (tmp_path / "users").write_bytes(USERS)
+    bad = expected if isinstance(expected, bytes) else BAD_LINES[0]
+    (tmp_path / "users").write_bytes(USERS + bad + b"\n")
     settings = {"QUOTA_LIMIT": "100", "QUOTA_MAILBOX": spool / "%n"}
     got = ask(MBOX_CGI, query, **settings, QUOTA_USERS=tmp_path / "users")
-    if isinstance(expected, int):
-        assert got.status == 500 and f"QUOTA_USERS: line {expected} " in got.line
+    if bad == expected:
+        assert got.status == 500 and "QUOTA_USERS: line 14 " in got.line
     else:
         assert got.line == expected
 
@@ -2842,13 +2755,14 @@ SETTINGS = [
     *((f"QUOTA_UNKNOWN={off}", "nobody", "OK nobody 0 ", "0") for off in ("0", "off")),
     ("QUOTA_UNKNOWN=1", "john", "OK john 100 ", "0"),
     ("QUOTA_UNKNOWN=yes", "john", "ERROR QUOTA_UNKNOWN is not one of ", ""),
+    *((f"QUOTA_MAILBOX={path}", "john", BAD_PATH, "") for path in ("mail/%n", "%n", "")),
 ]
 
 
 @pytest.mark.parametrize(("settings", "user", "line", "grace"), SETTINGS)
 def test_a_setting_does_what_it_says_or_is_an_error(settings, user, line, grace, spool):
     named = dict(re.findall(r"(QUOTA_\w+)=(.*?)(?= QUOTA_|$)", settings, re.DOTALL))
-    got = ask(MBOX_CGI, f"u={user}", QUOTA_MAILBOX=spool / "%n", **named)
+    got = ask(MBOX_CGI, f"u={user}", **{"QUOTA_MAILBOX": spool / "%n", **named})
     assert f"{got.line}\n".startswith(line) and (got.status == 500) == line.startswith("ERROR")
     assert got.header.get("Quota-Grace", "") == grace
 
@@ -3211,6 +3125,27 @@ TRASH = {"cur/1:2,T": 9, ".Trash/cur/1": 9, "cur/.x": 9}
 LINKED = {"a/cur/1": 9, ".a": "a"}
 BY_COUNT = {"QUOTA_KEEPER": "dovecot-count", "QUOTA_LIMIT": "1000"}
 QUOTA_5 = {"QUOTA_LIMIT": "5"}
+UNREADABLE = "ERROR cannot read the mailbox: "
+BROKEN: list[tuple[str, bytes | None, dict[str, Any], str]] = [
+    ("a folder", None, {"maildirsize/": 0}, "OVERQUOTA 2000 1500"),
+    ("a link", None, {"maildirsize": "x", "x": b"9S\n1 1\n"}, "OK 1 9"),
+    ("a link to nowhere", None, {"maildirsize": "nowhere"}, "OVERQUOTA 2000 1500"),
+    ("a link to itself", None, {"maildirsize": "maildirsize"}, UNREADABLE),
+    ("a device", None, {"maildirsize": "/dev/zero"}, "OVERQUOTA 2000 1500"),
+    ("binary", bytes(range(1, 256)) * 10, {}, "OK 2000 0"),
+    ("a limit of 10^30", b"%dS\n1 1\n" % 10**30, {}, "OK 1 0"),
+    ("a size of 10^4500", b"9S\n" + b"9" * 4500 + b" 1\n", {}, "OVERQUOTA 2000 9"),
+    (
+        "a name with 10^20",
+        None,
+        {f"cur/1,S={10**20}": 0},
+        f"OVERQUOTA {10**20 + 2000} 1500",
+    ),
+    ("cur is a file", None, {".a/cur": 0}, UNREADABLE),
+    ("a message is a loop", None, {"cur/loop": "loop"}, UNREADABLE),
+    ("folders in a circle", None, {**DOVECOT, ".b": ".c", ".c": ".b"}, UNREADABLE),
+    ("folders that loop", None, {".b": ".", ".c": "..", ".f": ".f"}, "OVERQUOTA 2000 1500"),
+]
 MAILDIR_RULE: list[Any] = [
     # (sentence, maildirsize, files, status, used and quota of the answer[, settings, `age`])
     ("under the limit of bytes", b"1000S\n999 1\n", {}, "OK 999 1000"),
@@ -3299,6 +3234,11 @@ MAILDIR_RULE: list[Any] = [
         (f"a bad {name}", None, {}, f"ERROR {name} is not one of auto, ", {name: word})
         for name, word in (("QUOTA_KEEPER", "exim"), ("QUOTA_TRASH", "yes"), ("QUOTA_KEEPER", ""))
     ),
+    # What is broken: counted, or an error.
+    *(
+        (what, text, {**FULL_CUR, ".a/new/": 0, **files}, line, {"QUOTA_LIMIT": "1500"})
+        for what, text, files, line in BROKEN
+    ),
 ]
 
 
@@ -3312,7 +3252,7 @@ def test_a_maildir_is_over_as_the_rule_says(row, tmp_path):
         settings["QUOTA_USERS"] = tmp_path / "users"
     got = ask_maildir(path, **settings)
     if line.startswith("ERROR"):
-        assert got.status == 500 and got.line.startswith(line)
+        assert got.status == 500 and got.line.startswith(line) and str(tmp_path) not in got.line
     else:
         assert got[:2] == (200, line.replace(" ", " john ", 1))
 
@@ -3333,8 +3273,8 @@ KEEPERS = [
     (0, 100, 0, "old"),
 ]
 KEPT = {
-    "new": ("OK 10 0", "OK 10 90", "0"),  # as Courier's
     # keeper: the answers without and with QUOTA_LIMIT=90, and the default grace of the latter
+    "new": ("OK 10 0", "OK 10 90", "0"),  # as Courier's
     "courier": ("OK 1 900", "OK 1 900", "0"),
     "dovecot": ("OK 1 900", "OK 1 900", "90"),
     "dovecot-count": ("ERROR", "OK 20 90", "9"),
@@ -3346,12 +3286,11 @@ KEPT = {
 def test_who_keeps_a_maildir_is_seen_by_its_files(uidlist, maildirsize, message, keeper, tmp_path):
     now = time.time()
     stamp = "x" if message is None else int(now - message)
-    path = make_maildir(tmp_path / "Maildir", {f".a/new/{stamp}.M1P1.x,S=10,W=20": 1})
-    files = ("dovecot-uidlist", UIDLIST, uidlist), ("maildirsize", b"900S\n1 1\n", maildirsize)
-    for name, text, age in files:
-        if age is not None:
-            (path / name).write_bytes(text)
-            os.utime(path / name, (now - age, now - age))
+    files = {f".a/new/{stamp}.M1P1.x,S=10,W=20": 1, **({} if uidlist is None else DOVECOT)}
+    text = None if maildirsize is None else b"900S\n1 1\n"
+    path = make_maildir(tmp_path / "Maildir", files, text, maildirsize or 0)
+    if uidlist is not None:
+        os.utime(path / "dovecot-uidlist", (now - uidlist, now - uidlist))
     alone, with_limit, grace = KEPT[keeper]
     got = ask_maildir(path)
     assert got.line.startswith(alone.replace("OK", "OK john"))
@@ -3403,35 +3342,7 @@ def test_last_modified_is_when_a_message_came_or_was_read_or_deleted(
 
 # ---- what can be wrong with a Maildir ----
 
-EVERY_BYTE = bytes(byte for byte in range(1, 256)) * 10
 HUGE = b"1000S\n10 1\n"
-BAD_MAILDIRS = [
-    # (what it is, `maildirsize` or files, the line with QUOTA_LIMIT=1500 and a message of 2000)
-    ("a folder", {"maildirsize/": 0}, "OVERQUOTA john 2000 1500"),
-    ("a link", {"maildirsize": "elsewhere", "elsewhere": HUGE}, "OK john 10 1000"),
-    ("a link to nowhere", {"maildirsize": "nowhere"}, "OVERQUOTA john 2000 1500"),
-    ("a link to itself", {"maildirsize": "maildirsize"}, "ERROR cannot read the mailbox: "),
-    ("a device", {"maildirsize": "/dev/zero"}, "OVERQUOTA john 2000 1500"),
-    ("binary", EVERY_BYTE, "OK john 2000 0"),
-    ("a limit of 10^30", b"%dS\n1 1\n" % 10**30, "OK john 1 0"),
-    ("a size of 10^4500", b"9S\n" + b"9" * 4500 + b" 1\n", "OVERQUOTA john 2000 9"),
-    ("cur is a file", {".a/cur": 0}, "ERROR cannot read the mailbox: "),
-    ("a message is a loop", {"cur/loop": "loop"}, "ERROR cannot read the mailbox: "),
-    ("folders in a circle", {**DOVECOT, ".b": ".c", ".c": ".b"}, "ERROR cannot read the mailbox: "),
-    ("folders that loop", {".b": ".", ".c": "..", ".f": ".f"}, "OVERQUOTA john 2000 1500"),
-    ("a name with 10^200", {f"cur/1,S={10**200}": 0}, f"OVERQUOTA john {10**200 + 2000} 1500"),
-]
-
-
-@pytest.mark.parametrize(
-    ("what", "spoiled", "line"), BAD_MAILDIRS, ids=lambda value: str(value)[:20]
-)
-def test_a_bad_maildir_gets_a_verdict_by_counting_or_an_error(what, spoiled, line, tmp_path):
-    files = {"cur/1": 2000, ".a/new/": 0, **(spoiled if isinstance(spoiled, dict) else {})}
-    text = spoiled if isinstance(spoiled, bytes) else None
-    got = ask_maildir(make_maildir(tmp_path / "Maildir", files, text), QUOTA_LIMIT="1500")
-    assert got.line.startswith(line) and str(tmp_path) not in got.line
-    assert (got.status == 500) == line.startswith("ERROR")
 
 
 NO_MAILDIRS = [
@@ -3479,24 +3390,21 @@ def test_what_cannot_be_read_is_an_error_and_not_a_smaller_sum(
 
 
 @pytest.mark.parametrize("keeper", ["courier", "dovecot", "dovecot-count"])
-def test_a_reader_who_moves_messages_meanwhile_does_not_change_what_is_counted(keeper, tmp_path):
-    names = [f"17{number:08}.M1P1.x,S=100,W=100" for number in range(400)]
-    path = make_maildir(tmp_path / "john", {f"new/{name}": 1 for name in names})
+def test_a_message_that_is_moved_while_it_is_counted_counts_once(keeper, tmp_path, monkeypatch):
+    new, cur = tmp_path / "john/new/1.x,S=100,W=100", tmp_path / "john/cur/1.x,S=100,W=100:2,S"
+    make_maildir(tmp_path / "john", {f"new/{new.name}": 1})
+    looks, scan = itertools.count(), os.scandir
 
-    def move() -> None:
-        for name in names:
-            os.rename(path / "new" / name, path / "cur" / f"{name}:2,")
+    def scan_and_move(folder: bytes) -> Any:
+        if folder.endswith((b"/new", b"/cur")):  # at the first look it is in new, then in cur
+            is_first = next(looks) % 2 == 0
+            if (cur if is_first else new).exists():
+                cur.rename(new) if is_first else new.rename(cur)
+        return scan(folder)
 
-    settings = {"QUOTA_MAILDIR": tmp_path / "%n", "QUOTA_KEEPER": keeper}
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for _ in range(4):
-            moving = pool.submit(move)
-            while not moving.done():
-                for limit, status in ("42000", "OK"), ("39000", "OVERQUOTA"):
-                    assert ask(MAILDIR_CGI, QUOTA_LIMIT=limit, **settings).line.split()[0] == status
-            moving.result()
-            for name in names:
-                os.rename(path / "cur" / f"{name}:2,", path / "new" / name)
+    monkeypatch.setattr(os, "scandir", scan_and_move)
+    settings = {"QUOTA_LIMIT": "150", "QUOTA_MAILDIR": tmp_path / "%n", "QUOTA_KEEPER": keeper}
+    assert ask(MAILDIR_CGI, **settings).line == "OK john 100 150"
 
 
 def test_a_maildirsize_without_end_takes_no_memory(boxes):
