@@ -189,6 +189,7 @@ class MilterSession:
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.connect(where)
         self.socket.settimeout(30)  # what takes longer hangs
+        self.stream = self.socket.makefile("rb")
         self.send(b"O", struct.pack(">III", 6, 0x1FF, offered))
         command, data = self.receive()
         assert command == b"O", command
@@ -200,25 +201,18 @@ class MilterSession:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.stream.close()
         self.socket.close()
 
     def send(self, command: bytes, data: bytes = b"") -> None:
-        self.last = command
         self.socket.sendall(struct.pack(">I", len(data) + 1) + command + data)
 
     def receive(self) -> tuple[bytes, bytes]:
         """Read one packet: command and data."""
-        length = struct.unpack(">I", self.exactly(4))[0]
-        packet = self.exactly(length)
+        length = self.stream.read(4)
+        assert length, "the milter closed the connection"
+        packet = self.stream.read(struct.unpack(">I", length)[0])
         return packet[:1], packet[1:]
-
-    def exactly(self, length: int) -> bytes:
-        data = b""
-        while len(data) < length:
-            more = self.socket.recv(length - len(data))
-            assert more, "the milter closed the connection"
-            data += more
-        return data
 
     def macros(self, step: bytes, values: dict[str, str]) -> None:
         """Tell macros that belong to the step that follows."""
@@ -273,11 +267,7 @@ class MilterSession:
         return self.reply()
 
     def message(self, recipients: str, size: int, *parameters: str) -> str:
-        """Give a whole message to recipients (spaces between them).
-
-        Returns the reply to the data, "" where it was accepted; where every recipient was refused
-        there are no data, and the last one's reply stands for them.
-        """
+        """Give a message to recipients, spaces between; return the reply that settles it."""
         self.mail(*parameters)
         replies = [self.rcpt(name) for name in recipients.split()]
         if all(replies):
@@ -292,7 +282,7 @@ class MilterSession:
 
 # ---- helpers: a backend, or Dovecot's HTTP service, that does what it is told ----
 
-FULL, FREE, GONE = b"OVERQUOTA %s 101 100\n", b"OK %s 10 100\n", b"UNKNOWN %s\n"
+FULL, FREE, GONE = b"OVERQUOTA x 101 100\n", b"OK x 10 100\n", b"UNKNOWN x\n"
 OOPS = b"HTTP/1.0 500 Oops\r\n\r\nOVERQUOTA x 101 100\n"
 HANG = [(b"", 600.0)]
 
@@ -307,9 +297,9 @@ def says(line: str, **header: str) -> bytes:
 class Backend:
     """A server whose answers a test sets, for each user or for all others.
 
-    An answer is a line (`%s` is the user), a whole response that begins with HTTP/, a list of
-    (bytes, seconds of silence after them), or a function that returns one of these. After a list
-    the connection is closed, or reset where its last bytes are None.
+    An answer is a line, a whole response that begins with HTTP/, a list of (bytes, seconds of
+    silence after them), or a function that returns one of these. After a list the connection is
+    closed, or reset where its last bytes are None.
     """
 
     def __init__(self, port: int = 0, tls: pathlib.Path | None = None, host: str = "127.0.0.1"):
@@ -359,7 +349,7 @@ class Backend:
                 if isinstance(answer, list):
                     self.play(answer, connection, user)
                 else:
-                    connection.sendall(response(answer, user))
+                    connection.sendall(response(answer))
 
     def play(self, script: list[Any], connection: socket.socket, user: str) -> None:
         """Send the pieces of an answer, with pauses, until the client goes away."""
@@ -398,23 +388,19 @@ def user_of(request: bytes) -> str:
     return os.fsdecode(urllib.parse.unquote_to_bytes(query[1])) if query else ""
 
 
-def response(answer: bytes, user: str) -> bytes:
+def response(answer: bytes) -> bytes:
     """Make a proper response of a line; leave a response as it is."""
-    if answer.startswith(b"HTTP/"):
-        return answer
-    body = answer.replace(b"%s", os.fsencode(user))
     head = b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n"
-    return head % len(body) + body
+    return answer if answer.startswith(b"HTTP/") else head % len(answer) + answer
 
 
-def after(event: float | threading.Event, answer: bytes) -> Callable[[], bytes]:
-    """Make an answer that takes so many seconds, or comes when a test sets the event."""
+def after(
+    seconds: float, answer: bytes, event: threading.Event | None = None
+) -> Callable[[], bytes]:
+    """Make an answer that takes so many seconds, or less where a test sets the event."""
 
     def wait() -> bytes:
-        if isinstance(event, threading.Event):
-            event.wait(60)
-        else:
-            time.sleep(event)
+        (event or threading.Event()).wait(seconds)
         return answer
 
     return wait
@@ -483,7 +469,6 @@ class Site:
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
         self.processes: list[Process] = []
-        self.milters: list[Milter] = []
         self.backends: list[Backend] = []
         self.backend = self.another()
 
@@ -520,9 +505,7 @@ class Site:
         command += ["--backend", self.backend.url] * backend
         says = "" if "stderr" in popen else "state=started"
         process = self.start(*command, *options, port=port, says=says, **popen)
-        milter = Milter(process, port, clock_file)
-        self.milters.append(milter)
-        return milter
+        return Milter(process, port, clock_file)
 
     def serve(self, script: pathlib.Path, where: str = "", **settings: object) -> int:
         """Run a CGI by --serve with settings; return its port."""
@@ -677,8 +660,8 @@ def give(case: Case, number: int, session: MilterSession, backend: Backend) -> s
     return "" if is_right else f"{reply!r} {queries}"
 
 
-def run_cases(cases: list[Case], site: Site) -> None:
-    """Give all cases, to one milter for those of the same options."""
+def run_cases(cases: list[Case], site: Site) -> Milter:
+    """Give all cases, to one milter for those of the same options; return the last milter."""
     wrong = []
     for options, group in itertools.groupby(cases, lambda case: case.options):
         words = shlex.split(options.replace("URL", site.backend.url))
@@ -697,6 +680,7 @@ def run_cases(cases: list[Case], site: Site) -> None:
         assert all(" " <= c <= "~" or c == "\n" for c in milter.process.output())
         assert not milter.lines("state=down"), "none of these is a fault of the backend"
     assert not wrong, "\n".join(wrong)
+    return milter
 
 
 X, EXAMPLE = "&d=x.org", "&d=xn--exmple-cua.com"
@@ -885,20 +869,20 @@ def answer_cases(rows: list[tuple[Any, ...]]) -> list[Case]:
 NONSENSE = "SIZE=0 SIZE=-5 SIZE=+50 SIZE=1e9 SIZE=5_0 SIZE=\u0665\u0660\u0660 SIZE".split()
 SIZES = [
     # (answer, parameters of MAIL, beginning of the reply)
-    (b"OK %s 90 100\n", "SIZE=10", ""),
-    (b"OK %s 90 100\n", "BODY=8BITMIME size=11", "452 4.2.2"),
-    (b"OK %s 90 100\n", "SIZE=100", "452 4.2.2"),
-    (b"OK %s 90 100\n", "SIZE=101", "552 5.2.3"),
-    (b"OK %s 90 100\n", "", ""),  # what the message before has declared does not matter
-    (b"OVERQUOTA %s 110 100\n", "SIZE=101", "552 5.2.3"),
-    (b"OVERQUOTA %s 110 100\n", "SIZE=1", "452 4.2.2"),
-    (b"OK %s 90 0\n", "SIZE=99999999999999999999", ""),
-    (b"OK %s 100 100\n", "SIZE=0", ""),
-    (b"OK %s  100\n", "SIZE=50", ""),
-    (b"OK %s  100\n", "SIZE=101", "552 5.2.3"),
-    (b"OK %s 90 \n", "SIZE=500", ""),
-    (b"UNKNOWN %s 90 100\n", "SIZE=500", ""),
-    *((b"OK %s 90 100\n", size, "") for size in (*NONSENSE, "SIZE=" + "9" * 500)),
+    (b"OK x 90 100\n", "SIZE=10", ""),
+    (b"OK x 90 100\n", "BODY=8BITMIME size=11", "452 4.2.2"),
+    (b"OK x 90 100\n", "SIZE=100", "452 4.2.2"),
+    (b"OK x 90 100\n", "SIZE=101", "552 5.2.3"),
+    (b"OK x 90 100\n", "", ""),  # what the message before has declared does not matter
+    (b"OVERQUOTA x 110 100\n", "SIZE=101", "552 5.2.3"),
+    (b"OVERQUOTA x 110 100\n", "SIZE=1", "452 4.2.2"),
+    (b"OK x 90 0\n", "SIZE=99999999999999999999", ""),
+    (b"OK x 100 100\n", "SIZE=0", ""),
+    (b"OK x  100\n", "SIZE=50", ""),
+    (b"OK x  100\n", "SIZE=101", "552 5.2.3"),
+    (b"OK x 90 \n", "SIZE=500", ""),
+    (b"UNKNOWN x 90 100\n", "SIZE=500", ""),
+    *((b"OK x 90 100\n", size, "") for size in (*NONSENSE, "SIZE=" + "9" * 500)),
 ]
 
 OVER, GOOD = "OVERQUOTA x 101 100", "OK x 90 100"
@@ -1234,9 +1218,8 @@ def test_an_alias_is_asked_about_as_the_mailbox_it_leads_to(site):
             to = given if "@" in given else f"{given}@example.com"
             reply = f"{EXCEEDED}{re.sub('[^ -~]', '?', to)}, try again later" if mailbox else ""
             cases.append(Case(FULL, options, to, reply=reply, asked=asked))
-    run_cases(cases, site)
     number = lines.split("\n").index(": no name") + 1
-    assert site.milters[0].log("state=read", f" skipped=1 line={number}")
+    assert run_cases(cases, site).log("state=read", f" skipped=1 line={number}")
 
 
 def test_a_list_takes_no_time_whatever_stands_in_it(site):
@@ -1632,7 +1615,7 @@ BODIES = [
 def test_a_body_without_end_is_read_no_longer_than_it_can_change_the_answer(site):
     site.backend.default = says(f"OK x 0 {LIMIT}")
     grace = says(f"OK x 0 {LIMIT}", Quota_Grace=str(2 * LIMIT))
-    site.backend.answers = {"grace": grace, "unlimited": b"OK %s 0 0\n"}
+    site.backend.answers = {"grace": grace, "unlimited": b"OK x 0 0\n"}
     site.backend.answers.update({"unknown": GONE, "ill": OOPS})
     with site.milter().session() as session:
         for recipients, parameters, enough, reply in BODIES:
@@ -1966,7 +1949,7 @@ def test_a_backend_that_answers_slowly_is_not_called_down(site):
 
 def test_a_question_gets_its_turn_in_the_first_half_of_its_time_or_not_at_all(site):
     opened = threading.Event()
-    site.backend.answers["first"], site.backend.default = after(opened, FULL), FULL
+    site.backend.answers["first"], site.backend.default = after(60, FULL, opened), FULL
     milter = site.milter("--max-queries", "1", "--timeout", "4", *TEMPFAIL)
     first = milter.ask("first")
     site.backend.wait_for("first")
@@ -1982,7 +1965,7 @@ def test_a_question_gets_its_turn_in_the_first_half_of_its_time_or_not_at_all(si
 def test_a_question_that_was_overtaken_makes_room_for_others_after_half_its_time(pause, site):
     opened = threading.Event()
     cut = [(b"HTTP/1.0 200 OK\r\n\r\nOK hangs", 600)]  # no answer, though its connection ends
-    site.backend.answers = {"hangs": cut, "held": after(opened, FREE)}
+    site.backend.answers = {"hangs": cut, "held": after(60, FREE, opened)}
     site.backend.default = FULL
     milter = site.milter("--max-queries", "2", "--timeout", "4", *TEMPFAIL)
     hangs = milter.ask("hangs")
@@ -2294,11 +2277,12 @@ def test_a_stale_unix_socket_is_replaced_and_removed_and_a_live_one_is_neither(s
 
 
 def test_a_second_instance_on_a_busy_port_ends_with_status_1_and_one_line(site):
-    where = f"inet:{site.milter().port}@127.0.0.1"
+    milter = site.milter()
+    where = f"inet:{milter.port}@127.0.0.1"
     status, output, errors = run_milter(f"--listen={where}")
     assert (status, output, len(errors.splitlines())) == (1, "", 1)
     assert where in errors and "in use" in errors
-    assert site.milters[0].rcpt("john") == ""
+    assert milter.rcpt("john") == ""
 
 
 def test_a_full_disk_under_the_log_changes_no_answer(site):
@@ -2425,7 +2409,7 @@ def test_without_threads_a_question_is_a_fault_and_afterwards_all_places_are_the
                 ask(f"user{number}")
     assert ask("john") == "OK"
     opened = threading.Event()
-    site.backend.default = after(opened, FULL)
+    site.backend.default = after(60, FULL, opened)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         answers = pool.map(ask, ["one", "two", "three"])
         wait_for(lambda: site.backend.busy == 3, "three questions at a time")
