@@ -987,18 +987,18 @@ def test_the_environment_and_the_backend_cannot_lead_a_question_elsewhere(site):
     assert "302" in milter.log("user=moved", "verdict=fault")
 
 
-def test_a_password_is_sent_and_never_shown(site):
-    url = site.backend.url.replace("//", "//us%3Aer:pa%40ss@")
+def test_a_password_and_a_query_in_a_url_are_sent_and_never_shown(site):
+    url = site.backend.url.replace("//", "//us%3Aer:pa%40ss@") + "?key=hidden"
     site.backend.default = OOPS
     milter = site.milter("--backend", url, "--verbose", backend=False)
     assert milter.rcpt("john") == ""
+    assert site.backend.queries() == ["key=hidden&u=john&d=example.com"]
     token = base64.b64encode(b"us:er:pa@ss")
     assert b"Authorization: Basic " + token in site.backend.requests[0]
     site.backend.close()
-    milter.rcpt("mary")
-    assert milter.log("state=down")
+    assert milter.rcpt("mary") == "" and milter.log("state=down")
     assert milter.process.stop() == 0
-    assert not re.search("pa%40ss|pa@ss", milter.process.output())
+    assert not re.search("pa%40ss|pa@ss|hidden", milter.process.output())
 
 
 def test_the_milter_listens_on_ipv6_and_asks_there(site):
@@ -2170,12 +2170,13 @@ def test_hup_reads_the_option_file_again_but_for_socket_and_log_and_bad_ones_cha
     wait_for((site.folder / "quota.prom").exists, "the metrics")
 
 
-def test_what_is_in_flight_stays_over_a_reload_and_counts_by_the_new_options():
+def test_answers_and_what_is_in_flight_stay_over_a_reload_and_count_by_the_new_options():
     ours = Ours()
     ours.answers = {"john": ("OK", 0, LIMIT), "mary": ("OK", 0, LIMIT)}
     assert ours.message("john", 60_000) == "ok"
     ours.reload("--frontends=3", "--in-flight=50")
     assert ours.message("john", 39_001) == "overquota at end for john"
+    assert len(ours.asked) == 1, "the answer stays, too"
     assert ours.message("mary", 40_000) == "ok"
     assert ours.message("mary", 0) == "overquota at RCPT for mary", "three frontends"
 
@@ -2204,8 +2205,8 @@ def test_usr1_logs_the_counters_and_so_does_the_end(site):
     expected = "recipients=7 refused=2 cached=1 lastknown=0 ok=1 overquota=2 toolarge=0 inactive=0"
     expected += " unknown=1 fault=1 empty=1 exempt=1 alias=0 nobackend=0"
     assert milter.log("counters ").endswith(f"counters {expected}")
-    assert milter.rcpt("john")[:3] == "452"
-    assert milter.process.stop() == 0 and len(milter.lines("counters recipients=8 ")) == 1
+    assert milter.rcpt("john")[:3] == "452" and milter.process.stop() == 0
+    assert len(milter.lines("counters recipients=8 ")) == 1
 
 
 def test_a_stale_unix_socket_is_replaced_and_removed_and_a_live_one_is_neither(site):
@@ -2268,8 +2269,7 @@ def test_metrics_are_replaced_and_tell_what_the_milter_did(site):
     urls = f"example.com={secret}", f"dead.org={dead}", f"b.org={url}?secret=b"
     options = [f"--backend={url}" for url in urls]
     milter = site.milter(*options, "--metrics", file, backend=False, clock=True, umask=0o077)
-    wait_for(file.exists, "the first file")
-    first = file.stat().st_ino
+    first = wait_for(lambda: file.exists() and file.stat().st_ino, "the first file")
     with milter.session() as session:
         for size in 70_001, 70_002:
             assert session.message("john", size, f"SIZE={size}")[:3] == "452"
