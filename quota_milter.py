@@ -1846,9 +1846,9 @@ def serve(service: Service, where: str) -> int:
     # Without a free file descriptor libmilter loops.
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # libmilter has a thread that waits for HUP, TERM and INT, and ends at each of them. The kernel
-    # prefers the main thread, whose handlers stand here. If libmilter's thread gets a signal all the
-    # same, wait_for_end() ends the program. A handler may interrupt another one: only
-    # SimpleQueue.put() is safe there.
+    # prefers the main thread, whose handlers stand here. If libmilter's thread gets one anyway,
+    # wait_for_end() ends the program. A handler may interrupt another one: only SimpleQueue.put()
+    # is safe there.
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1:
         signal.signal(number, lambda number, frame: signals.put(number))

@@ -3,9 +3,10 @@
     python3 -m pytest test_quota.py
 
 Needs pymilter and pytest, no root and no network but loopback. The milter is a process that is
-spoken to in the milter protocol; the CGIs answer in this process, and as processes once for each
-way to run them. Faked is what misbehaves: backends, Dovecot's HTTP service, postmap, disks, clocks.
-The tests with real servers are in .ci/test_servers.py.
+spoken to in the milter protocol; what no socket can change is asked in this process. The CGIs
+answer in this process, and as processes once for each way to run them. Faked is what misbehaves:
+backends, Dovecot's HTTP service, postmap, disks, clocks. The tests with real servers are in
+.ci/test_servers.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import contextlib
 import email.utils
 import errno
 import functools
-import gc
 import heapq
 import importlib.machinery
 import importlib.util
@@ -31,20 +31,16 @@ import resource
 import runpy
 import select
 import shlex
-import shutil
 import signal
 import socket
 import ssl
-import stat
 import struct
 import subprocess
 import sys
 import threading
 import time
-import tracemalloc
 import types
 import urllib.parse
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -163,47 +159,16 @@ def run_milter(*arguments: object, **options: Any) -> tuple[int, str, str]:
     return run(sys.executable, MILTER, *arguments, **options)
 
 
-# A script can be run in a world that it cannot tell from a real one: `test_quota.py TRICK FILE
-# SCRIPT ARGUMENT...` (see the end of this file). FILE is how a test tells the trick what to do.
+def run_with_clock(file: str, script: str) -> None:
+    """Run a script by a clock that is ahead by as many seconds as a file has bytes.
 
-
-def move_clock(file: str) -> None:
-    """The clock is ahead by as many seconds as the file has bytes."""
+    That is what `test_quota.py FILE SCRIPT ARGUMENT...` does, see the end.
+    """
     monotonic, wall = time.monotonic, time.time
     time.monotonic = lambda: monotonic() + os.stat(file).st_size
     time.time = lambda: wall() + os.stat(file).st_size
+    runpy.run_path(script, run_name="__main__")
 
-
-def replace_names(file: str) -> None:
-    """Two names exist, `two.test` has two addresses, and a look-up of `hangs.test` hangs."""
-    look_up = socket.getaddrinfo
-
-    def look_up_here(host: Any, *rest: Any, **options: Any) -> Any:
-        name = host.decode() if isinstance(host, bytes) else host
-        if name == "hangs.test":
-            open(file, "w").close()
-            time.sleep(600)
-        if name == "two.test":
-            addresses = "127.0.0.2", "127.0.0.1"
-            return [found for one in addresses for found in look_up(one, *rest, **options)]
-        return look_up(host, *rest, **options)
-
-    socket.getaddrinfo = look_up_here
-
-
-def refuse_threads(file: str) -> None:
-    """No thread can be started as long as the file is there."""
-    start = threading.Thread.start
-
-    def start_here(thread: threading.Thread) -> None:
-        if os.path.exists(file):
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    threading.Thread.start = start_here  # type: ignore
-
-
-TRICKS = {"clock": move_clock, "names": replace_names, "threads": refuse_threads}
 
 # ---- helpers: an MTA ----
 
@@ -213,61 +178,42 @@ class MilterSession:
 
     SKIP, ALL = 0x400, 0x1FFFFF  # bits of the negotiation: a body may be skipped; all there are
     CHUNK = 65535  # bytes of a body that an MTA sends at a time
-    STEPS = {
-        # command: the bits with which a milter does without it, and without replying to it
-        b"C": (0x1, 0x1000),
-        b"H": (0x2, 0x2000),
-        b"M": (0x4, 0x4000),
-        b"T": (0x200, 0x10000),
-        b"L": (0x20, 0x80),
-        b"N": (0x40, 0x40000),
-        b"B": (0x10, 0x80000),
-    }
+    NOT_SENT = 0x63  # the connection, HELO, headers and their end: the milter wants none of them
 
-    def __init__(
-        self, where: int | str, version: int = 6, offered: int = ALL, host: str = "127.0.0.1"
-    ):
+    def __init__(self, where: int | str, offered: int = ALL, host: str = "127.0.0.1") -> None:
         """Connect to a port of a host, or to the path of a unix socket."""
-        self.version, self.offered = version, offered
+        self.offered = offered
         if isinstance(where, int):
-            self.socket = socket.create_connection((host, where), timeout=60)
+            self.socket = socket.create_connection((host, where))
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         else:
             self.socket = socket.socket(socket.AF_UNIX)
-            self.socket.settimeout(60)
             self.socket.connect(where)
-        self.send(b"O", struct.pack(">III", version, 0x1FF, offered))
+        self.socket.settimeout(30)  # what takes longer hangs
+        self.stream = self.socket.makefile("rb")
+        self.send(b"O", struct.pack(">III", 6, 0x1FF, offered))
         command, data = self.receive()
         assert command == b"O", command
-        self.protocol = struct.unpack(">III", data[:12])[2]
-        assert not self.protocol & ~offered, "the milter wants what was not offered"
+        protocol = struct.unpack(">III", data[:12])[2]
+        assert protocol & self.NOT_SENT == self.NOT_SENT, "the milter wants more than it needs"
         self.macros(b"C", {"j": "mx.example.com", "_": "client.example.net [192.0.2.7]"})
-        self.step(b"C", b"client.example.net\x004\x00\x19192.0.2.7\0")
-        self.step(b"H", b"client.example.net\0")
 
     def __enter__(self) -> MilterSession:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.stream.close()
         self.socket.close()
 
     def send(self, command: bytes, data: bytes = b"") -> None:
-        self.last = command
         self.socket.sendall(struct.pack(">I", len(data) + 1) + command + data)
 
     def receive(self) -> tuple[bytes, bytes]:
         """Read one packet: command and data."""
-        length = struct.unpack(">I", self.exactly(4))[0]
-        packet = self.exactly(length)
+        length = self.stream.read(4)
+        assert length, "the milter closed the connection"
+        packet = self.stream.read(struct.unpack(">I", length)[0])
         return packet[:1], packet[1:]
-
-    def exactly(self, length: int) -> bytes:
-        data = b""
-        while len(data) < length:
-            more = self.socket.recv(length - len(data))
-            assert more, "the milter closed the connection"
-            data += more
-        return data
 
     def macros(self, step: bytes, values: dict[str, str]) -> None:
         """Tell macros that belong to the step that follows."""
@@ -275,12 +221,9 @@ class MilterSession:
         self.send(b"D", step + b"".join(raw))
 
     def step(self, command: bytes, data: bytes = b"") -> bytes:
-        """Take a step, unless the milter does without it; return its reply, "c" for none."""
-        without, without_reply = self.STEPS[command]
-        if self.protocol & without:
-            return b"c"
+        """Take a step and return the milter's reply."""
         self.send(command, data)
-        return b"c" if self.protocol & without_reply else self.receive()[0]
+        return self.receive()[0]
 
     def mail(self, *parameters: str, **macros: str) -> None:
         """Begin a message, with parameters of MAIL FROM and macros (`auth_authen`, `i`)."""
@@ -306,15 +249,9 @@ class MilterSession:
         self.ask(recipient, *parameters)
         return self.reply()
 
-    def data(self) -> None:
-        """Begin the data: DATA (which protocol versions below 4 have not), headers, their end."""
-        if self.version >= 4:
-            assert self.step(b"T") == b"c"
-        assert self.step(b"L", b"Subject\0test\0") == b"c"
-        assert self.step(b"N") == b"c"
-
     def body(self, size: int) -> int:
-        """Send a body of so many bytes, or less if the milter skips it; return the bytes sent."""
+        """Send DATA and a body, which the milter may skip; return how many bytes were sent."""
+        assert self.step(b"T") == b"c"
         sent = 0
         while sent < size:
             chunk = b"x" * min(size - sent, self.CHUNK)
@@ -331,17 +268,12 @@ class MilterSession:
         return self.reply()
 
     def message(self, recipients: str, size: int, *parameters: str) -> str:
-        """Give a whole message to recipients (spaces between them).
-
-        Returns the reply to the data, "" where it was accepted; where every recipient was refused
-        there are no data, and the last one's reply stands for them.
-        """
+        """Give a message to recipients, spaces between; return the reply that settles it."""
         self.mail(*parameters)
         replies = [self.rcpt(name) for name in recipients.split()]
         if all(replies):
             self.abort()
             return replies[-1]
-        self.data()
         self.body(size)
         return self.end()
 
@@ -351,7 +283,7 @@ class MilterSession:
 
 # ---- helpers: a backend, or Dovecot's HTTP service, that does what it is told ----
 
-FULL, FREE, GONE = b"OVERQUOTA %s 101 100\n", b"OK %s 10 100\n", b"UNKNOWN %s\n"
+FULL, FREE, GONE = b"OVERQUOTA x 101 100\n", b"OK x 10 100\n", b"UNKNOWN x\n"
 OOPS = b"HTTP/1.0 500 Oops\r\n\r\nOVERQUOTA x 101 100\n"
 HANG = [(b"", 600.0)]
 
@@ -363,19 +295,12 @@ def says(line: str, **header: str) -> bytes:
     return f"{head}{line}\n".encode("latin-1")
 
 
-class Gate:
-    """An answer that is held back until a test opens the gate."""
-
-    def __init__(self, answer: bytes) -> None:
-        self.answer, self.is_open = answer, threading.Event()
-
-
 class Backend:
     """A server whose answers a test sets, for each user or for all others.
 
-    An answer is a line (`%s` is the user), a whole response that begins with HTTP/, a list of
-    (bytes, seconds of silence after them), a Gate, or a function that returns one of these. After
-    a list the connection is closed, or reset where its last bytes are None.
+    An answer is a line, a whole response that begins with HTTP/, a list of (bytes, seconds of
+    silence after them), or a function that returns one of these. After a list the connection is
+    closed, or reset where its last bytes are None.
     """
 
     def __init__(self, port: int = 0, tls: pathlib.Path | None = None, host: str = "127.0.0.1"):
@@ -419,22 +344,13 @@ class Backend:
                 try:
                     answer = self.answers.get(user, self.default)
                     answer = answer() if callable(answer) else answer
-                    if isinstance(answer, Gate):
-                        self.wait_at(answer, connection, user)
-                        answer = answer.answer
                 finally:
                     with self.lock:  # before the client knows the answer and asks the next
                         self.busy -= 1
                 if isinstance(answer, list):
                     self.play(answer, connection, user)
                 else:
-                    connection.sendall(response(answer, user))
-
-    def wait_at(self, gate: Gate, connection: socket.socket, user: str) -> None:
-        while not gate.is_open.wait(0.01):
-            if select.select([connection], [], [], 0)[0]:
-                self.left.append(user)
-                raise OSError("the client has gone")
+                    connection.sendall(response(answer))
 
     def play(self, script: list[Any], connection: socket.socket, user: str) -> None:
         """Send the pieces of an answer, with pauses, until the client goes away."""
@@ -458,11 +374,8 @@ class Backend:
     def users(self) -> list[str]:
         return [user_of(request) for request in self.requests]
 
-    def has_question(self, user: str) -> bool:
-        return user in self.users()
-
-    def was_left(self, user: str) -> bool:
-        return self.left == [user]
+    def wait_for(self, user: str) -> None:
+        wait_for(lambda: user in self.users(), f"the question about {user}")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -471,53 +384,53 @@ class Backend:
 
 
 def user_of(request: bytes) -> str:
-    """Find the user in a question to a backend, or to doveadm."""
+    """Find the user in a question to a backend; "" in one to doveadm."""
     query = re.search(rb"^GET [^ ]*[?&]u=([^& ]*)", request)
-    posted = re.search(rb'"user" ?: ?"([^"]*)"', request)
-    raw = urllib.parse.unquote_to_bytes(query[1]) if query else posted[1] if posted else b""
-    return os.fsdecode(raw)
+    return os.fsdecode(urllib.parse.unquote_to_bytes(query[1])) if query else ""
 
 
-def response(answer: bytes, user: str) -> bytes:
+def response(answer: bytes) -> bytes:
     """Make a proper response of a line; leave a response as it is."""
-    if answer.startswith(b"HTTP/"):
-        return answer
-    body = answer.replace(b"%s", os.fsencode(user))
     head = b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n"
-    return head % len(body) + body
+    return answer if answer.startswith(b"HTTP/") else head % len(answer) + answer
 
 
-def after(seconds: float, answer: bytes) -> Callable[[], bytes]:
-    """Make an answer that takes so long."""
+def after(
+    seconds: float, answer: bytes, event: threading.Event | None = None
+) -> Callable[[], bytes]:
+    """Make an answer that takes so many seconds, or less where a test sets the event."""
 
     def wait() -> bytes:
-        time.sleep(seconds)
+        (event or threading.Event()).wait(seconds)
         return answer
 
     return wait
 
 
-# ---- helpers: one fixture that holds all ----
+# ---- helpers: the milter as a process, and one fixture that holds all ----
 
 
 class Milter:
     """A milter that runs, on a port of its own."""
 
-    def __init__(self, process: Process, port: int, trick_file: pathlib.Path) -> None:
-        self.process, self.port, self.trick_file = process, port, trick_file
+    def __init__(self, process: Process, port: int, clock_file: pathlib.Path) -> None:
+        self.process, self.port, self.clock_file = process, port, clock_file
 
-    def session(self, version: int = 6, offered: int = MilterSession.ALL) -> MilterSession:
-        return MilterSession(self.port, version, offered)
+    def session(self, offered: int = MilterSession.ALL) -> MilterSession:
+        return MilterSession(self.port, offered)
+
+    def ask(self, recipient: str) -> MilterSession:
+        """Give one recipient in a session of its own, whose reply is read later."""
+        session = self.session()
+        session.mail()
+        session.ask(recipient)
+        return session
 
     def rcpt(self, recipient: str | bytes, *parameters: str) -> str:
         """Give one recipient of one message, with parameters of MAIL, in a session of its own."""
         with self.session() as session:
             session.mail(*parameters)
             return session.rcpt(recipient)
-
-    def message(self, recipients: str, size: int, *parameters: str) -> str:
-        with self.session() as session:
-            return session.message(recipients, size, *parameters)
 
     def at_once(self, recipients: list[str]) -> list[str]:
         """Give recipients in a session each, all at once; return the replies in order."""
@@ -536,29 +449,19 @@ class Milter:
         wait_for(lambda: len(self.lines("recipient=")) >= number, "the log")
         return self.lines("recipient=")
 
-    def never_said(self, *words: str) -> bool:
-        """End the milter and say that its whole log has no line with these words."""
-        assert self.process.stop() == 0
-        return not self.lines(*words)
-
-    def slowest(self) -> float:
-        """End the milter; return the seconds of the slowest decision, without libmilter's part."""
-        assert self.process.stop() == 0
-        return max(map(int, re.findall(r" ms=(\d+) ", self.process.output()))) / 1000
+    def never_down(self) -> bool:
+        """End the milter and say that it never called a backend down."""
+        return self.process.stop() == 0 and not self.lines("state=down")
 
     def hup(self) -> str:
         """Send a HUP; return the line of the log that says what became of it."""
-
-        def lines() -> list[str]:
-            return [*self.lines("state=reloaded"), *self.lines("state=kept reason=")]
-
-        before = lines()
+        before = self.lines(": state=")
         self.process.popen.send_signal(signal.SIGHUP)
-        return str(wait_for(lambda: [line for line in lines() if line not in before], "HUP")[0])
+        return str(wait_for(lambda: self.lines(": state=")[len(before) :], "HUP")[0])
 
     def forward(self, seconds: int) -> None:
-        """Move the clock of a milter that was started with the trick `clock`."""
-        os.truncate(self.trick_file, self.trick_file.stat().st_size + seconds)
+        """Move the clock of a milter that was started with one of ours."""
+        os.truncate(self.clock_file, self.clock_file.stat().st_size + seconds)
 
 
 class Site:
@@ -567,7 +470,6 @@ class Site:
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
         self.processes: list[Process] = []
-        self.milters: list[Milter] = []
         self.backends: list[Backend] = []
         self.backend = self.another()
 
@@ -593,23 +495,18 @@ class Site:
         return process
 
     def milter(
-        self, *options: object, trick: str = "", backend: bool = True, **popen: Any
+        self, *options: object, clock: bool = False, backend: bool = True, **popen: Any
     ) -> Milter:
-        """Start a milter with options; unless they say otherwise it has the site's backend."""
+        """Start a milter with options, by a clock of ours, and with the site's backend or none."""
         port = free_port()
-        file = self.folder / f"trick-{port}"
+        clock_file = self.write(f"clock-{port}", "")
         command: list[object] = [sys.executable]
-        if trick:
-            command += [__file__, trick, file]
-        if trick == "clock":
-            file.touch()
+        command += [__file__, clock_file] * clock
         command += [MILTER, "--listen", f"inet:{port}@127.0.0.1"]
         command += ["--backend", self.backend.url] * backend
         says = "" if "stderr" in popen else "state=started"
         process = self.start(*command, *options, port=port, says=says, **popen)
-        milter = Milter(process, port, file)
-        self.milters.append(milter)
-        return milter
+        return Milter(process, port, clock_file)
 
     def serve(self, script: pathlib.Path, where: str = "", **settings: object) -> int:
         """Run a CGI by --serve with settings; return its port."""
@@ -637,6 +534,85 @@ def site(tmp_path):
     made.close()
 
 
+# ---- helpers: the milter in this process ----
+
+
+@functools.lru_cache(None)
+def milter_module() -> Any:
+    return load(MILTER)
+
+
+class Ours:
+    """The real milter in this process, without a socket, with a clock and backends of ours.
+
+    An answer of a backend is a tuple: status, used, quota and perhaps grace and the date of the
+    last change. None is a fault; HANGS takes all the time that there is.
+    """
+
+    def __init__(self, *options: str, backends: int = 1) -> None:
+        self.module, self.now = load(MILTER), 0.0
+        self.module.time = types.SimpleNamespace(monotonic=self.clock, time=self.clock)
+        self.module.Backend.ask = lambda *question: self.ask(*question)
+        self.answers: dict[Any, Any] = {}  # by the user, or the number of the backend (from 1)
+        self.asked: list[tuple[str, int, float]] = []  # user, backend, the seconds it may take
+        self.base = [f"--backend=http://127.0.0.1:{n}/" for n in range(1, backends + 1)]
+        self.options = options
+        words = [*self.base, *options]
+        self.service = self.module.Service(words, self.module.read_options(words))
+
+    def clock(self) -> float:
+        return self.now
+
+    def reload(self, *options: str) -> None:
+        """Do what HUP does, with other options."""
+        self.service.arguments = [*self.base, *options]
+        self.service.reload()
+
+    def look_up(self, user: str, backend: int) -> Any:
+        return self.answers.get(backend, self.answers.get(user))
+
+    def ask(self, backend: Any, mailbox: Any, deadline: float) -> Any:
+        asked, number = self.now, int(backend.name[-2])
+        self.asked.append((mailbox.user, number, deadline - asked))
+        answer = self.look_up(mailbox.user, number)
+        if answer is None or answer is HANGS:
+            self.now = deadline if answer is HANGS else self.now
+            raise self.module.Fault("as told")
+        return self.module.Answer(*answer, source=backend.name, at=asked)
+
+    def rcpt(self, recipient: str, size: int = 0) -> tuple[Any, Any]:
+        """Give a recipient of a message of a declared size; return the message and the decision."""
+        message = self.module.Message(size)
+        domain = "" if "@" in recipient else "@example.com"
+        decision = self.service.policy.decide(f"<{recipient}{domain}>", message)
+        if decision.reply is None:
+            message.let_through(decision)
+        return message, decision
+
+    def end(self, message: Any, size: int) -> str:
+        """End a message after a body of so many bytes; return the verdict."""
+        message.count_body(size)
+        refusal = self.service.policy.end_of_data(message)
+        return refusal.verdict if refusal else "ok"
+
+    def message(self, users: str, size: int, declared: int = 0) -> str:
+        """Give a message to users, spaces between: `ok`, or the verdict and what it was about."""
+        message, policy = self.module.Message(declared), self.service.policy
+        for user in users.split():
+            decision = policy.decide(f"<{user}@example.com>", message)
+            if decision.reply is None:
+                message.let_through(decision)
+        if not message.passed and not message.others_passed:
+            return f"{decision.verdict} at RCPT for {user}"
+        message.count_body(size)
+        refusal = policy.end_of_data(message)
+        return f"{refusal.verdict} at end for {refusal.address.user}" if refusal else "ok"
+
+
+HANGS = ("HANGS",)
+FULL_BOX, FREE_BOX, NO_BOX = ("OVERQUOTA", 101, 100), ("OK", 10, 100), ("UNKNOWN",)
+
+
 # ---- one dialogue ----
 
 
@@ -644,15 +620,19 @@ def test_a_full_mailbox_is_deferred_and_others_pass(site):
     site.backend.answers["john"] = FULL
     milter = site.milter()
     with milter.session() as session:
-        session.mail()
+        session.mail("SIZE=7", i="4XyZ12345")
         assert session.rcpt("mary") == ""
-        reply = "452 4.2.2 Quota exceeded for john@example.com, try again later"
-        assert session.rcpt("john", "NOTIFY=NEVER") == reply
+        reply = "452 4.2.2 Quota exceeded for john+x@example.com, try again later"
+        assert session.rcpt("john+x", "NOTIFY=NEVER") == reply
         assert session.rcpt("paul") == ""
     question = site.backend.requests[1].split(b"\r\n")
     assert question[0] == b"GET /cgi-bin/quota.cgi?u=john&d=example.com HTTP/1.1"
     assert b"Host: 127.0.0.1:%d" % site.backend.port in question
-    assert milter.log("recipient=john@example.com user=john verdict=overquota used=101 quota=100")
+    assert re.sub(r" ms=\d+ ", " ms=0 ", milter.log("verdict=overquota")).endswith(
+        " recipient=john+x@example.com user=john verdict=overquota used=101 quota=100 cached=no"
+        " ms=0 step=rcpt size=7 inflight=0 sender=sender@example.net"
+        ' client="client.example.net [192.0.2.7]" queue=4XyZ12345'
+    )
     assert milter.process.stop() == 0
 
 
@@ -692,8 +672,8 @@ def give(case: Case, number: int, session: MilterSession, backend: Backend) -> s
     return "" if is_right else f"{reply!r} {queries}"
 
 
-def run_cases(cases: list[Case], site: Site) -> None:
-    """Give all cases, to one milter for those of the same options."""
+def run_cases(cases: list[Case], site: Site) -> Milter:
+    """Give all cases, to one milter for those of the same options; return the last milter."""
     wrong = []
     for options, group in itertools.groupby(cases, lambda case: case.options):
         words = shlex.split(options.replace("URL", site.backend.url))
@@ -712,6 +692,7 @@ def run_cases(cases: list[Case], site: Site) -> None:
         assert all(" " <= c <= "~" or c == "\n" for c in milter.process.output())
         assert not milter.lines("state=down"), "none of these is a fault of the backend"
     assert not wrong, "\n".join(wrong)
+    return milter
 
 
 X, EXAMPLE = "&d=x.org", "&d=xn--exmple-cua.com"
@@ -720,53 +701,36 @@ ADDRESSES = [
     # it was given, with ? for % and all that is not printable ASCII)
     ("", [b"<>", b"", b"<@x.org>", b'<""@x.org>']),
     ("u=john", [b"<john>", b"<john@>", b"<@a.example:john>"]),
-    ("u=john" + X, [b"<john@x.org>", b"john@x.org", b"<John@X.ORG>", b"<john@x.org.>"]),
-    ("u=john" + X, [b"<john+lists@x.org>", b"<john+a+b@x.org>", b"<john+@x.org>"]),
+    ("u=john" + X, [b"john@x.org", b"<John@X.ORG>", b"<john@x.org.>", b"<john+a+b@x.org>"]),
     ("u=john" + X, [b"<@a.example,@b.example:john@x.org>", b'<"john+a b"@x.org>']),
-    ("u=john" + X, [b"<@[IPv6:::1],@b.example:john@x.org>"]),
     ("u=john&d=%5B192.0.2.1%5D", [b"<john@[192.0.2.1]>"]),
     ("u=%2Bjohn" + X, [b"<+john@x.org>"]),
     ("u=%2B" + X, [b"<+@x.org>"]),
     ("u=a%20b" + X, [b'<"a b"@x.org>']),
     ("u=a%40b" + X, [b'<"a@b"@x.org>', b"<a@b@x.org>"]),
     ("u=a%40b", [b'<"a@b">']),
-    ("u=a%22b%5Cc" + X, [rb'<"a\"b\\c"@x.org>']),
-    ("u=a%3Ab" + X, [b'<"a:b"@x.org>']),
-    ("u=j%C3%B6rg" + X, ["<jörg@x.org>".encode()]),
-    ("u=j%C3%96rg" + X, ["<JÖRG@x.org>".encode()]),  # only ASCII is folded
-    ("u=%E2%84%AAim%C4%B0" + X, ["<\u212aim\u0130@x.org>".encode()]),
+    ("u=a%22b%5Cc%3A" + X, [rb'<"a\"b\\c:"@x.org>']),
+    ("u=%E2%84%AAim%C3%96" + X, ["<\u212aimÖ@x.org>".encode()]),  # only ASCII is folded
     ("u=j%F6rg" + X, [b"<j\xf6rg@x.org>"]),
     # A domain beyond ASCII is its A-labels (RFC 5890), where the codec takes it.
     ("u=john" + EXAMPLE, ["<john@exämple.com>".encode(), "<john@EXÄMPLE.com.>".encode()]),
     ("u=john" + EXAMPLE, [b"<john@xn--exmple-cua.com>", b"<john@XN--Exmple-cua.com>"]),
-    ("u=john&d=mail.xn--bcher-kva.example", ["<john@mail.bücher.example>".encode()]),
     ("u=john&d=ex%E4mple.com", [b"<john@ex\xe4mple.com>"]),
     ("u=john&d=a%E2%80%A8b.com", ["<john@a\u2028b.com>".encode()]),
     # What is hostile stays a name.
-    ("u=a%25b" + X, [b"<a%b@x.org>"]),
     ("u=a%25%25s%25n" + X, [b"<a%%s%n@x.org>"]),
     ("u=a%26u%3Db%23c%2Fd" + X, [b"<a&u=b#c/d@x.org>"]),
-    ("u=..%2F..%2Fetc%2Fpasswd" + X, [b"<../../etc/passwd@x.org>"]),
-    ("u=a%0D%0Ab%7F" + X, [b"<a\r\nb\x7f@x.org>"]),
-    ("u=a%1B%5B1mb" + X, [b"<a\x1b[1mb@x.org>"]),
+    ("u=a%0D%0Ab%7F%1B" + X, [b"<a\r\nb\x7f\x1b@x.org>"]),
     ("u=john&d=x.org%26d%3Dy.org", [b"<john@x.org&d=y.org>"]),
     ("u=%7Baddress%7D" + X, [b"<{address}@x.org>"]),
 ]
 
 
-def shown(recipient: str) -> str:
-    return re.sub("[^ -~]|%", "?", recipient.removeprefix("<").removesuffix(">"))
-
-
-def address_cases() -> list[Case]:
-    """Make the cases of ADDRESSES, whose replies are compared to the end."""
-    cases = []
-    for query, recipients in ADDRESSES:
-        for given in recipients:
-            address = shown(given.decode(errors="surrogateescape"))
-            reply = f"{EXCEEDED}{address}, try again later" if query else ""
-            cases.append(Case(recipient=given, asked=query, reply=reply))
-    return cases
+def address_case(query: str, given: bytes) -> Case:
+    """Make a case of ADDRESSES, whose reply is compared to the end."""
+    text = given.decode(errors="surrogateescape").removeprefix("<").removesuffix(">")
+    reply = f"{EXCEEDED}{re.sub('[^ -~]|%', '?', text)}, try again later" if query else ""
+    return Case(recipient=given, asked=query, reply=reply)
 
 
 EXEMPT = "--exempt boss --exempt Abuse@Example.com --exempt a+b@example.com --exempt dash-x"
@@ -788,45 +752,35 @@ def asked(options: str, *rows: tuple[str, str]) -> list[Case]:
 
 
 NAMES = [
-    *unasked(SERVED, "exempt", "postmaster", "Postmaster@example.com", "POSTMASTER+x@example.org"),
-    *unasked(SERVED, "exempt", "boss@example.com", "boss+x@example.org", "abuse@example.com"),
-    *unasked(SERVED, "exempt", "a+b@example.com"),
+    *unasked(SERVED, "exempt", "Postmaster@example.com", "POSTMASTER+x@example.org"),
+    *unasked(SERVED, "exempt", "boss+x@example.org", "abuse@example.com", "a+b@example.com"),
     *unasked(SERVED, "nobackend", "john@elsewhere.net", "john@", "john@sub.example.com"),
     *asked(SERVED, ("abuse@example.org", "u=abuse&d=example.org")),
     *asked(SERVED, ("postmasters@EXAMPLE.org", "u=postmasters&d=example.org")),
-    *asked(SERVED, ("a@example.com.", "u=a&d=example.com")),
     *unasked(BEYOND, "exempt", "boss@exämple.com", "boss@xn--exmple-cua.com"),
     *unasked(BEYOND, "nobackend", "john@example.com"),
-    *asked(BEYOND, ("john@exämple.com", "u=john" + EXAMPLE)),
     *asked(BEYOND, ("john@xn--exmple-cua.com", "u=john" + EXAMPLE)),
     *asked(BEYOND, ("j@BÜCHER.example", "u=j&d=xn--bcher-kva.example")),
-    *unasked(DASH, "exempt", "postmaster@x.org", "PostMaster@x.org", "dash-x@x.org"),
+    *unasked(DASH, "exempt", "PostMaster@x.org", "dash-x@x.org"),
     *asked(DASH, ("john-a+b@x.org", "u=john" + X), ("dash-y@x.org", "u=dash" + X)),
     *asked(DASH, ("-john@x.org", "u=-john" + X), ("owner-john@x.org", "u=owner-john" + X)),
     *asked(DASH, ("john-request@x.org", "u=john-request" + X)),
     *asked('--recipient-delimiter ""', ("a-b+c@x.org", "u=a-b%2Bc" + X)),
     *asked("--recipient-delimiter +-", ("john-a+b@x.org", "u=john" + X)),
-    *asked("--recipient-delimiter ]^", ("john]a@x.org", "u=john" + X)),
     *asked("--case-sensitive", ("John@X.org", "u=John" + X)),
     # No mailbox has a name of more than 320 characters (RFC 3696): 64, the @ and 255.
     *asked("", (f"{LONG}@x.org", f"u={LONG}{X}"), (f"{LONG}+{LONG}@x.org", f"u={LONG}{X}")),
-    *(
-        Case(recipient=f"{to}org", asked="", reply="")
-        for to in (f"{LONG}{LONG}@", f"j@{'x.' * 160}")
-    ),
+    *unasked("", "empty", f"{LONG}{LONG}@org", f"j@{'x.' * 160}org"),
 ]
 
 JOHN_AT_X = "u=john" + X
-LOCAL = ("rcpt_mailer=local", "rcpt_addr=john")
-SPELLINGS = ("john%x.org@y.org", "x.org!john@y.org", "john (c)@x.org", "far@virt.example", "john@")
-GROUPS = (
-    *("postmaster+:john@x.org;", "postmaster+<john@x.org>", "postmaster@x:john%x.org;"),
-    *("postmaster@x.org:john@x.org", "postmaster+(x) <john@x.org>", "postmaster@[x]:john@x.org;"),
-)
+LOCAL, RESOLVED = ("rcpt_mailer=local", "rcpt_addr=john"), ("rcpt_addr=john@x.org",)
+SPELLINGS = "john%x.org@y.org", "x.org!john@y.org", "john (c)@x.org", "john@"
+GROUPS = "postmaster+:john@x.org;", "postmaster+<john@x.org>", "postmaster@x:john%x.org;"
 WHO_IT_IS = [
     # What the MTA tells beside MAIL and RCPT. The reply names the address that was given.
     Case(recipient="john@x.org", asked=JOHN_AT_X, macros=("rcpt_addr=",)),
-    *(Case(recipient=to, asked=JOHN_AT_X, macros=("rcpt_addr=john@x.org",)) for to in SPELLINGS),
+    *(Case(recipient=to, asked=JOHN_AT_X, macros=RESOLVED) for to in SPELLINGS),
     # Sendmail's virtusertable leads an address to a user of this machine.
     Case(recipient="info@x.org", asked=JOHN_AT_X, macros=LOCAL),
     Case(recipient="info@x.org", asked="u=info" + X, macros=("rcpt_mailer=smtp", LOCAL[1])),
@@ -834,12 +788,10 @@ WHO_IT_IS = [
     Case(recipient="j@x.org", asked="u=j" + X, macros=("rcpt_mailer=local", "rcpt_addr=\udcff")),
     *unasked("--exempt info@x.org", "exempt", "postmaster@x.org", "info@x.org", macros=LOCAL),
     # Of these Postfix makes john@x.org: they are exempt no more than he is.
-    *(Case(FULL, "", to, asked=JOHN_AT_X, macros=("rcpt_addr=john@x.org",)) for to in GROUPS),
+    *(Case(recipient=to, asked=JOHN_AT_X, macros=RESOLVED) for to in GROUPS),
     Case(recipient=b"<john>", asked="u=john", macros=LOCAL),
     # Postfix folds what it tells.
-    Case(
-        FULL, "--case-sensitive", "John@X.org", asked="u=John" + X, macros=("rcpt_addr=john@x.org",)
-    ),
+    Case(FULL, "--case-sensitive", "John@X.org", asked="u=John" + X, macros=RESOLVED),
     # Mail of a client that has authenticated is not checked.
     Case(asked="", reply="", macros=("auth_authen=mary",), log="verdict=exempt"),
     Case(macros=("auth_authen=",)),
@@ -853,22 +805,18 @@ ANSWERS = [
     ("ok", "used=5 quota=100", b"OK a b c 5 100\n", b"OK j\xf6rg 5 100\n", b"OK OVERQUOTA 5 100\n"),
     ("ok", "used=5 quota=100", b"OK john 5 100\nOVERQUOTA john 5 1\n"),
     ("ok", "used=5 quota=100", b"OK " + b"x" * 3000 + b" 5 100\n"),
-    ("overquota", "used=101 quota=100", b"OVERQUOTA john 101 100\n"),
     ("overquota", "used=101 quota=100", b"OVERQUOTA OK 101 100\n"),  # the name does not matter
     ("unknown", "used=0 quota=100", b"UNKNOWN john 0 100\n"),
     # What is no figure is not known: a number alone may be the one or the other.
     ("unknown", "used=- quota=-", b"UNKNOWN john\n", b"UNKNOWN\n"),
     ("overquota", "used=- quota=-", b"OVERQUOTA\n", b"OVERQUOTA john 5\n"),
-    ("ok", "used=- quota=-", b"OK john 5\n", b"OK john\n", b"OK 123\n"),
+    ("ok", "used=- quota=-", b"OK john 5\n", b"OK 123\n"),
     ("ok", "used=- quota=209715200", b"OK john  209715200\n"),
     ("ok", "used=5 quota=-", b"OK john 5 \n"),
     ("ok", "used=- quota=100", b"OK john -5 100\n", b"OK john \xd9\xa1 100\n"),
     ("ok", "used=- quota=-", b"OK john +5 1e3\n", b"OK john 5.0 1_00\n"),
     ("ok", f"used=5 quota={MOST}", b"OK john 5 %d\n" % MOST),
-    ("ok", "used=5 quota=-", b"OK john 5 %d\n" % (MOST + 1)),
-    ("overquota", f"used={MOST} quota=100", b"OK john %d 100\n" % MOST),
     ("ok", "used=- quota=100", b"OK john %d 100\n" % (MOST + 1)),
-    ("overquota", "used=- quota=100", b"OVERQUOTA john %d 100\n" % 10**30),
     ("fault", "used=- quota=-", b"", b"\n", b"\nOK john 5 100\n", b" OK john 5 100\n"),
     ("fault", "used=- quota=-", b"ok john 5 100\n", b"OKAY john 5 100\n", b"OK\tjohn 5 100\n"),
     ("fault", "used=- quota=-", b"Mailbox full, sorry OVERQUOTA\n", b"<html>OVERQUOTA</html>\n"),
@@ -884,6 +832,7 @@ def raw(status: bytes, body: bytes, *header: bytes) -> bytes:
 LINE = b"OVERQUOTA x 9 8\n"
 CHUNKED = b"Transfer-Encoding: chunked"
 IN_CHUNKS = b"7\r\nOVERQUO\r\n8\r\nTA x 9 8\r\n0\r\n\r\n"
+HINTS = (401, "password"), (403, "address"), (404, "path"), (503, ""), (206, "")
 RESPONSES: list[tuple[Any, ...]] = [
     # (verdict, fields of the log, responses)
     ("overquota", "used=9 quota=8", raw(b"200 OK", LINE)),
@@ -893,24 +842,27 @@ RESPONSES: list[tuple[Any, ...]] = [
     ("overquota", "used=9 quota=8", [(raw(b"200 OK", LINE), 600)]),  # it would be kept open
     ("overquota", "used=- quota=-", raw(b"200 OK", LINE[:-1], b"Content-Type: text/html")),
     ("ok", "used=1 quota=8", raw(b"200 OK", b"OK x 1 8\n") + raw(b"200 OK", LINE)),
-    *(("fault", "", raw(status, LINE)) for status in (b"500 Oops", b"206 Partial", b"OVERQUOTA")),
-    ("fault", "", raw(b"302 Found", LINE, b"Location: /")),
+    *(("fault", f"{code} {hint}", raw(b"%d Why " % code, LINE)) for code, hint in HINTS),
+    ("fault", "500 disk", raw(b"500 Oops", b"ERROR the disk hangs\n")),
+    ("fault", "302", raw(b"302 Found", LINE, b"Location: /")),
     ("fault", "", raw(b"301 Moved", LINE, b"Location: file:///etc/passwd")),
+    (
+        "fault",
+        "",
+        raw(b"OVERQUOTA", LINE),
+        raw(b"204 No Content", b""),
+        b"HTTP/yes OVERQUOTA\r\n\r\n",
+    ),
     ("fault", "", raw(b"103 Early Hints", LINE, b"Link: </x>")),
     ("fault", "", raw(b"200 OK", LINE, *[b"X: y"] * 1000)),
     ("fault", "", raw(b"200 OK", LINE, b"X: " + b"y" * 200_000)),
-    ("fault", "", raw(b"204 No Content", b""), b"HTTP/yes OVERQUOTA\r\n\r\n"),
 ]
+HALF = b"OK x 100 20"
 CUT = [
-    # Responses that end too early: nobody is refused by what might be half a number.
-    raw(b"200 OK", b"OK x 100 20"),
-    raw(b"200 OK", b"OK x 100 20", b"Content-Length: -1"),
-    raw(b"200 OK", b"OK x 100 20", b"Content-Length: 17"),
-    raw(b"200 OK", b"b\r\nOK x 100 20\r\n", CHUNKED),
-    raw(b"200 OK", b"b\r\nOK x 100 20", CHUNKED),
-    raw(b"200 OK", b"11\r\nOK x 100 20", CHUNKED),
-    raw(b"200 OK", b"b\r\nOK x 100 20\r\n7\r\n97", CHUNKED),
-    raw(b"200 OK", b"OK x 100 20", b"Content-Length: x"),
+    # (body, header) of responses that end too early: nobody is refused by half a number.
+    *[(HALF,), *((HALF, b"Content-Length: " + length) for length in (b"-1", b"17", b"x"))],
+    *((chunks, CHUNKED) for chunks in (b"b\r\n" + HALF + b"\r\n", b"b\r\n" + HALF)),
+    *((chunks, CHUNKED) for chunks in (b"11\r\n" + HALF, b"b\r\n" + HALF + b"\r\n7\r\n97")),
 ]
 UNKNOWN_REPLY = "550 5.1.1 No {address} here"
 REPLY_OF = {"ok": "", "overquota": EXCEEDED, "unknown": "550 5.1.1 No u", "fault": FAULT}
@@ -928,20 +880,19 @@ def answer_cases(rows: list[tuple[Any, ...]]) -> list[Case]:
 NONSENSE = "SIZE=0 SIZE=-5 SIZE=+50 SIZE=1e9 SIZE=5_0 SIZE=\u0665\u0660\u0660 SIZE".split()
 SIZES = [
     # (answer, parameters of MAIL, beginning of the reply)
-    (b"OK %s 90 100\n", "SIZE=10", ""),
-    (b"OK %s 90 100\n", "SIZE=11", "452 4.2.2"),
-    (b"OK %s 90 100\n", "BODY=8BITMIME size=11", "452 4.2.2"),
-    (b"OK %s 90 100\n", "SIZE=100", "452 4.2.2"),
-    (b"OK %s 90 100\n", "SIZE=101", "552 5.2.3"),
-    (b"OVERQUOTA %s 110 100\n", "SIZE=101", "552 5.2.3"),
-    (b"OVERQUOTA %s 110 100\n", "SIZE=1", "452 4.2.2"),
-    (b"OK %s 90 0\n", "SIZE=99999999999999999999", ""),
-    (b"OK %s 100 100\n", "SIZE=0", ""),
-    (b"OK %s  100\n", "SIZE=50", ""),
-    (b"OK %s  100\n", "SIZE=101", "552 5.2.3"),
-    (b"OK %s 90 \n", "SIZE=500", ""),
-    (b"UNKNOWN %s 90 100\n", "SIZE=500", ""),
-    *((b"OK %s 90 100\n", size, "") for size in (*NONSENSE, "SIZE=" + "9" * 500)),
+    (b"OK x 90 100\n", "SIZE=10", ""),
+    (b"OK x 90 100\n", "BODY=8BITMIME size=11", "452 4.2.2"),
+    (b"OK x 90 100\n", "SIZE=100", "452 4.2.2"),
+    (b"OK x 90 100\n", "SIZE=101", "552 5.2.3"),
+    (b"OK x 90 100\n", "", ""),  # what the message before has declared does not matter
+    (b"OVERQUOTA x 110 100\n", "SIZE=101", "552 5.2.3"),
+    (b"OVERQUOTA x 110 100\n", "SIZE=1", "452 4.2.2"),
+    (b"OK x 90 0\n", "SIZE=99999999999999999999", ""),
+    (b"OK x 100 100\n", "SIZE=0", ""),
+    (b"OK x  100\n", "SIZE=101", "552 5.2.3"),
+    (b"OK x 90 \n", "SIZE=500", ""),
+    (b"UNKNOWN x 90 100\n", "SIZE=500", ""),
+    *((b"OK x 90 100\n", size, "") for size in (*NONSENSE, "SIZE=" + "9" * 500)),
 ]
 
 OVER, GOOD = "OVERQUOTA x 101 100", "OK x 90 100"
@@ -951,18 +902,16 @@ def days_ago(days: float) -> str:
     return email.utils.formatdate(time.time() - days * 86400, usegmt=True)
 
 
+DEAD = says(OVER, Last_Modified=days_ago(40))
 NO_DATES = [
-    *("", "0", "-1", "1500000000", "31 days ago", ",", "\xff\xfe", "x" * 5000),
-    *("Thu, 99 Jan 2015 00:00:00 GMT", "Thu, 01 Jan 99999999999 00:00:00 GMT"),
-    *("Fri, 01 Jan 2150 00:00:00 GMT", "Thu, 01 Jan 2015 \0 GMT"),
+    *("", "0", "1500000000", "\xff\xfe", "x" * 5000, "Thu, 99 Jan 2015 00:00:00 GMT"),
+    *("Thu, 01 Jan 99999999999 00:00:00 GMT", "Fri, 01 Jan 2150 00:00:00 GMT"),
 ]
 INACTIVE = [
     # (line, Last-Modified, parameters, beginning of the reply with --inactive-after 30)
     (OVER, days_ago(30.1), "", "550 5.2.2"),
     (OVER, days_ago(5000), "SIZE=10", "550 5.2.2"),
     (OVER, days_ago(29.9), "", "452 4.2.2"),
-    (OVER, None, "", "452 4.2.2"),
-    (GOOD, days_ago(5000), "", ""),
     (GOOD, days_ago(5000), "SIZE=10", ""),
     (GOOD, days_ago(5000), "SIZE=50", "452 4.2.2"),  # it is the message that is too large for it
     ("OK x 100 100", days_ago(5000), "SIZE=10", "550 5.2.2"),
@@ -977,14 +926,16 @@ INACTIVE = [
 
 def inactive_cases() -> list[Case]:
     """Make the cases of INACTIVE, and some with other options."""
-    cases = []
-    for line, changed, parameters, reply in INACTIVE:
-        answer = says(line, **({} if changed is None else {"Last_Modified": changed}))
-        cases.append(Case(answer, "--inactive-after 30", None, parameters, reply))
-    dead, new = says(OVER, Last_Modified=days_ago(40)), says(OVER, Last_Modified=days_ago(0))
     words = "--inactive-after 1 --inactive-reply '550 5.2.1 {address} is not used'"
-    cases.append(Case(dead, words, reply="550 5.2.1 u0@example.com is not used"))
-    return [*cases, Case(new, words), Case(dead)]
+    return [
+        *(
+            Case(says(line, Last_Modified=changed), "--inactive-after 30", None, parameters, reply)
+            for line, changed, parameters, reply in INACTIVE
+        ),
+        Case(DEAD, words, reply="550 5.2.1 u0@example.com is not used"),
+        Case(FULL, words),
+        Case(DEAD),  # it is off by default
+    ]
 
 
 REPLIES = (
@@ -993,23 +944,20 @@ REPLIES = (
 )
 LONG_REPLY = "--overquota-reply '452 4.2.2 " + "{address} " * 20 + "'"
 TABLES: dict[str, list[Case]] = {
-    "addresses": address_cases(),
+    "addresses": [address_case(query, given) for query, row in ADDRESSES for given in row],
     "names that are exempt, have no backend or a delimiter": NAMES,
     "what the MTA tells": WHO_IT_IS,
     "answers": answer_cases(ANSWERS),
     "responses": answer_cases(RESPONSES),
     "answers that are cut": [
-        Case(answer, parameters="SIZE=500", reply="", log="used=- quota=-") for answer in CUT
+        Case(raw(b"200 OK", *cut), parameters="SIZE=500", reply="", log="used=- quota=-")
+        for cut in CUT
     ],
     "sizes": [Case(answer, "", None, size, reply) for answer, size, reply in SIZES],
-    "sizes that do not matter": [
-        Case(answer, "--ignore-size", None, size, EXCEEDED if answer[:2] == b"OV" else "")
-        for answer, size, _ in SIZES
-    ],
     "mailboxes that nobody uses": inactive_cases(),
     "graces that are none": [
         Case(says("OK x 90 100", Quota_Grace=grace), "", None, "SIZE=11", "452 4.2.2")
-        for grace in ("-5", "1e9", "lots", "10%", "0x99", "10,5", "", str(2**63))
+        for grace in ("-5", "1e9", "10%", "0x99", "10,5", "", str(2**63))
     ],
     "replies": [
         Case(FULL, REPLIES, "full@x.org", reply="552 5.2.2 full@x.org is full (full@x.org)"),
@@ -1026,32 +974,6 @@ def test_every_recipient_is_asked_about_answered_and_logged_as_the_table_says(ta
     run_cases(TABLES[table], site)
 
 
-def test_what_a_message_declares_and_who_sends_it_concern_that_message_alone(site):
-    site.backend.default = b"OK %s 90 100\n"
-    with site.milter().session() as session:
-        for declared, sender, reply in ("SIZE=11", "", "452"), ("", "mary", ""), ("", "", ""):
-            session.mail(*declared.split(), auth_authen=sender)
-            assert session.rcpt("john")[:3] == reply
-            session.abort()
-        site.backend.default = FULL
-        session.mail()
-        assert session.rcpt("paul")[:3] == "452", "this client has not authenticated"
-
-
-def test_a_line_of_the_log_has_its_fields_in_this_order(site):
-    site.backend.default = FULL
-    milter = site.milter()
-    with milter.session() as session:
-        session.mail("SIZE=7", i="4XyZ12345")
-        assert session.rcpt("john+x")[:3] == "452"
-    line = re.sub(r" ms=\d+ ", " ms=0 ", milter.log("verdict=overquota"))
-    assert line.endswith(
-        " recipient=john+x@example.com user=john verdict=overquota used=101 quota=100 cached=no"
-        " ms=0 step=rcpt size=7 inflight=0 sender=sender@example.net"
-        ' client="client.example.net [192.0.2.7]" queue=4XyZ12345'
-    )
-
-
 # ---- where a question goes ----
 
 
@@ -1065,30 +987,18 @@ def test_the_environment_and_the_backend_cannot_lead_a_question_elsewhere(site):
     assert "302" in milter.log("user=moved", "verdict=fault")
 
 
-@pytest.mark.parametrize(
-    ("status", "hint"), [(401, "password"), (403, "QUOTA_ALLOW"), (404, "path"), (503, "503")]
-)
-def test_a_status_that_is_no_answer_is_a_fault_with_a_hint(status, hint, site):
-    site.backend.default = b"HTTP/1.0 %d Why\r\n\r\nOVERQUOTA john 101 100\n" % status
-    milter = site.milter(*TEMPFAIL)
-    assert milter.rcpt("john").startswith(FAULT)
-    line = milter.log("verdict=fault")
-    assert f"status {status}" in line and hint in line
-    assert milter.never_said("state=down")
-
-
-def test_a_password_is_sent_and_never_shown(site):
-    url = site.backend.url.replace("//", "//us%3Aer:pa%40ss@")
+def test_a_password_and_a_query_in_a_url_are_sent_and_never_shown(site):
+    url = site.backend.url.replace("//", "//us%3Aer:pa%40ss@") + "?key=hidden"
     site.backend.default = OOPS
     milter = site.milter("--backend", url, "--verbose", backend=False)
     assert milter.rcpt("john") == ""
+    assert site.backend.queries() == ["key=hidden&u=john&d=example.com"]
     token = base64.b64encode(b"us:er:pa@ss")
     assert b"Authorization: Basic " + token in site.backend.requests[0]
     site.backend.close()
-    milter.rcpt("mary")
-    assert milter.log("state=down")
+    assert milter.rcpt("mary") == "" and milter.log("state=down")
     assert milter.process.stop() == 0
-    assert not re.search("pa%40ss|pa@ss", milter.process.output())
+    assert not re.search("pa%40ss|pa@ss|hidden", milter.process.output())
 
 
 def test_the_milter_listens_on_ipv6_and_asks_there(site):
@@ -1110,27 +1020,21 @@ def test_the_milter_listens_on_ipv6_and_asks_there(site):
 NO_REPLIES = [
     *("", "full", "250 2.0.0 fine", "452 5.2.2 classes differ", "452 4.2.2 100% full", "552"),
     *("452 4.2.2 {adress}", "452 4.2.2 two\nlines", "452 4.2.2 v\u00f6ll", "550 5.1.1"),
-    *("421 4.2.2 ends the session", "421 4.3.2 {address}"),  # Postfix hangs up on its client
-    *("4\u0665\u0662 4.2.2 x", "452 4.\u0662.2 x", "452 4.2.\uff12 x"),  # digits, but not ASCII
+    *("421 4.2.2 ends the session", "452 4.\u0662.2 x"),
 ]
+REPLY_KINDS = "overquota", "toolarge", "unknown", "inactive"
 SECRET = "http://user:se/cret@127.0.0.1/"
 BAD_VALUES = {
-    "listen": ["8894", "inet:0@127.0.0.1", "inet:65536@127.0.0.1", "unix:relative"]
-    + ["inet:\u0668\u0668\u0669\u0664@127.0.0.1"],
+    "listen": ["8894", "inet:0@127.0.0.1", "inet:65536@127.0.0.1", "unix:relative"],
     "timeout": ["0", "-1", "nan", "inf", "soon", "\u0665", "1_0", SECRET],
-    "retry-after": ["-1", "\u0665"],
-    "max-queries": ["0", "1.5", "1_6", "\u0661\u0666"],
-    "cache-ttl": ["x", "6_0"],
-    "in-flight": ["-1", "x"],
-    "frontends": ["0", "1.5"],
-    "inactive-after": ["-1", "x"],
+    **dict.fromkeys(["retry-after", "cache-ttl", "in-flight", "inactive-after"], ["-1", "x"]),
+    **dict.fromkeys(["max-queries", "frontends"], ["0", "1.5", "\u0661\u0666"]),
     "on-error": ["reject", SECRET],
-    "overquota-reply": NO_REPLIES,
-    "toolarge-reply": NO_REPLIES[-6:],
-    "unknown-reply": NO_REPLIES[-6:],
-    "inactive-reply": NO_REPLIES[-6:],
-    "backend": ["ftp://127.0.0.1/", "http:///path", "http://127.0.0.1:99999/", "http://a b/"]
-    + ["a,,b=http://127.0.0.1/", "http://127.0.0.1:8\u0660/", SECRET],
+    **dict.fromkeys([f"{kind}-reply" for kind in REPLY_KINDS], NO_REPLIES),
+    "backend": [
+        *["ftp://127.0.0.1/", "http:///path", "http://127.0.0.1:99999/", "http://a b/", SECRET],
+        *["a,,b=http://127.0.0.1/", "http://127.0.0.1:8\u0660/", "x.org,X.org.=http://127.0.0.1/"],
+    ],
     "recipient-delimiter": ["x", "@", "\u00f6"],
     "exempt": ["", "@example.com"],
     "cafile": ["/nonexistent", "/etc/passwd"],
@@ -1140,37 +1044,28 @@ BAD_VALUES = {
 }
 
 
-def option_error(module: Any, *arguments: str) -> str:
-    """Read options that are bad; return what is said of them."""
-    with pytest.raises(Exception) as caught:  # noqa: PT011, B017
-        module.read_options(arguments)
+def option_error(*arguments: str) -> str:
+    """Read options that are bad; return what is said of them, in one line."""
+    with pytest.raises(milter_module().BadOptions) as caught:
+        milter_module().read_options(arguments)
+    assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
 
 @pytest.mark.parametrize("option", BAD_VALUES)
 def test_a_bad_value_is_refused_in_one_line_that_names_the_option(option):
     for value in BAD_VALUES[option]:
-        error = option_error(milter_module(), f"--{option}={value}")
-        assert len(error.splitlines()) == 1 and f"--{option}" in error, value
-        assert "cret" not in error, value
-
-
-@functools.lru_cache(None)
-def milter_module() -> Any:
-    return load(MILTER)
+        error = option_error(f"--{option}={value}")
+        assert f"--{option}" in error and "cret" not in error, value
 
 
 BAD_STARTS = [
     # (arguments, a word of the one line, the status: 2 for options, 1 for a socket)
-    ("--timeout 0", "--timeout", 2),
-    (f"backend {SECRET}", "backend", 2),
     (f"--backand {SECRET}", "--backand", 2),
     ("@/nonexistent", "/nonexistent", 2),
     ("stray", "stray", 2),
     ("--listen inet:8894@192.0.2.1", "inet:8894@192.0.2.1", 1),
     ("--listen unix:/nonexistent/folder/socket", "/nonexistent/folder/socket", 1),
-    ("--listen unix:/etc/passwd", "/etc/passwd", 1),
-    ("--listen unix:/etc", "/etc", 1),
 ]
 
 
@@ -1188,7 +1083,6 @@ def test_options_come_from_a_file(site):
         f"# a comment\n  # another\n\n--backend example.com={site.backend.url}\n"
         "--cache-ttl=5 # seconds\n"
         "--overquota-reply 452 4.2.2 Mailbox of {address} is full #1\n"
-        "--toolarge-reply=552 5.2.3 Too large\n"
         '--recipient-delimiter ""\n--dry-run\n'
         "--check john@example.com j+k@example.com\n",
     )
@@ -1202,44 +1096,27 @@ BAD_FILES = [
     # (what comes behind two good lines, the number of the bad line, what the error names)
     ("--timeout soon\n", 3, "--timeout"),
     ("\n# x\n--timeout 0\n", 5, "--timeout"),
-    ("--nonsense 5\n", 3, "--nonsense"),
     ("--timeout\n", 3, "--timeout"),
     ("stray\n", 3, "stray"),
-    ("--overquota-reply 250 2.0.0 Fine\n", 3, "--overquota-reply"),
-    ("--backend nonsense\n", 3, "--backend"),
-    ("--aliases {folder}/nowhere\n", 3, "--aliases"),
-    ("--cafile {folder}/nowhere\n", 3, "--cafile"),
-    ("@{folder}/another\n", 3, "another"),  # no @FILE in a file
+    ("@another\n", 3, "another"),  # no @FILE in a file
     ("--aliases {folder}/pipe\n", 3, "pipe"),  # nobody waits for who may write there
 ]
 
 
-@pytest.fixture
-def option_file(site):
-    """Give a function that writes an option file: two good lines, and what comes behind them."""
-    os.mkfifo(site.folder / "pipe")
-    site.write("another", "--verbose\n")
-    good = f"# x\n--backend {site.backend.url}\n"
-    return lambda text: site.write(
-        "options", (good + text.format(folder=site.folder)).encode("latin-1")
-    )
-
-
 @pytest.mark.parametrize(("text", "line", "named"), BAD_FILES)
-def test_an_error_in_an_option_file_names_file_and_line(text, line, named, site, option_file):
-    file = option_file(text)
-    for first in (), ("--verbose",):
-        error = option_error(milter_module(), *first, f"@{file}", "--timeout", "3")
-        assert len(error.splitlines()) == 1 and named in error
-        assert re.search(rf"{file}\D{{1,10}}{line}\b", error), error
+def test_an_error_in_an_option_file_names_file_and_line(text, line, named, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    file = tmp_path / "options"
+    file.write_text("# x\n--verbose\n" + text.format(folder=tmp_path))
+    error = option_error("--verbose", f"@{file}", "--timeout", "3")
+    assert named in error and re.search(rf"{file}\D{{1,10}}{line}\b", error), error
 
 
 @pytest.mark.parametrize("name", ["pipe", "nowhere", "binary"])
-def test_an_option_file_that_cannot_be_read_is_an_error(name, site, option_file):
-    option_file("")
-    site.write("binary", b"--verbose\n\xff\n")
-    error = option_error(milter_module(), f"@{site.folder}/{name}")
-    assert len(error.splitlines()) == 1 and name in error
+def test_an_option_file_that_cannot_be_read_is_an_error(name, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "binary").write_bytes(b"--verbose\n\xff\n")
+    assert name in option_error(f"@{tmp_path}/{name}")
 
 
 CHECKS = [
@@ -1247,13 +1124,9 @@ CHECKS = [
     ("", "john@x.org mary@x.org", 0, "verdict=ok used=10 quota=100 cached=no ms=0"),
     ("", "john@x.org full@x.org", 1, f"reply={EXCEEDED}full@x.org, try again later"),
     ("", "full@x.org broken@x.org", 2, "verdict=fault"),
-    ("", "postmaster@x.org john@x.org", 0, "verdict=ok"),
-    ("", "gone@x.org", 2, "verdict=unknown"),
+    ("", "gone@x.org full@x.org", 2, "verdict=overquota"),
     (f"--unknown-reply '{UNKNOWN_REPLY}'", "gone@x.org", 1, "reply=550 5.1.1 No gone@x.org here"),
-    ("", "full@x.org gone@x.org john@x.org", 2, "verdict=ok"),
-    ("", "john@elsewhere.net", 2, "verdict=nobackend"),
     ("", "full@x.org john@elsewhere.net", 2, "verdict=nobackend"),
-    ("", "john@elsewhere.net full@x.org", 2, "verdict=overquota"),
     ("--dry-run", "full@x.org", 1, "verdict=overquota"),
     ("", "", 0, ""),
 ]
@@ -1270,20 +1143,9 @@ def test_check_prints_verdicts_and_replies_and_its_status_sums_them_up(
     lines = re.sub(r"\bms=\d+", "ms=0", output).splitlines()
     assert (got, errors, len(lines)) == (status, "", max(1, len(given)))
     assert last in lines[-1]
-    asked = [one for one in given if "@x.org" in one and "postmaster" not in one]
-    assert site.backend.users() == [one.partition("@")[0] for one in asked]
     for line in lines:
         unsure = re.search("verdict=(fault|nobackend)|verdict=unknown.*reply=none", line)
         assert bool(unsure) == (" reason=" in line), line
-
-
-def test_check_ends_well_where_nobody_reads_its_verdicts(site):
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, MILTER, "--backend", site.backend.url, "--check", "john@x.org"]
-    with os.fdopen(writer, "w") as pipe:
-        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, timeout=60)
-    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_check_leaves_the_log_of_the_milter_alone():
@@ -1297,114 +1159,71 @@ def test_help_and_version_need_no_pymilter_and_a_start_without_it_says_what_to_i
     status, output, errors = run(*without, "--help")
     assert (status, errors) == (0, "") and output.startswith("usage: quota_milter.py")
     assert run(*without, "--version")[:2] == (0, f"quota_milter {milter_module().VERSION}\n")
-    status, output, errors = run(*without, "--listen", "inet:1@127.0.0.1")
-    assert status and output == "" and "python3-milter" in errors
-    assert len(errors.splitlines()) == 1
+    status, output, errors = run(*without)
+    assert (status, output, len(errors.splitlines())) == (1, "", 1) and "python3-milter" in errors
 
 
 # ---- aliases: one name to one mailbox ----
 
-ALIAS_FILE = """\
-# aliases(5)
-postmaster: john
-Sales: john
-support:   sales
-list: john, mary
-prog: "|/usr/bin/vacation john"
-prog2: |/bin/true
-file: /var/spool/john
-include: :include:/etc/list
-loop1: loop2
-loop2: loop1
-self: self
-back: \\back
-mix: "|/bin/true", john
-many: a,
-   b
-# a comment in between
-   , c
-one:
-   john
-"quoted name": john
-ext+a: mary
-ext: john
-case: JOHN
-away: \\away, "|/usr/bin/vacation away"
-team: "|/bin/log for, team", john, mary
-brackets: <john@example.com>
-angle: <jim>
-nohost: jim@
-dot: @.
-out: john@elsewhere.net
-error: error:nouser
-: no name
-first: john
-first: mary
-
-# virtual(5)
-info@example.com   mary@example.org
-both@example.com   john, mary
-two@example.com    john mary
-copy@example.com   copy@elsewhere.net, copy@example.com
-busy@example.com   busy@example.com,busy#example.com@autoreply.example.net
-busy2@example.com  busy@example.com
-kin@example.com    kin@example.com, john@example.org, far@elsewhere.net
-john@all.org       john@all.org
-bare@example.com   sales
-@all.org           mary@example.com
-@moved.org         @example.com
-@loop.org          @pool.org
-@grow.org          @@grow.org
-@pool.org          @loop.org
-plus+x@example.com mary
-far@elsewhere.net  john@example.com
-info@exämple.com   john@xn--exmple-cua.com
-info@xn--bcher-kva.example  mary@bücher.example
-"""
-SERVED_ALIASES = "example.com,example.org,all.org,moved.org,loop.org,pool.org,grow.org,exämple.com"
-ALIASED = {
-    # mailbox that is asked about, "": none: recipients; without a domain it is @example.com
-    "john@example.com": "sales SALES+x support one ext+b case first bare brackets@example.org"
-    " sales@moved.org far@elsewhere.net",
-    "mary@example.com": "ext+a plus+x anybody@all.org",
-    "away@example.com": "away away+x",
-    "copy@example.com": "copy Copy+x",
-    "busy@example.com": "busy busy2",
-    "jim@example.com": "angle nohost",
-    "dot@example.com": "dot",
-    "": "list team prog prog2 file include mix many loop1 loop2 out error both two kin"
-    " postmaster x@loop.org x@grow.org"
+ALIASES: list[tuple[str, ...]] = [
+    # (lines of the file, mailbox that is asked about, "": none; recipients; what has no domain is
+    # @example.com)
+    ("# aliases(5)\npostmaster: john", "", "postmaster"),
+    ("Sales: john", "john", "sales", "SALES+x"),
+    ("support:   sales", "john", "support"),
+    ("list: john, mary", "", "list"),
+    ('prog: "|/usr/bin/vacation john"\nprog2: |/bin/true', "", "prog", "prog2"),
+    ("file: /var/spool/john\ninclude: :include:/etc/list", "", "file", "include"),
+    ("loop1: loop2\nloop2: loop1", "", "loop1"),
+    ("self: self", "self", "self"),
+    ("back: \\back", "back", "back"),
+    ("many: a,\n   b\n# a comment in between\n   , c", "", "many"),
+    ("one:\n   john", "john", "one"),
+    ('"quoted name": john', "john", '"quoted name"'),
+    ("ext+a: mary\next: john", "mary", "ext+a"),
+    ("", "john", "ext+b"),
+    ('away: \\away, "|/usr/bin/vacation away"', "away", "away", "away+x"),
+    ('team: "|/bin/log for, team", john, mary', "", "team"),
+    ("angle: <jim>\nnohost: jim@", "jim", "angle", "nohost"),
+    ("out: john@elsewhere.net", "", "out"),
+    ("error: error:nouser\n: no name", "", "error"),
+    ("first: john\nfirst: mary", "john", "first"),
+    ("# virtual(5)\ninfo@example.com   mary@example.org", "mary@example.org", "info"),
+    ("", "info@example.org", "info@example.org"),
+    ("both@example.com   john, mary\ntwo@example.com  john mary", "", "both", "two"),
+    ("copy@example.com   copy@elsewhere.net, copy@example.com", "copy", "copy", "Copy+x"),
+    ("kin@example.com   kin@example.com, john@example.org, x@elsewhere.net", "", "kin"),
+    ("busy@example.com   busy@example.com,busy#example.com@auto.example.net", "busy", "busy"),
+    ("bare@example.com   sales\nlocal: john@example.com", "john", "bare", "local"),
+    ("@all.org   mary@example.com\njohn@all.org   john@all.org", "mary", "anybody@all.org"),
+    ("", "john@all.org", "john@all.org"),
+    ("@moved.org   @example.com", "john", "sales@moved.org"),
+    ("", 'a"b\\@c', r'"a\"b\\@c"@moved.org'),
+    ("@loop.org   @pool.org\n@pool.org   @loop.org", "", "x@loop.org"),
+    ("@grow.org   @@grow.org", "", "x@grow.org"),
+    ("far@elsewhere.net   john@example.com", "john", "far@elsewhere.net"),
+    ("info@exämple.com   john@xn--exmple-cua.com", "john@xn--exmple-cua.com", "info@EXÄMPLE.com"),
     # A name without a domain is an alias only where mail is local: in a domain that is served.
-    " support@elsewhere.net support+x@elsewhere.net info@b\u00fccher.example",
-    "self@example.com": "self",
-    "back@example.com": "back",
-    "plus@example.com": "plus+y",
-    "nobody@example.com": "nobody",
-    "paul@example.com": "paul@moved.org",
-    "john@all.org": "john@all.org",
-    "info@example.org": "info@example.org",
-    "mary@example.org": "info",
-    "john@xn--exmple-cua.com": "info@xn--exmple-cua.com INFO@EX\u00c4MPLE.com",
-}
+    ("", "", "support@elsewhere.net", "local+x@elsewhere.net"),
+    ("", "nobody", "nobody"),
+]
+SERVED_ALIASES = "example.com,example.org,all.org,moved.org,loop.org,pool.org,grow.org,exämple.com"
 
 
 def test_an_alias_is_asked_about_as_the_mailbox_it_leads_to(site):
-    file = site.write("aliases", ALIAS_FILE)
-    options = f"--backend {SERVED_ALIASES}=URL --aliases {file}"
-    cases = [
-        Case(FULL, options, '"quoted name"@example.com', asked="u=john&d=example.com"),
-        Case(FULL, options, r'"a\"b\\@c"@moved.org', asked="u=a%22b%5C%40c&d=example.com"),
-    ]
-    for mailbox, recipients in ALIASED.items():
-        for recipient in recipients.split():
-            recipient += "" if "@" in recipient else "@example.com"
-            shown = re.sub("[^ -~]", "?", recipient)
-            reply = f"{EXCEEDED}{shown}, try again later" if mailbox else ""
-            asked = "u={}&d={}".format(*mailbox.split("@")) if mailbox else ""
-            cases.append(Case(FULL, options, recipient, reply=reply, asked=asked))
-    run_cases(cases, site)
-    number = ALIAS_FILE.splitlines().index(": no name") + 1
-    assert site.milters[0].log(f"aliases={file} state=read", f" skipped=1 line={number}")
+    lines = "\n".join(row[0] for row in ALIASES)
+    options = f"--backend {SERVED_ALIASES}=URL --aliases {site.write('aliases', lines)}"
+    cases = []
+    for _, mailbox, *recipients in ALIASES:
+        name = mailbox if mailbox.endswith((".com", ".org")) else f"{mailbox}@example.com"
+        user, _, domain = name.rpartition("@")
+        asked = f"u={urllib.parse.quote(user)}&d={domain}" if mailbox else ""
+        for given in recipients:
+            to = given if "@" in given else f"{given}@example.com"
+            reply = f"{EXCEEDED}{re.sub('[^ -~]', '?', to)}, try again later" if mailbox else ""
+            cases.append(Case(FULL, options, to, reply=reply, asked=asked))
+    number = lines.split("\n").index(": no name") + 1
+    assert run_cases(cases, site).log("state=read", f" skipped=1 line={number}")
 
 
 def test_a_list_takes_no_time_whatever_stands_in_it(site):
@@ -1415,7 +1234,7 @@ def test_a_list_takes_no_time_whatever_stands_in_it(site):
     run_cases([Case(FULL, options, one, reply="", asked="") for one in recipients], site)
 
 
-def test_alias_files_are_read_again_when_they_change_or_a_hup_comes(site):
+def test_an_alias_file_is_read_again_when_it_changes(site):
     file = site.write("aliases", "sales: john\n")
     milter = site.milter("--aliases", file, *UNCACHED)
 
@@ -1426,57 +1245,28 @@ def test_alias_files_are_read_again_when_they_change_or_a_hup_comes(site):
     assert leads_to("john")
     file.write_text("sales: mary\n")
     wait_for(lambda: leads_to("mary"), "the changed alias")
-    file.write_text("sales: fred\n")
-    milter.hup()
-    assert leads_to("fred")
 
 
-def test_an_alias_file_is_read_when_it_has_held_still_and_the_last_good_one_is_kept(site):
-    file = site.write("aliases", "last: john\n")
-    module = milter_module()
-    (aliases,) = module.read_options([f"--aliases={file}"]).aliases
-    address = module.Address.parse("<last@example.com>", "+", False)
+def test_an_alias_file_is_read_when_it_has_held_still_or_at_hup_and_a_good_one_is_kept(tmp_path):
+    file = tmp_path / "aliases"
+    file.write_text("last: john\n")
+    ours = Ours(f"--aliases={file}")
     for text, looks, expected in [
         *[(f"first: mary\n{'#' * number}", 1, "john") for number in range(5)],  # being written
         ("first: mary\nlast: paul\n", 4, "paul"),
-        (None, 4, "paul"),
-        ("binary: \0\n", 4, "paul"),
-        ("last: fred\n", 4, "fred"),
+        *[(None, 4, "paul"), ("binary: \0\n", 4, "paul"), ("last: fred\n", 4, "fred")],
     ]:
-        if text is None:
-            file.unlink()
-        else:
-            file.write_text(text)
+        file.unlink() if text is None else file.write_text(text)
         for _ in range(looks):
-            aliases.refresh()
-        assert list(aliases.find(address, 0).values()) == [expected], text
+            ours.service.policy.aliases.sources[0].refresh()
+        assert ours.rcpt("last")[1].target.user == expected, text
+    file.write_text("last: jim\n")
+    ours.reload(*ours.options)
+    assert ours.rcpt("last")[1].target.user == "jim"
 
 
-# ---- tables: postmap is faked, the real one and its tables are in .ci/test_servers.py ----
+# ---- tables: postmap is faked, the real one is in .ci/test_servers.py ----
 
-POSTMAP = """#!{python} -IS
-import os, sys, time
-option, source, table = sys.argv[1:]
-assert (option, source) == ("-q", "-")
-kind, _, path = table.partition(":")
-with open(path + ".pids", "a") as pids:
-    print(os.getpid(), file=pids)
-keys = sys.stdin.read().splitlines()
-with open(path + ".asked", "a") as asked:
-    print(*keys, sep="\\n", file=asked)
-if kind == "hang":
-    time.sleep(600)
-if kind == "fail":
-    sys.exit("postmap: fatal: cannot open the table")
-if kind == "warn":
-    print("postmap: warning: the table is out of date", file=sys.stderr)
-with open(path) as lines:
-    rows = dict(line.rstrip("\\n").split("\\t", 1) for line in lines)
-found = [key for key in keys if key in rows]
-for key in found:
-    print(key, rows[key].replace("NEWLINE", "\\n"), sep="\\t")
-sys.exit(not found)
-"""
 TABLE = {
     "sales@example.com": "john@example.com",
     "sales+x@example.com": "mary@example.com",
@@ -1488,454 +1278,308 @@ TABLE = {
     "loop2@example.com": "loop1@example.com",
     '"a b"@example.com': "john@example.com",
     "@all.org": "mary@example.com",
-    "two@example.com": "mary@example.comNEWLINEjohn@example.com",
+    "two@example.com": "mary@example.com\njohn@example.com",
     "long@example.com": "john@example.com," * 60_000,
 }
 
 
-class Tables:
-    """A milter whose aliases are tables that a fake postmap answers for."""
+class Tables(Ours):
+    """Our milter with aliases in a table, which a stand-in for subprocess.run() looks up."""
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
-        site.backend.default = FULL
-        postmap = site.write("postmap", POSTMAP.format(python=sys.executable))
-        postmap.chmod(0o755)
-        self.path = site.folder / "table"
-        self.put(TABLE)
+    def __init__(self, kind: str) -> None:
+        backend = "--backend=example.com,example.org,all.org=http://127.0.0.1:1/"
+        super().__init__(backend, f"--aliases={kind}:/table", backends=0)
+        self.answers = {1: FREE_BOX}
+        self.rows, self.keys = TABLE, list[str]()
+        self.seconds = 0  # that each look-up takes
 
-    def put(self, rows: dict[str, str]) -> None:
-        self.path.write_text("".join(f"{key}\t{value}\n" for key, value in rows.items()))
-
-    def start(self, kind: str, *options: object, **more: Any) -> Milter:
-        environment = {**os.environ, "PATH": f"{self.site.folder}:{os.environ.get('PATH', '')}"}
-        url = f"--backend=example.com,example.org,all.org={self.site.backend.url}"
-        words = url, f"--aliases={kind}:{self.path}", "--timeout", "20", *TEMPFAIL, *options
-        return self.site.milter(*words, backend=False, env=environment, **more)
-
-    def asked(self) -> list[str]:
-        """Return the keys that postmap was asked for."""
-        file = self.path.with_suffix(".asked")
-        return file.read_text().splitlines() if file.exists() else []
-
-    def postmaps(self) -> list[int]:
-        """Return which of the postmaps still run."""
-        file = self.path.with_suffix(".pids")
-        pids = file.read_text().split() if file.exists() else []
-        return [int(pid) for pid in pids if os.path.exists(f"/proc/{pid}/exe")]
+    def run(self, command: list[str], input: bytes, timeout: float, **_: object) -> Any:
+        kind = command[-1].partition(":")[0]
+        assert command == [command[0], "-q", "-", f"{kind}:/table"] and 0 < timeout <= 2.5
+        if kind == "hang":
+            raise subprocess.TimeoutExpired(command, timeout)
+        if kind == "missing":
+            raise FileNotFoundError
+        if kind == "fail":
+            return subprocess.CompletedProcess(command, 1, b"", b"postmap: fatal: cannot open")
+        self.now += self.seconds
+        keys = input.decode().splitlines()
+        self.keys += keys
+        found = "".join(f"{key}\t{self.rows[key]}\n" for key in keys if key in self.rows).encode()
+        errors = b"postmap: warning: old" if kind == "warn" else b""
+        return subprocess.CompletedProcess(command, int(not found), found, errors)
 
 
 @pytest.fixture
-def tables(site):
-    made = Tables(site)
-    yield made
-    for pid in made.postmaps():
-        os.kill(pid, signal.SIGKILL)
+def table_of(monkeypatch):
+    """Give a function that makes a milter with a table of some kind."""
+
+    def make(kind: str) -> Tables:
+        made = Tables(kind)
+        monkeypatch.setattr(subprocess, "run", made.run)
+        return made
+
+    return make
 
 
 OTHER = "other+y@example.com"
 TABLED: list[tuple[Any, ...]] = [
     # (kind of table, recipient, keys in their order, mailbox that is asked about, "": none)
-    ("hash", OTHER, f"{OTHER} other@example.com other @example.com", "other"),
-    ("hash", "Other@Example.COM", "other@example.com other @example.com", "other"),
+    ("hash", "Other+y@Example.COM", f"{OTHER} other@example.com other @example.com", "other"),
     ("hash", '"o x"@all.org', '"o x"@all.org|o x@all.org|"o x"|o x|@all.org', "mary"),
     ("hash", "a..b@all.org", '"a..b"@all.org|a..b@all.org|"a..b"|a..b|@all.org', "mary"),
     ("hash", "other@elsewhere.net", "other@elsewhere.net @elsewhere.net", ""),
     *((kind, OTHER, OTHER, "other") for kind in ("regexp", "pcre", "tcp", "socketmap")),
-    ("hash", "postmaster@example.com", "", ""),
-    ("hash", b"<>", "", ""),
+    *[("hash", "postmaster@example.com", "", ""), ("hash", "", "", "")],
     ("hash", "-@example.com", "-@example.com - @example.com", "-"),
     ("hash", "sales+x@example.com", None, "mary"),
     ("hash", "sales+y@example.com", None, "john"),
-    ("hash", "support@example.com", None, "john"),
-    ("hash", "bare@example.org", None, "john"),
-    ("hash", "bare@elsewhere.net", None, ""),
+    *[("hash", "bare@example.org", None, "john"), ("hash", "bare@elsewhere.net", None, "")],
     *(("hash", f"{to}@example.com", None, "") for to in ("list", "out", "loop1", "two", "long")),
     ("hash", '"a b"@example.com', None, "john"),
     ("warn", "support@example.com", None, "john"),
-    ("hash", b"<x\nsales@example.com>", None, "x\nsales"),
-    ("hash", b"<sales@example.com\tx@example.com>", None, "sales@example.com\tx"),
-    ("hash", b"< sales@example.com>", None, " sales"),
-    ("hash", b"<\xff\xfe@all.org>", None, "mary"),
+    ("hash", "x\nsales@example.com", None, "x\nsales"),
+    ("hash", "sales@example.com\tx@example.com", None, "sales@example.com\tx"),
+    ("hash", "\udcff\udcfe@all.org", None, "mary"),
+    *((fault, "john@example.com", None, "") for fault in ("fail", "hang", "missing")),
 ]
 
 
-@pytest.mark.parametrize("kind", dict.fromkeys(kind for kind, *_ in TABLED))
-def test_a_table_is_asked_as_postfix_asks_it_and_leads_to_the_mailbox(kind, tables, site):
-    milter = tables.start(kind, *UNCACHED)
-    for recipient, keys, user in [row for of_kind, *row in TABLED if of_kind == kind]:
-        keys_before, before = len(tables.asked()), len(site.backend.requests)
-        assert milter.rcpt(recipient)[:3] == ("452" if user else ""), recipient
-        assert site.backend.users()[before:] == [user] * bool(user), recipient
-        if keys is not None:
-            expected = keys.split("|") if "|" in keys else keys.split()
-            asked = tables.asked()[keys_before:]
-            assert asked[: len(expected)] == expected, recipient
-            assert user == "mary" or len(asked) == len(expected), recipient
+@pytest.mark.parametrize(("kind", "recipient", "keys", "user"), TABLED)
+def test_a_table_is_asked_as_postfix_asks_it_and_leads_to_the_mailbox(
+    kind, recipient, keys, user, table_of
+):
+    ours = table_of(kind)
+    decision = ours.rcpt(recipient)[1]
+    assert [name for name, _, _ in ours.asked] == [user] * bool(user)
+    if keys is not None:
+        expected = keys.split("|") if "|" in keys else keys.split()
+        assert ours.keys[: len(expected)] == expected
+        assert user == "mary" or len(ours.keys) == len(expected)
+    assert bool(decision.finding.fault) == (kind in ("fail", "hang", "missing"))
 
 
-def test_files_and_tables_stand_beside_each_other_in_their_order(tables, site):
-    file = site.write("aliases", "support@example.com mary\nfirst: sales\nlast: john\n")
-    tables.put({**TABLE, "last@example.com": "paul"})
-    milter = tables.start("hash", "--aliases", file, *UNCACHED)
-    for recipient, user in ("support", "john"), ("first", "john"), ("last", "paul"):
-        milter.rcpt(recipient)
-        assert site.backend.users()[-1] == user, "the more specific name, then the first source"
+def test_what_a_table_said_is_remembered_for_the_cache_ttl_or_until_hup(table_of):
+    ours = table_of("hash")
+    for seconds, mailbox, expected in [
+        *[(0, "john", "john"), (50, "mary", "john"), (11, "mary", "mary"), (0, "", "mary")],
+        *[(61, "", "sales"), (0, "paul", "sales")],  # also that it has no such name
+    ]:
+        ours.now += seconds
+        ours.rows = {"sales@example.com": mailbox} if mailbox else {}
+        assert ours.rcpt("sales")[1].target.user == expected
+    ours.reload(*ours.options)
+    assert ours.rcpt("sales")[1].target.user == "paul"
 
 
-@pytest.mark.parametrize("fault", ["fail", "hang", "missing"])
-def test_a_table_that_cannot_be_asked_is_a_fault_of_the_recipient_alone(fault, tables, site):
-    if fault == "missing":
-        site.folder.joinpath("postmap").unlink()
-        if shutil.which("postmap", path=os.defpath + ":/usr/sbin:/usr/local/sbin"):
-            site.write("postmap", "#!/nonexistent\n").chmod(0o755)
-    milter = tables.start(fault, "--timeout", "1")
-    assert milter.rcpt("john").startswith(FAULT)
-    assert milter.log("recipient=john@example.com", "verdict=fault", " reason=")
-    assert milter.rcpt("postmaster") == "" and site.backend.requests == []
-    wait_for(lambda: not tables.postmaps(), "the end of postmap")
-    environment = {**os.environ, "PATH": f"{site.folder}:{os.environ['PATH']}"}
-    options = f"--aliases={fault}:{tables.path}", f"--backend={site.backend.url}", "--timeout=1"
-    assert run_milter(*options, "--check", env=environment)[0] == 0, "the options are good"
-    assert run_milter(*options, "--check", "john@example.com", env=environment)[0] == 2
+def test_table_and_backend_share_one_budget(table_of):
+    ours = table_of("hash")
+    ours.seconds = 0.5
+    ours.rcpt("sales")
+    assert ours.asked == [("john", 1, 4)], "the table was asked twice, and left 4 of 5 seconds"
 
 
-def test_what_a_table_said_is_remembered_for_the_cache_ttl_or_until_hup(tables, site):
-    milter = tables.start("hash", trick="clock")
-
-    def asked() -> tuple[str, int]:
-        """Say which mailbox it is, and how many keys were asked for."""
-        before = len(tables.asked())
-        for recipient in "sales", "nobody":
-            milter.rcpt(recipient)
-        users = re.findall("recipient=sales@.* user=([a-z]+)", milter.process.output())
-        return users[-1], len(tables.asked()) - before
-
-    assert asked()[1] > 0
-    assert asked() == ("john", 0), "also that it has no `nobody`"
-    tables.put({"sales@example.com": "mary@example.com"})
-    milter.forward(50)
-    assert asked() == ("john", 0)
-    milter.forward(11)
-    wait_for(lambda: asked() == ("mary", 0), "the new answer")
-    tables.put({"sales@example.com": "paul@example.com"})
-    assert asked() == ("mary", 0)
-    milter.hup()
-    wait_for(lambda: asked() == ("paul", 0), "the answer after HUP")
-
-
-def test_table_and_backend_share_one_budget(tables, site):
-    # The table takes 0.3 seconds twice, and the backend 1.7 of the 1.4 that are left.
-    site.backend.default = after(1.7, FULL)
-    postmap = POSTMAP.replace("if kind", "time.sleep(0.3)\nif kind", 1)
-    site.write("postmap", postmap.format(python=sys.executable)).chmod(0o755)
-    assert tables.start("hash", "--timeout", "2").rcpt("sales").startswith(FAULT)
-
-
-def test_hanging_postmaps_are_few(tables):
-    options = tables.site.write("options", "--timeout 5\n")
-    milter = tables.start("hang", f"@{options}")
-    with contextlib.ExitStack() as stack:
-        for number in range(24):
-            session = stack.enter_context(milter.session())
-            session.mail()
-            session.ask(f"user{number}")
-            if number == 12:
-                milter.hup()
-        wait_for(lambda: len(tables.postmaps()) > 1, "postmaps")
-        time.sleep(0.5)
-        assert 1 < len(tables.postmaps()) < 12, "a reload does not multiply them"
-        assert milter.process.stop() == 0
+def test_of_all_tables_eight_are_asked_at_a_time(table_of):
+    ours = table_of("hash")
+    for _ in range(8):
+        assert ours.module.Table.turns.acquire(timeout=0)
+    assert "too many" in ours.rcpt("john")[1].finding.fault
 
 
 # ---- mail in flight: stories ----
 
 LIMIT = 100_000  # bytes: the quota of the tables below, in which 1,024 count for headers
-OUTCOMES = {"452 4.2.2": "full", "552 5.2.3": "large", "451 4.3.0": "fault"}
 
 
-class Story:
-    """Plays the steps of a story, in one session, with mailboxes of its own.
+class Story(Ours):
+    """Plays the steps of a story.
 
     john has 40_000 [of 0] [OVERQUOTA] [grace 10]  what the backend says of john (of LIMIT)
-    john has no figures, is unknown, fails         an answer without numbers, UNKNOWN, a status 500
+    john is unknown, fails                         UNKNOWN, a fault
     mail 60_000 [SIZE=5] [to john mary] -> OUTCOME a message (to john), to its end
     sized 60_000 [to john mary] -> OUTCOME         the same, and its true size declared
-    rset 60_000, lost 60_000                       its body is sent, then RSET or no more at all
-    forward 61, hup                                seconds of the milter's clock; the signal
+    forward 61                                     seconds of the clock
 
-    OUTCOME: ok, or full, large (552) or fault, `at RCPT` or `at end`, and whom the reply names
-    where that matters. `x3`: three times.
+    OUTCOME: ok, or the beginning of `overquota at RCPT for john` or `toolarge at end for john`;
+    `x3`: three times.
     """
-
-    def __init__(self, milter: Milter, backend: Backend, number: int) -> None:
-        self.milter, self.backend, self.number = milter, backend, number
-        self.session = milter.session()
 
     def play(self, steps: str) -> None:
         """Play all steps; an assertion names the one that went wrong."""
         for step in re.split(r";\s+", steps):
-            told, _, expected = re.sub(r" x\d+$", "", step).partition(" -> ")
-            times = re.search(r" x(\d+)$", step)
-            for _ in range(int(times[1]) if times else 1):
+            told, _, expected = step.partition(" -> ")
+            expected, _, times = expected.partition(" x")
+            for _ in range(int(times or 1)):
+                self.now += 0.01
                 outcome = self.take(*told.split())
-                is_right = outcome.startswith(expected) and bool(outcome) == bool(expected)
-                assert is_right, (step, outcome)
-        self.session.socket.close()
+                assert outcome.startswith(expected) and bool(outcome) == bool(expected), step
 
     def take(self, verb: str, *words: str) -> str:
         """Take a step; return what became of a message."""
-        if verb in ("mail", "sized", "rset", "lost"):
-            return self.send(verb, list(words))
-        if verb == "forward":
-            self.milter.forward(int(words[0]))
-        elif verb == "hup":
-            assert "state=reloaded" in self.milter.hup()
-        else:
-            self.backend.answers[f"{verb}{self.number}"] = self.answer(verb, list(words))
-        return ""
-
-    def answer(self, user: str, words: list[str]) -> bytes:
-        """Make what the backend says of a mailbox."""
-        if words[-1] in ("figures", "unknown", "fails"):
-            return {"figures": b"OK %s\n", "unknown": GONE, "fails": OOPS}[words[-1]]
-        header = {"Quota_Grace": words[-1]} if "grace" in words else {}
-        used, quota = words[1], words[3] if "of" in words else LIMIT
-        status = "OVERQUOTA" if "OVERQUOTA" in words else "OK"
-        return says(f"{status} {user} {used} {quota}".replace("_", ""), **header)
-
-    def send(self, verb: str, words: list[str]) -> str:
-        """Give a message; return its outcome."""
-        size = int(words[0])
-        users = words[words.index("to") + 1 :] if "to" in words else ["john"]
-        names = [re.sub("^(?!postmaster)[a-z]+", rf"\g<0>{self.number}", user) for user in users]
-        declared = [word for word in words if word.startswith("SIZE=")]
-        declared += [f"SIZE={size}"] if verb == "sized" else []
         if verb in ("mail", "sized"):
-            return self.outcome(self.session.message(" ".join(names), size, *declared))
-        self.session.mail(*declared)
-        for name in names:
-            assert self.session.rcpt(name) == ""
-        self.session.data()
-        self.session.body(size)
-        if verb == "rset":
-            self.session.abort()
+            users = words[words.index("to") + 1 :] if "to" in words else ["john"]
+            sizes = [word[5:] for word in words if word.startswith("SIZE=")]
+            sizes += [words[0] if verb == "sized" else "0"]
+            return self.message(" ".join(users), int(words[0]), int(sizes[0]))
+        if verb == "forward":
+            self.now += int(words[0])
+        elif words[-1] in ("unknown", "fails"):
+            self.answers[verb] = NO_BOX if words[-1] == "unknown" else None
         else:
-            self.session.socket.close()
-            self.session = self.milter.session()
+            status = "OVERQUOTA" if "OVERQUOTA" in words else "OK"
+            quota = int(words[3]) if "of" in words else LIMIT
+            grace = int(words[-1]) if "grace" in words else 0
+            self.answers[verb] = status, int(words[1]), quota, grace
         return ""
 
-    def outcome(self, reply: str) -> str:
-        """Put a reply into the words of the stories."""
-        if not reply:
-            return "ok"
-        named = re.search(r"\b([a-z]+)\d*@example\.com", reply)
-        step = "end" if self.session.last == b"E" else "RCPT"
-        outcome = OUTCOMES.get(reply[:9], reply)
-        return f"{outcome} at {step} for {named[1] if named else 'nobody'}"
 
-
-# By the options of one milter: the rows that are played with it. Answers are remembered unless
-# the options say otherwise.
+# By the options of a milter: what happens to it. Answers are remembered unless the options say
+# otherwise.
 STORIES = {
-    "--verbose": """
-what fits exactly is accepted, one byte more is not:
-    john has 40_000; mail 60_001 -> full at end for john; mail 60_000 -> ok
-a declared size is known at RCPT:
-    john has 40_000; sized 60_001 -> full at RCPT for john; sized 60_000 -> ok
-three messages, and the room that each leaves to the next:
-    john has 0; mail 50_000 -> ok; mail 49_001 -> full at end; mail 48_000 -> ok;
-    mail 1_000 -> full at
+    "": """
+what fits exactly is accepted, one byte more is not; a declared size is known at RCPT:
+    john has 40_000; mail 60_001 -> overquota at end for john;
+    sized 60_001 -> overquota at RCPT for john; sized 60_000 -> ok
 a mailbox that is filled by what is in flight gets nothing more, however small:
-    john has 0; sized 99_500 -> ok; mail 0 -> full at RCPT; sized 1 -> full at RCPT
+    john has 0; sized 99_500 -> ok; mail 0 -> overquota at RCPT; sized 1 -> overquota at RCPT
 at the quota without mail in flight its backend alone decides:
-    john has 100_000; mail 0 -> ok; mail 0 -> full at RCPT
-what has ended otherwise adds nothing:
-    john has 0; rset 90_000; lost 90_000; lost 90_000 SIZE=90_000;
-    mail 100_001 -> large at end for john; sized 100_001 -> large at RCPT for john;
-    rset 90_000 SIZE=90_000; mail 100_000 -> ok
-hup keeps the answer and what is in flight:
-    john has 0; mail 50_000 -> ok; john has 100_000 OVERQUOTA; hup; mail 49_001 -> full at end;
-    mail 48_000 -> ok
-the larger of two sizes counts: one that lies above:
-    john has 0; mail 10 SIZE=50000 -> ok; mail 49_001 -> full at end;
-    mail 10 SIZE=49001 -> full at RCPT; mail 48_000 -> ok
-the larger of two sizes counts: one that lies below:
-    john has 40_000; mail 60_001 SIZE=10 -> full at end; mail 30_000 SIZE=10 -> ok;
-    mail 29_001 -> full at end
-sizes that say nothing:
-    john has 40_000; mail 60_001 SIZE=0 -> full at end; mail 60_001 SIZE=-5 -> full at end;
-    mail 60_001 SIZE=1e2 -> full at end; mail 60_000 SIZE=0 -> ok
+    john has 100_000; mail 0 -> ok; mail 0 -> overquota at RCPT
+what is too large for the whole quota is so whatever is in flight:
+    john has 0; mail 100_001 -> toolarge at end for john; mail 90_000 -> ok;
+    sized 100_001 -> toolarge at RCPT for john
+the larger of two sizes counts:
+    john has 0; mail 10 SIZE=40000 -> ok; mail 60_000 SIZE=10 -> overquota at end;
+    mail 10 SIZE=60000 -> overquota at RCPT; mail 30_000 SIZE=10 -> ok;
+    mail 29_000 -> overquota at end
 a message that fits into one of its mailboxes is accepted, and counts for both:
     john has 50_000; mary has 0; mail 60_000 to john mary -> ok;
-    mail 39_001 to mary -> full at end for mary; mail 0 to john -> full at RCPT for john;
-    mail 38_000 to mary -> ok
-a message that fits into none gets the reply of the first:
-    john has 50_000; mary has 60_000; mail 60_000 to john mary -> full at end for john;
-    mail 60_000 to mary john -> full at end for mary; mail 50_000 to mary john -> ok
-the reply of the first, whatever its kind:
-    john has 0 of 50_000; mary has 60_000; mail 60_000 to john mary -> large at end for john;
-    mail 60_000 to mary john -> full at end for mary
+    mail 39_001 to mary -> overquota at end for mary;
+    mail 0 to john -> overquota at RCPT for john; mail 38_000 to mary -> ok
+a message that fits into none gets the reply of the first, whatever its kind:
+    john has 0 of 50_000; mary has 60_000; mail 60_000 to john mary -> toolarge at end for john;
+    mail 60_000 to mary john -> overquota at end for mary; mail 50_000 to mary john -> ok
 who was refused at RCPT does not count:
     john has 90_000; mary has 0; paul has 110_000 OVERQUOTA; sized 20_000 to john mary paul -> ok;
-    mail 10_001 to john -> full at end for john;
-    mail 100_000 to paul mary -> full at end for mary; mail 10_000 to john -> ok
-an exempt recipient takes it for all:
-    john has 50_000; mail 60_000 to john postmaster -> ok; mail 0 to john -> full at RCPT;
-    mail 900_000 to postmaster -> ok
-an unknown recipient takes it for all:
-    john has 50_000; mary is unknown; mail 60_000 to mary john -> ok;
-    mail 0 to john -> full at RCPT; mail 900_000 to mary -> ok
-a recipient who cannot be asked about takes it for all:
-    john has 50_000; mary fails; mail 60_000 to john mary -> ok; mail 0 to john -> full at RCPT;
-    mail 900_000 to mary -> ok
+    mail 10_001 to john -> overquota at end for john;
+    mail 100_000 to paul mary -> overquota at end for mary; mail 10_000 to john -> ok
+one who is exempt, unknown, or cannot be asked about takes it for all:
+    john has 40_000; mary is unknown; paul fails; mail 60_001 -> overquota at end;
+    mail 60_001 to john postmaster -> ok; mail 0 to john -> overquota at RCPT;
+    mail 900_000 to mary -> ok; mail 900_000 to paul -> ok
 a mailbox without a limit takes all:
     john has 50_000; mary has 500_000 of 0; mail 900_000 to mary -> ok x2;
-    mail 60_000 to john mary -> ok; mail 0 to john -> full at RCPT
-two names of one mailbox:
-    john has 0; mail 60_000 to john john -> ok; mail 39_001 -> full at; mail 38_000 -> ok
+    mail 60_000 to john mary -> ok; mail 0 to john -> overquota at RCPT
+each address of a mailbox brings it a copy:
+    john has 0; mail 30_000 to john john -> ok; mail 20_000 to john john+a -> ok;
+    mail 27_000 -> overquota at end; mail 25_000 -> ok
 a copy that does not fit is refused for itself where its size is known:
-    john has 0; sized 60_000 to john john+a -> ok; mail 39_001 -> full at end; mail 38_000 -> ok
+    john has 0; sized 60_000 to john john+a -> ok; mail 39_001 -> overquota at end;
+    mail 38_000 -> ok
 grace is for the message that fills the mailbox:
-    john has 90_000 grace 10000; mail 20_001 -> full at end; mail 20_000 -> ok;
-    mail 0 -> full at RCPT
-grace at RCPT:
-    john has 90_000 grace 10000; sized 20_001 -> full at RCPT; sized 8_000 -> ok;
-    sized 2_000 -> ok; sized 1 -> full at RCPT
-what is too large is what quota and grace cannot hold:
-    john has 0 grace 10000; sized 110_001 -> large at RCPT; mail 110_001 -> large at end;
-    mail 110_000 -> ok
-grace saves no mailbox that is over quota:
-    john has 100_000 OVERQUOTA grace 10000; mail 1 -> full at RCPT
+    john has 90_000 grace 10000; mail 20_001 -> overquota at end;
+    sized 20_001 -> overquota at RCPT; sized 8_000 -> ok; sized 2_000 -> ok;
+    sized 1 -> overquota at RCPT; mail 0 -> overquota at RCPT
+what is too large is what quota and grace cannot hold; a full mailbox has none:
+    john has 0 grace 10000; sized 110_001 -> toolarge at RCPT; mail 110_001 -> toolarge at end;
+    mail 110_000 -> ok; mary has 100_000 OVERQUOTA grace 10000;
+    mail 1 to mary -> overquota at RCPT
 """,
     "--cache-ttl 0": """
-what used has grown by is no longer in flight:
-    john has 0; mail 50_000 -> ok; john has 50_000; mail 49_001 -> full at end; mail 48_400 -> ok
 growth counts once:
-    john has 0; mail 30_000 -> ok x2; john has 30_000; mail 39_000 -> full at end x2;
-    john has 60_000; mail 39_000 -> full at end; mail 36_900 -> ok
+    john has 0; mail 30_000 -> ok x2; john has 30_000; mail 39_000 -> overquota at end x2;
+    john has 60_000; mail 39_000 -> overquota at end; mail 36_900 -> ok
 a figure that drops and comes back makes no room: where four fit, four are accepted:
-    john has 0; mail 24_000 -> ok x2; john has 48_000; mail 60_000 -> full at end; john has 0;
-    mail 60_000 -> full at end; john has 48_000; mail 60_000 -> full at end; mail 24_000 -> ok x2;
-    mail 0 -> full at RCPT
+    john has 0; mail 24_000 -> ok x2; john has 48_000; mail 60_000 -> overquota at end;
+    john has 0; mail 60_000 -> overquota at end; john has 48_000; mail 60_000 -> overquota at end;
+    mail 24_000 -> ok x2; mail 0 -> overquota at RCPT
 growth that others made leaves no more room than there is:
-    john has 0; mail 10_000 -> ok; john has 90_000; mail 10_001 -> full at end; mail 10_000 -> ok
+    john has 0; mail 10_000 -> ok; john has 90_000; mail 10_001 -> overquota at end;
+    mail 10_000 -> ok
 a user who deletes does not make what is in flight smaller:
-    john has 80_000; mail 18_000 -> ok; john has 0; mail 81_001 -> full at end; john has 18_000;
-    mail 81_001 -> full at end; mail 80_400 -> ok
+    john has 80_000; mail 18_000 -> ok; john has 0; mail 81_001 -> overquota at end;
+    john has 18_000; mail 81_001 -> overquota at end; mail 80_400 -> ok
 faults: the last known answer, and what has been accepted since:
-    john has 0; mail 30_000 -> ok; john fails; mail 70_000 -> full at end;
-    mail 100_001 -> full at end; sized 100_001 -> full at RCPT; mail 67_000 -> ok;
-    mail 5_000 -> full at
-faults: what was accepted since counts for as long as the answer does:
-    john has 0; mail 30_000 -> ok; john fails; mail 40_000 -> ok; hup; john has 0;
-    mail 29_001 -> full at end
+    john has 0; mail 30_000 -> ok; john fails; mail 70_000 -> overquota at end;
+    mail 100_001 -> overquota at end; sized 100_001 -> overquota at RCPT; mail 67_000 -> ok;
+    mail 5_000 -> overquota at
 an unknown mailbox has not become smaller:
-    john has 50_000; mail 20_000 -> ok; john is unknown; mail 0 to john -> ok; john has 50_000;
-    mail 29_001 -> full at end
-nor has one of which there are no figures:
-    john has 50_000; mail 20_000 -> ok; john has no figures; mail 0 to john -> ok;
-    john has 50_000; mail 29_001 -> full at end; mail 26_500 -> ok
+    john has 50_000; mail 20_000 -> ok; john is unknown; mail 0 -> ok; john has 50_000;
+    mail 29_001 -> overquota at end; mail 27_000 -> ok
 """,
     "--in-flight 10": """
-what is in flight ends by itself, with the answer that knows nothing of it:
-    john has 0; mail 60_000 -> ok; mail 60_000 -> full at end; forward 12; mail 60_000 -> ok
-each message by its own time:
-    john has 0; mail 40_000 -> ok; forward 7; mail 40_000 -> ok; mail 40_000 -> full at end;
-    forward 5; mail 40_000 -> ok; mail 40_000 -> full at end
+what is in flight ends by itself, each message by its own time:
+    john has 0; mail 40_000 -> ok; forward 7; mail 40_000 -> ok; mail 40_000 -> overquota at end;
+    forward 5; mail 40_000 -> ok; mail 40_000 -> overquota at end
 """,
     "--in-flight 10 --cache-ttl 0": """
 while a backend fails, its last answer has counted all that was accepted since:
-    john has 0; mail 60_000 -> ok; john fails; forward 12; mail 60_000 -> full at end;
-    mail 38_000 -> ok; forward 12; mail 0 -> full at RCPT; john has 20_000; mail 80_000 -> ok
-also what was in flight when that answer came:
-    john has 0; mail 60_000 -> ok; mail 60_000 -> full at end; john fails; forward 12;
-    mail 60_000 -> full at end
+    john has 0; mail 60_000 -> ok; john fails; forward 12; mail 60_000 -> overquota at end;
+    mail 38_000 -> ok; forward 12; mail 0 -> overquota at RCPT; john has 20_000;
+    mail 80_000 -> ok
 """,
     "--in-flight 10 --cache-ttl 600": """
 an answer does not outlive what was accepted since:
-    john has 0; mail 60_000 -> ok; john has 61_000; forward 12; mail 39_001 -> full at end;
+    john has 0; mail 60_000 -> ok; john has 61_000; forward 12; mail 39_001 -> overquota at end;
     mail 38_000 -> ok
 without mail it does:
-    john has 10_000; rset 0; john has 100_000 OVERQUOTA; forward 500; mail 80_000 -> ok
+    john has 10_000; mail 90_001 -> overquota at end; john has 100_000 OVERQUOTA;
+    forward 500; mail 80_000 -> ok
 """,
     "--in-flight 0": """
 nothing is in flight, and the real size counts:
-    john has 0; mail 60_000 -> ok x3; sized 60_000 -> ok; mail 100_001 -> large at end;
-    mary has 60_000; mail 40_001 to mary -> full at end
+    john has 60_000; mail 40_000 -> ok x3; sized 40_000 -> ok; mail 100_001 -> toolarge at end;
+    mail 40_001 -> overquota at end
 """,
     "--frontends 2": """
 what was accepted counts for each frontend:
-    john has 0; mail 30_000 -> ok; mail 38_001 -> full at end; mail 36_000 -> ok;
-    mail 0 -> full at RCPT
-""",
-    "--frontends 3 --cache-ttl 0": """
-and growth is what all frontends' mail has made:
-    john has 0; mail 20_000 -> ok; john has 20_000; mail 38_001 -> full at end; john has 60_000;
-    mail 38_001 -> full at end; mail 35_000 -> ok
+    john has 0; mail 30_000 -> ok; mail 38_001 -> overquota at end; mail 36_000 -> ok;
+    mail 0 -> overquota at RCPT
 """,
     "--ignore-size --cache-ttl 0": """
 the status alone decides:
     john has 0; mail 200_000 -> ok; sized 200_000 -> ok; mail 200_000 SIZE=5 -> ok;
-    john has 100_000 OVERQUOTA; mail 0 -> full at RCPT
+    john has 100_000 OVERQUOTA; mail 0 -> overquota at RCPT
 """,
     "--on-error tempfail": """
 a fault at RCPT is none at the end:
-    john has 50_000; mary fails; mail 60_000 to john mary -> full at end for john;
+    john has 50_000; mary fails; mail 60_000 to john mary -> overquota at end for john;
     mail 1 to mary -> fault at RCPT for mary
-""",
-    "--dry-run": """
-everything is accepted:
-    john has 50_000; mary has 100_000 OVERQUOTA; mail 60_000 -> ok; sized 60_000 -> ok;
-    mail 60_000 -> ok; mail 100_001 -> ok; mail 60_000 to mary -> ok
 """,
 }
 
 
 @pytest.mark.parametrize("options", STORIES)
-def test_mail_in_flight_counts(options, site):
-    stories = STORIES[options]
-    milter = site.milter(*options.split(), trick="clock" if "forward" in stories else "")
-    for number, steps in enumerate(re.split(r"^\S.*:\n", stories, flags=re.MULTILINE)[1:]):
-        Story(milter, site.backend, number).play(steps.strip())
+def test_mail_in_flight_counts(options):
+    for steps in re.split(r"^\S.*:\n", STORIES[options], flags=re.MULTILINE)[1:]:
+        Story(*options.split()).play(steps.strip())
 
 
-def test_each_address_of_a_mailbox_brings_it_a_copy(site):
-    site.backend.default = says(f"OK x 0 {LIMIT}")
-    milter = site.milter("--aliases", site.write("aliases", "info: john\n"))
-    assert milter.message("john john+a info", 30_000) == ""
-    assert milter.message("john", 7_000)[:3] == "452" and milter.message("john", 6_000) == ""
-
-
-MTAS = [
-    # (version of the protocol, bits that are offered)
-    (6, MilterSession.ALL & ~MilterSession.SKIP),
-    (6, MilterSession.ALL & ~0x200),  # DATA cannot be done without
-    (6, 0x3F),
-    (4, 0x7F),
-    (2, 0x7F),  # Sendmail 8.12: there is no DATA
-]
-
-
-def test_an_older_mta_gets_the_same_answers(site):
-    milter = site.milter()
+def test_an_older_mta_that_skips_no_body_gets_the_same_answers(site):
     site.backend.default = says(f"OK x 40000 {LIMIT}")
-    for number, (version, bits) in enumerate(MTAS):
-        john, mary = f"john{number}", f"mary{number}"
-        with milter.session(version, bits) as session:
-            for size, reply in (60_001, "452 4.2.2"), (3_000_000, "552 5.2.3"):
-                assert session.message(john, size)[:9] == reply
-                assert session.message(john, size, f"SIZE={size}")[:9] == reply
-            assert session.message(f"{john} postmaster", 30_000) == ""
-            assert session.message(john, 30_001)[:9] == "452 4.2.2"
-            assert session.message(mary, 60_000, "SIZE=60000") == ""
-            assert session.message(mary, 1)[:9] == "452 4.2.2"
+    with site.milter().session(MilterSession.ALL & ~MilterSession.SKIP) as session:
+        assert session.message("john", 3_000_000)[:9] == "552 5.2.3"
+        assert session.message("john postmaster", 30_000) == ""
+        assert session.message("john", 30_001)[:9] == "452 4.2.2"
+        session.mail()
+        assert session.rcpt("mary") == ""
+        session.body(50_000)
+        session.abort()
+        assert session.message("mary", 60_000) == "", "what has ended otherwise adds nothing"
+
+
+def test_a_dry_run_accepts_everything(site):
+    site.backend.default = says(f"OK x 40000 {LIMIT}")
+    site.backend.answers["full"] = FULL
+    milter = site.milter("--dry-run")
+    with milter.session() as session:
+        for recipient, size in ("full", 1), ("john", 60_001), ("mary", 100_001):
+            assert session.message(recipient, size) == ""
+    assert milter.log("verdict=toolarge", "dry_run=yes")
 
 
 BODIES = [
     # (recipients, parameters, bytes after which there is no more to know, beginning of the reply)
     ("john", "", LIMIT, "552 5.2.3"),
-    ("grace", "", 3 * LIMIT, "552 5.2.3"),
     ("john grace", "", 3 * LIMIT, "552 5.2.3"),
     ("unlimited", "SIZE=1000", LIMIT, ""),
     *((user, "", LIMIT, "") for user in ("unlimited", "postmaster", "unknown", "ill")),
@@ -1945,166 +1589,117 @@ BODIES = [
 def test_a_body_without_end_is_read_no_longer_than_it_can_change_the_answer(site):
     site.backend.default = says(f"OK x 0 {LIMIT}")
     grace = says(f"OK x 0 {LIMIT}", Quota_Grace=str(2 * LIMIT))
-    site.backend.answers = {"grace": grace, "unlimited": b"OK %s 0 0\n"}
+    site.backend.answers = {"grace": grace, "unlimited": b"OK x 0 0\n"}
     site.backend.answers.update({"unknown": GONE, "ill": OOPS})
     with site.milter().session() as session:
         for recipients, parameters, enough, reply in BODIES:
             session.mail(*parameters.split())
             for recipient in recipients.split():
                 assert session.rcpt(recipient) == ""
-            session.data()
             assert session.body(20_000_000) <= enough + 2 * session.CHUNK, recipients
             got = session.end()
             assert got.startswith(reply) and bool(got) == bool(reply), (recipients, got)
 
 
-def test_a_recipient_reserves_nothing_and_the_end_decides_by_what_is_known_then(site):
-    site.backend.default = says(f"OK x 0 {LIMIT}")
-    milter = site.milter()
-    with milter.session() as session, milter.session() as sized:
-        for idle, parameters in (session, []), (sized, ["SIZE=60000"]):
-            idle.mail(*parameters)
-            assert idle.rcpt("john") == ""
-            idle.data()
-            idle.body(60_000)
-        assert milter.message("john", 60_000) == ""
-        for idle in session, sized:
-            assert idle.end().startswith(f"{EXCEEDED}john@example.com")
-        assert session.message("mary", 45_000) == sized.message("mary", 45_000) == ""
-        assert session.message("mary", 45_000)[:3] == "452", "the session goes on"
+@pytest.mark.parametrize("declared", [0, 60_000])
+def test_a_recipient_reserves_nothing_and_the_end_decides_by_what_is_known_then(declared):
+    ours = Ours()
+    ours.answers["john"] = "OK", 0, LIMIT
+    idle, _ = ours.rcpt("john", declared)
+    assert ours.message("john", 60_000) == "ok"
+    assert ours.end(idle, 60_000) == "overquota"
 
 
-@pytest.mark.parametrize("newer", [f"OVERQUOTA x {LIMIT} {LIMIT}", f"OK x 50001 {LIMIT}"])
-def test_a_newer_answer_counts_at_the_end_of_the_data(newer, site):
-    site.backend.default = says(f"OK x 0 {LIMIT}")
-    milter = site.milter(*UNCACHED)
-    with milter.session() as session:
-        session.mail()
-        assert session.rcpt("john") == ""
-        site.backend.default = says(newer)
-        milter.rcpt("john")
-        session.data()
-        session.body(50_000)
-        assert session.end()[:3] == "452"
+@pytest.mark.parametrize("newer", [("OVERQUOTA", LIMIT, LIMIT), ("OK", 50_001, LIMIT)])
+def test_a_newer_answer_counts_at_the_end_of_the_data(newer):
+    ours = Ours(*UNCACHED)
+    ours.answers["john"] = "OK", 0, LIMIT
+    message, _ = ours.rcpt("john")
+    ours.answers["john"], ours.now = newer, 1
+    ours.rcpt("john")
+    assert ours.end(message, 50_000) == "overquota"
 
 
 # ---- several backends of one domain ----
 
 
-def of_domain(*backends: Backend) -> list[str]:
-    return [f"--backend=example.com={backend.url}" for backend in backends]
+def test_users_spread_over_backends_are_looked_for_once_and_remembered(monkeypatch):
+    def look_up(user: str, backend: int) -> tuple[Any, ...]:
+        return FULL_BOX if user == f"full{backend}" else NO_BOX
+
+    ours = Ours(backends=3)
+    monkeypatch.setattr(ours, "look_up", look_up)
+    for recipient, seconds, asked in [
+        *[("full3", 0, [1, 2, 3]), ("full3", 0, []), ("full3", 61, [3]), ("full1", 0, [1])],
+        *[("nobody", 0, [1, 2, 3]), ("nobody", 0, [])],
+    ]:
+        ours.now += seconds
+        ours.asked.clear()
+        verdict = ours.rcpt(recipient)[1].verdict
+        assert verdict == ("unknown" if recipient == "nobody" else "overquota")
+        assert [backend for _, backend, _ in ours.asked] == asked, recipient
 
 
-@pytest.fixture
-def three(site):
-    """Give three backends that know nobody until they are told."""
-    backends = [site.another() for _ in range(3)]
-    for backend in backends:
-        backend.default = GONE
-    return backends
-
-
-NOBODY = "--unknown-reply", "550 5.1.1 No such user"
-
-
-def test_users_spread_over_backends_are_looked_for_once_and_remembered(site, three):
-    for number, backend in enumerate(three):
-        backend.answers = {f"full{number}": FULL}
-    milter = site.milter(*of_domain(*three), *NOBODY, trick="clock", backend=False)
-    for seconds, asked in (0, [1, 1, 1]), (0, [0, 0, 0]), (61, [0, 0, 1]):
-        milter.forward(seconds)
-        before = [len(backend.requests) for backend in three]
-        assert milter.rcpt("full2")[:3] == "452"
-        assert [len(backend.requests) - old for backend, old in zip(three, before)] == asked
-    assert milter.rcpt("full0")[:3] == "452" and milter.rcpt("nobody") == NOBODY[1]
-    assert milter.rcpt("nobody") == NOBODY[1] and three[2].users() == ["full2", "full2", "nobody"]
-
-
-ONE, TWO, THIRD, NONE = "john&d=one.org", "mary&d=two.org", "paul&d=other.org", "fred"
 SHARED_OUT = [
-    # (the domains that each of three backends serves, none: all others; what each is asked)
-    (["one.org=", "two.org,2.org=", ""], [ONE, TWO, f"{THIRD} {NONE}"]),
-    (["one.org=", "one.org,two.org=", "two.org="], [ONE, f"{ONE} {TWO}", TWO]),
-    (["", "", "one.org="], [f"{TWO} {THIRD} {NONE}", f"{TWO} {THIRD} {NONE}", ONE]),
+    # (the domains that each of three backends serves, none: all others; which are asked about
+    # john@one.org, mary@TWO.org, paul@other.org and fred)
+    (["one.org=", "two.org,2.org=", ""], [[1], [2], [3], [3]]),
+    (["one.org=", "one.org,Two.org=", "two.org="], [[1, 2], [2, 3], [], []]),
+    (["", "", "one.org="], [[3], [1, 2], [1, 2], [1, 2]]),
 ]
 
 
-@pytest.mark.parametrize(("domains", "queries"), SHARED_OUT)
-def test_a_question_goes_to_the_backends_of_its_domain(domains, queries, site, three):
-    urls = [f"--backend={names}{backend.url}?k" for names, backend in zip(domains, three)]
-    milter = site.milter(*urls, backend=False)
-    for recipient in "john@one.org", "mary@TWO.org", "paul@other.org", "fred@":
-        assert milter.rcpt(recipient) == ""
-    for backend, expected in zip(three, queries):
-        assert backend.queries() == [f"k&u={query}" for query in expected.split()]
+@pytest.mark.parametrize(("domains", "numbers"), SHARED_OUT)
+def test_a_question_goes_to_the_backends_of_its_domain(domains, numbers):
+    urls = [f"--backend={names}http://127.0.0.1:{n}/" for n, names in enumerate(domains, 1)]
+    ours = Ours(*urls, backends=0)
+    for recipient, expected in zip(
+        "john@one.org mary@TWO.org paul@other.org fred@".split(), numbers
+    ):
+        ours.asked.clear()
+        ours.rcpt(recipient)
+        assert [backend for _, backend, _ in ours.asked] == expected
 
 
-@pytest.mark.parametrize("names", [("x.org=", "x.org="), ("x.org=", "y.org,X.org.="), ("", "")])
-def test_a_backend_named_twice_for_a_domain_is_an_error(names):
-    options = [f"--backend={name}http://127.0.0.1:1/" for name in names]
-    assert "--backend" in option_error(milter_module(), *options)
-
-
-DEAD = None  # nobody listens there
-ALL_BACKENDS: list[tuple[list[Any], str, list[int]]] = [
-    # (what each of three says of john; the reply with --on-error tempfail and an --unknown-reply;
-    # how often each is asked)
-    ([GONE, GONE, GONE], "550", [1, 1, 1]),
-    ([DEAD, DEAD, DEAD], "451", [0, 0, 0]),
-    ([HANG, HANG, HANG], "451", [1, 1, 1]),
-    ([b"nonsense\n", DEAD, OOPS], "451", [1, 0, 1]),
-    ([GONE, DEAD, GONE], "451", [1, 0, 1]),
-    ([OOPS, GONE, GONE], "451", [1, 1, 1]),
-    ([FREE, FULL, FULL], "", [1, 0, 0]),
-    ([GONE, FREE, FULL], "", [1, 1, 0]),
-    ([FULL, FREE, FULL], "452", [1, 0, 0]),
-    ([HANG, HANG, FULL], "452", [1, 1, 1]),
-    ([DEAD, GONE, FULL], "452", [0, 1, 1]),
-    ([HANG, b"nonsense\n", after(4, FULL)], "452", [1, 1, 1]),  # it has six of nine seconds
-    ([[], FULL, FREE], "452", [1, 1, 0]),
-    ([[(b"HTTP/1.0 200 OK\r\n\r\nOK", 600)], FULL, FREE], "452", [1, 1, 0]),
+ALL_BACKENDS: list[tuple[list[Any], str, list[float]]] = [
+    # (what each of three says of john; verdict; what each that is asked may take of nine seconds)
+    ([NO_BOX, NO_BOX, NO_BOX], "unknown", [3, 4.5, 9]),
+    ([HANGS, HANGS, HANGS], "fault", [3, 3, 3]),
+    ([NO_BOX, None, NO_BOX], "fault", [3, 4.5, 9]),
+    ([None, NO_BOX, NO_BOX], "fault", [3, 4.5, 9]),
+    ([FREE_BOX, FULL_BOX, FULL_BOX], "ok", [3]),
+    ([NO_BOX, FREE_BOX, FULL_BOX], "ok", [3, 4.5]),
+    ([FULL_BOX, FREE_BOX, FULL_BOX], "overquota", [3]),
+    ([None, FULL_BOX, FREE_BOX], "overquota", [3, 4.5]),
+    ([HANGS, None, FULL_BOX], "overquota", [3, 3, 6]),
 ]
 
 
-def test_all_backends_of_a_domain_give_one_answer_in_one_time(site):
-    """Each row is a domain of its own; all are asked at once."""
-    options, rows = [], []
-    for number, (answers, _, _) in enumerate(ALL_BACKENDS):
-        backends = []
-        for answer in answers:
-            backends.append(site.another())
-            backends[-1].default = answer
-            options.append(f"--backend=x{number}.org={backends[-1].url}")
-        rows.append(backends)
-    for backend in itertools.chain(*rows):  # now that no other one can get its port
-        if backend.default is DEAD:
-            backend.close()
-    milter = site.milter(*options, *TEMPFAIL, *NOBODY, "--timeout", "9", backend=False)
-    replies = milter.at_once([f"john@x{number}.org" for number in range(len(rows))])
-    for (answers, reply, asked), backends, got in zip(ALL_BACKENDS, rows, replies):
-        assert got[:3] == reply, answers
-        assert [len(backend.requests) for backend in backends] == asked, answers
-    assert milter.slowest() < 9 + SLACK
+@pytest.mark.parametrize(("answers", "verdict", "seconds"), ALL_BACKENDS)
+def test_all_backends_of_a_domain_give_one_answer_in_one_time(answers, verdict, seconds):
+    ours = Ours("--timeout=9", backends=3)
+    ours.answers = dict(enumerate(answers, 1))
+    assert ours.rcpt("john")[1].verdict == verdict
+    assert [share for _, _, share in ours.asked] == seconds
 
 
-def test_a_mailbox_may_move_to_another_backend_or_be_known_to_none_for_certain(site, three):
-    milter = site.milter(*of_domain(*three), *UNCACHED, *NOBODY, *TEMPFAIL, backend=False)
-    for source, goal in (2, 0), (0, 2), (2, 1):
-        three[goal].answers["john"] = FULL  # it is there before it leaves
-        three[source].answers.pop("john", None)
-        assert milter.rcpt("john")[:3] == "452", (source, goal)
-    three[1].answers["john"] = OOPS
-    assert milter.rcpt("john")[:3] == "452", "the last known answer stands in"
-    assert milter.log("cached=yes", "reason=")
-    del three[1].answers["john"]
-    assert milter.rcpt("john")[:3] == "550"
+def test_a_mailbox_may_move_to_another_backend_or_be_known_to_none_for_certain():
+    ours = Ours(*UNCACHED, backends=3)
+    nowhere = dict.fromkeys((1, 2, 3), NO_BOX)
+    for place, answer, verdict in [
+        *[(3, FULL_BOX, "overquota"), (1, FULL_BOX, "overquota"), (2, FULL_BOX, "overquota")],
+        *[(2, None, "overquota"), (2, NO_BOX, "unknown")],  # first the last known answer
+    ]:
+        ours.now += 1
+        ours.answers = {**nowhere, place: answer}
+        assert ours.rcpt("john")[1].verdict == verdict
 
 
 def test_a_stand_by_takes_over_and_each_backend_is_down_for_itself(site):
     first, second = site.another(), site.another()
     first.answers = second.answers = {"full": FULL}
-    options = *of_domain(first, second), *UNCACHED, *TEMPFAIL
-    milter = site.milter(*options, trick="clock", backend=False)
+    options = [f"--backend=example.com={backend.url}" for backend in (first, second)]
+    milter = site.milter(*options, *UNCACHED, *TEMPFAIL, clock=True, backend=False)
     assert milter.rcpt("full")[:3] == "452" and second.requests == []
     first.close()
     for _ in range(4):
@@ -2121,18 +1716,23 @@ def test_a_stand_by_takes_over_and_each_backend_is_down_for_itself(site):
     assert len(milter.lines("state=down")) == 2
 
 
-def test_an_old_figure_of_a_stand_by_frees_no_room(site, three):
+def test_an_old_figure_of_a_stand_by_frees_no_room():
     # Its figure cannot be compared with the other's: all that was accepted lately stays in flight.
-    milter = site.milter(*of_domain(*three[:2]), *UNCACHED, backend=False)
-    three[0].answers["john"] = says(f"OK x 50000 {LIMIT}")
-    assert milter.message("john", 20_000) == ""
-    for used in 10_000, 60_000:
-        three[0].answers["john"] = OOPS
-        three[1].answers["john"] = says(f"OK x {used} {LIMIT}")
-        assert milter.message("john", 29_001)[:3] == "452", "by the stand-by"
-        three[0].answers["john"] = says(f"OK x 50000 {LIMIT}")
-        three[1].answers["john"] = OOPS
-        assert milter.message("john", 29_001)[:3] == "452"
+    ours = Ours(*UNCACHED, backends=2)
+    ours.answers = {1: ("OK", 50_000, LIMIT)}
+    assert ours.message("john", 20_000) == "ok"
+    for old in 10_000, 60_000:
+        for ours.answers in {2: ("OK", old, LIMIT)}, {1: ("OK", 50_000, LIMIT)}:
+            ours.now += 1
+            assert ours.message("john", 29_001) == "overquota at end for john"
+
+
+def test_without_in_flight_the_usage_on_a_stand_by_counts_as_it_is():
+    ours = Ours("--in-flight=0", *UNCACHED, backends=2)
+    ours.answers = {1: ("OK", 90_000, LIMIT)}
+    assert ours.message("john", 20_000) == "overquota at end for john"
+    ours.answers, ours.now = {2: ("OK", 10_000, LIMIT)}, 10
+    assert ours.message("john", 20_000) == "ok"
 
 
 # ---- faults of a backend ----
@@ -2143,19 +1743,14 @@ FAULTS: dict[str, list[Any]] = {
     # closes the connection at the end of a row; `None` for bytes breaks it off.
     "silent": HANG,
     "a dripping status": [(b"HTTP/1.0 200 OK", 0), *DRIP],
-    "a dripping header": [(b"HTTP/1.0 200 OK\r\nX: ", 0), *DRIP],
     "a header without end": [(b"HTTP/1.0 200 OK\r\n", 0), *[(b"X: y\r\n", 0.1)] * 600],
     "a header and no more": [(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n", 600)],
     "a dripping body": [(b"HTTP/1.0 200 OK\r\n\r\nOVERQUOTA ", 0), *DRIP],
-    "half a line": [(b"HTTP/1.0 200 OK\r\n\r\nOVERQUO", 600)],
     "less than its length": [(b"HTTP/1.0 200 OK\r\nContent-Length: 50\r\n\r\nOVERQUOTA", 600)],
     "half a chunk": [(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nOVER", 600)],
     "an early hint and no answer": [(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n", 600)],
-    "a redirect that hangs": [(b"HTTP/1.1 302 Found\r\nLocation: /\r\nX: ", 600)],
     "a line without end": [(b"HTTP/1.0 200 OK\r\n\r\nOK ", 0), *[(b"x" * 65536, 0)] * 1000],
     "closed": [],
-    "closed in the header": [(b"HTTP/1.0 200 OK\r\nX: y", 0)],
-    "closed in the line": [(b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\nOVERQ", 0)],
     "reset": [(None, 0)],
     "reset in the line": [(b"HTTP/1.0 200 OK\r\n\r\nOVERQ", 0.1), (None, 0)],
 }
@@ -2173,16 +1768,16 @@ def test_a_fault_about_a_mailbox_ends_in_time_with_its_connection_and_concerns_i
     for backend, script in zip(backends, FAULTS.values()):
         backend.default = script
     replies = milter.at_once([f"john@x{n}.org" for n in range(len(backends))])
-    for number, (name, script) in enumerate(FAULTS.items()):
+    for number, name in enumerate(FAULTS):
         assert replies[number].startswith(FAULT), name
-        fields = "verdict=fault used=- quota=- cached=no", " reason="
-        assert milter.log(f"recipient=john@x{number}.org", *fields), name
-        if sum(pause for _, pause in script) > 10:
-            wait_for(functools.partial(backends[number].was_left, "john"), f"the end of `{name}`")
+        assert milter.log(f"recipient=john@x{number}.org", "verdict=fault used=- quota=- cached=no")
         backends[number].default = FULL
+    endless = [row for row in zip(backends, FAULTS.values()) if sum(s for _, s in row[1]) > 10]
+    wait_for(
+        lambda: all(backend.left == ["john"] for backend, _ in endless), "the connections' end"
+    )
     healthy = milter.at_once([f"mary@x{n}.org" for n in range(len(backends))])
-    assert {got[:3] for got in healthy} == {"452"}
-    assert milter.slowest() < 2 + SLACK and not milter.lines("state=down")
+    assert {got[:3] for got in healthy} == {"452"} and not milter.lines("state=down")
 
 
 CERTIFICATE = """\
@@ -2211,60 +1806,35 @@ def certificate(site):
 
 
 def test_a_backend_that_cannot_be_reached_is_logged_once_and_left_alone(site, certificate):
-    def speaks(script: list[Any]) -> str:
-        """Give the URL of a server that speaks first, and no TLS."""
-        backend = site.another()
-        backend.serve = lambda connection: backend.play(script, connection, "")
-        return f"https://127.0.0.1:{backend.port}/"
-
-    plain, unsigned = site.backend.url.replace("http:", "https:"), site.another(tls=certificate)
-    other_name = unsigned.url.replace("127.0.0.1", "localhost")
-    unreachable = {
-        "refused": f"http://127.0.0.1:{free_port()}/",
-        "no TLS": plain,
-        "unsigned": unsigned.url,
-        "silent": speaks(HANG),
-        "dripping": speaks([(b"\x16\x03\x03\x40", 0), *DRIP]),
-        "garbage": speaks([(b"HTTP/1.0 400 Bad\r\n\r\n", 0)]),
-    }
-    names = list(unreachable)
-    options = [f"--backend=x{n}.org={url}" for n, url in enumerate(unreachable.values())]
-    milter = site.milter(*options, *TEMPFAIL, "--timeout", "2", backend=False, trick="clock")
-    assert {reply[:10] for reply in milter.at_once([f"john@x{n}.org" for n in range(6)])} == {FAULT}
-    for number, name in enumerate(names):
-        assert milter.log(f"backend={unreachable[name]} ", "state=down", "reason="), name
-        assert milter.rcpt(f"mary@x{number}.org").startswith(FAULT)
-        assert milter.log(f"recipient=mary@x{number}.org", "verdict=fault")
-    assert "verify failed" in milter.log(unsigned.url, "state=down")
-    assert "refused" in milter.log(unreachable["refused"], "state=down").lower()
-    assert len(milter.lines("state=down")) == 6 and unsigned.requests == []
-    assert milter.slowest() < 2 + SLACK
-    trusting = f"--backend=a.org={unsigned.url}", f"--backend=b.org={other_name}"
-    milter = site.milter(*trusting, "--cafile", certificate, *TEMPFAIL, backend=False)
-    assert milter.rcpt("john@a.org") == "" and unsigned.users() == ["john"]
-    assert milter.rcpt("john@b.org").startswith(FAULT), "it is not the name in the certificate"
-    assert unsigned.users() == ["john"]
+    unsigned, silent, dripping = site.another(tls=certificate), site.another(), site.another()
+    # These two speak first, and no TLS.
+    silent.serve = lambda connection: silent.play(HANG, connection, "")
+    dripping.serve = lambda connection: dripping.play([(b"\x16\3\3\x40", 0), *DRIP], connection, "")
+    ports = [backend.port for backend in (site.backend, silent, dripping)]
+    urls = [f"http://127.0.0.1:{free_port()}/", unsigned.url]
+    urls += [f"https://127.0.0.1:{port}/" for port in ports]
+    options = [f"--backend=x{n}.org={url}" for n, url in enumerate(urls)]
+    milter = site.milter(*options, *TEMPFAIL, "--timeout", "2", backend=False)
+    for user in "john", "mary":
+        replies = milter.at_once([f"{user}@x{n}.org" for n in range(len(urls))])
+        assert {reply[:10] for reply in replies} == {FAULT}
+    reasons = [milter.log(f"backend={url} ", "state=down", "reason=").lower() for url in urls]
+    assert "refused" in reasons[0] and "verify failed" in reasons[1] and unsigned.requests == []
+    assert milter.all_recipients(10) and len(milter.lines("state=down")) == len(urls)
 
 
-def test_a_backend_that_dies_is_asked_again_when_it_is_back(site):
-    site.backend.answers["john"] = FULL
-    milter = site.milter(*UNCACHED, *TEMPFAIL, trick="clock")
-    assert milter.rcpt("john")[:3] == "452"
-    site.backend.close()
-    assert {milter.rcpt(f"user{number}")[:3] for number in range(9)} == {"451"}
-    assert milter.rcpt("john")[:3] == "452", "the last known answer"
-    again = site.another(site.backend.port)
-    again.answers["john"] = FULL
-    assert milter.rcpt("mary").startswith(FAULT) and again.requests == []
-    milter.forward(11)
-    assert milter.rcpt("mary") == "" and milter.rcpt("john")[:3] == "452"
-    assert again.users() == ["mary", "john"]
-    assert len(milter.lines("state=down")) == len(milter.lines("state=up")) == 1
+def test_a_certificate_is_trusted_by_cafile_and_for_its_name_alone(site, certificate):
+    backend = site.another(tls=certificate)
+    urls = f"a.org={backend.url}", f"b.org={backend.url.replace('127.0.0.1', 'localhost')}"
+    options = [f"--backend={url}" for url in urls]
+    milter = site.milter(*options, "--cafile", certificate, *TEMPFAIL, backend=False)
+    assert milter.rcpt("john@a.org") == "" and milter.rcpt("john@b.org").startswith(FAULT)
+    assert backend.users() == ["john"]
 
 
 def test_while_a_backend_is_tried_again_only_one_question_is_asked(site):
     site.backend.close()
-    milter = site.milter("--timeout", "1", trick="clock")
+    milter = site.milter("--timeout", "1", clock=True)
     assert milter.rcpt("john") == ""
     again = site.another(site.backend.port)
     again.default = HANG
@@ -2276,30 +1846,41 @@ def test_while_a_backend_is_tried_again_only_one_question_is_asked(site):
     assert milter.rcpt("paul")[:3] == "452" and milter.log("state=up")
 
 
-def test_of_two_addresses_of_a_backend_one_that_swallows_packets_costs_no_verdict(site):
+def verdict_on(recipient: str, *options: str) -> str:
+    """Ask about a recipient in this process."""
+    service = milter_module().Service(options, milter_module().read_options(options))
+    return str(service.policy.decide(f"<{recipient}>", milter_module().Message()).verdict)
+
+
+def test_of_two_addresses_of_a_backend_one_that_swallows_packets_costs_no_verdict(
+    site, monkeypatch
+):
+    look_up, port = socket.getaddrinfo, site.backend.port
+    two = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{n}", port)) for n in (2, 1)]
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *a, **k: two if host == "two.test" else look_up(host, *a, **k),
+    )
+    site.backend.default = FULL
+    url = site.backend.url.replace("127.0.0.1", "two.test")
     # A queue of connections that is full swallows all others, as a packet filter does.
     with socket.socket() as swallowing, contextlib.ExitStack() as stack:
-        swallowing.bind(("127.0.0.2", site.backend.port))
+        swallowing.bind(("127.0.0.2", port))
         swallowing.listen(0)
         for _ in range(3):
             filler = stack.enter_context(socket.socket())
             filler.setblocking(False)
-            filler.connect_ex(("127.0.0.2", site.backend.port))
-        url = site.backend.url.replace("127.0.0.1", "two.test")
-        site.backend.default = FULL
-        options = "--backend", url, "--timeout", "4", *TEMPFAIL
-        milter = site.milter(*options, trick="names", backend=False)
-        assert milter.rcpt("john")[:3] == "452"
+            filler.connect_ex(("127.0.0.2", port))
+        assert verdict_on("john@x.org", f"--backend={url}", "--timeout=4") == "overquota"
 
 
-def test_a_name_that_cannot_be_looked_up_costs_the_timeout_and_not_the_end(site):
-    url = site.backend.url.replace("127.0.0.1", "hangs.test")
-    options = "--backend", url, f"--backend=x.org={site.backend.url}", "--timeout", "1", *TEMPFAIL
-    milter = site.milter(*options, trick="names", backend=False)
-    assert milter.rcpt("john").startswith(FAULT)
-    assert milter.trick_file.exists(), "the look-up hangs"
-    assert milter.rcpt("john@x.org") == ""
-    assert 0.9 < milter.slowest() < 1 + SLACK
+def test_a_name_whose_look_up_hangs_is_a_fault_in_time(monkeypatch):
+    hangs = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: hangs.wait(60) and [])
+    options = "--backend=http://hangs.test/", "--timeout=0.5"
+    assert verdict_on("john@x.org", *options) == "fault" and not hangs.is_set()
+    hangs.set()
 
 
 # ---- questions: their time, their turn, and what speaks against a backend ----
@@ -2307,19 +1888,19 @@ def test_a_name_that_cannot_be_looked_up_costs_the_timeout_and_not_the_end(site)
 
 def test_a_mailbox_that_hangs_is_left_alone_for_a_while_and_never_makes_the_backend_down(site):
     site.backend.answers["john"] = HANG
-    milter = site.milter("--timeout", "0.6", *TEMPFAIL, *UNCACHED, trick="clock")
+    milter = site.milter("--timeout", "0.6", *TEMPFAIL, *UNCACHED, clock=True)
     for number in range(1, 4):
         for _ in range(3):
             assert milter.rcpt("john").startswith(FAULT)
         assert site.backend.users() == ["john"] * number
         milter.forward(11)
     site.backend.answers["john"] = FULL
-    assert milter.rcpt("john")[:3] == "452" and milter.never_said("state=down")
+    assert milter.rcpt("john")[:3] == "452" and milter.never_down()
 
 
 def test_three_mailboxes_in_a_row_that_run_out_of_time_are_a_backend_that_is_down(site):
     site.backend.answers = dict.fromkeys("adef", [(b"HTTP/1.0 200 OK\r\n\r\n", 600)])
-    milter = site.milter("--timeout", "1", *TEMPFAIL, trick="clock")
+    milter = site.milter("--timeout", "1", *TEMPFAIL, clock=True)
     for user in "acde":
         assert milter.rcpt(user).startswith(FAULT) == (user != "c"), user
     assert milter.log("recipient=e@") and not milter.lines("state=down"), "c was answered between"
@@ -2337,228 +1918,119 @@ def test_a_backend_that_answers_slowly_is_not_called_down(site):
     replies = milter.at_once([f"user{number}" for number in range(16)])
     assert {reply[:3] for reply in replies} <= {"452", ""} and len(site.backend.requests) >= 4
     site.backend.default = FULL
-    assert milter.rcpt("afterwards")[:3] == "452" and milter.never_said("state=down")
+    assert milter.rcpt("afterwards")[:3] == "452" and milter.never_down()
 
 
 def test_a_question_gets_its_turn_in_the_first_half_of_its_time_or_not_at_all(site):
-    first = Gate(FULL)
-    site.backend.answers["first"] = first
-    site.backend.default = FULL
+    opened = threading.Event()
+    site.backend.answers["first"], site.backend.default = after(60, FULL, opened), FULL
     milter = site.milter("--max-queries", "1", "--timeout", "4", *TEMPFAIL)
-    with milter.session() as session, milter.session() as other:
-        for one, user in (session, "first"), (other, "second"):
-            one.mail()
-            one.ask(user)
-            wait_for(lambda: site.backend.requests, "the first question")
-        time.sleep(2.5)
-        first.is_open.set()
-        assert session.reply()[:3] == "452"
-        assert other.reply().startswith(FAULT)
-        assert site.backend.users() == ["first"]
-        assert other.rcpt("second")[:3] == "452", "what was never asked counts against nobody"
-
-
-def test_after_a_stall_of_all_questions_those_that_wait_get_their_turn(site):
-    """They have less time left than the last answer took, but the next ones come at once."""
-    stall = Gate(FULL)
-    site.backend.answers = {"first": stall, "second": stall}
-    site.backend.default = FULL
-    milter = site.milter("--max-queries", "2", "--timeout", "6", *TEMPFAIL)
-    with contextlib.ExitStack() as stack:
-        sessions = []
-        for user in "first", "second", "third", "fourth", "fifth", "sixth":
-            if user == "third":
-                wait_for(lambda: len(site.backend.requests) == 2, "the first questions")
-                time.sleep(3.5)
-            sessions.append(stack.enter_context(milter.session()))
-            sessions[-1].mail()
-            sessions[-1].ask(user)
-        time.sleep(1.5)
-        stall.is_open.set()
-        assert {session.reply()[:3] for session in sessions[2:]} == {"452"}
+    first = milter.ask("first")
+    site.backend.wait_for("first")
+    second = milter.ask("second")
+    time.sleep(2.5)
+    opened.set()
+    assert first.reply()[:3] == "452" and second.reply().startswith(FAULT)
+    assert site.backend.users() == ["first"]
+    assert second.rcpt("second")[:3] == "452", "what was never asked counts against nobody"
 
 
 @pytest.mark.parametrize("pause", [1, 2.5])
 def test_a_question_that_was_overtaken_makes_room_for_others_after_half_its_time(pause, site):
-    held = Gate(FREE)
+    opened = threading.Event()
     cut = [(b"HTTP/1.0 200 OK\r\n\r\nOK hangs", 600)]  # no answer, though its connection ends
-    site.backend.answers = {"hangs": cut, "quick": FULL, "held": held, "waits": FULL}
-    milter = site.milter("--max-queries", "2", "--timeout", "4", *TEMPFAIL)
-    with contextlib.ExitStack() as stack:
-        sessions = {}
-        for user in "hangs", "quick", "held", "waits":
-            sessions[user] = session = stack.enter_context(milter.session())
-            session.mail()
-            session.ask(user)
-            if user == "quick":
-                assert session.reply()[:3] == "452"  # it began later, and was answered
-                time.sleep(pause)  # until before and after half of the time
-            elif user != "waits":
-                wait_for(functools.partial(site.backend.has_question, user), "the question")
-        assert sessions["waits"].reply()[:3] == "452"
-        wait_for(lambda: site.backend.was_left("hangs"), "the end of the overtaken question")
-        held.is_open.set()
-        assert sessions["held"].reply() == "" and sessions["hangs"].reply().startswith(FAULT)
-
-
-def test_one_question_serves_all_sessions_that_ask_about_a_mailbox(site):
-    site.backend.default = after(0.5, FULL)
-    milter = site.milter("--timeout", "30")
-    assert {reply[:3] for reply in milter.at_once(["john"] * 20)} == {"452"}
-    assert site.backend.users() == ["john"]
-
-
-def test_a_backend_gets_no_more_questions_at_a_time_than_it_has_places(site):
-    site.backend.default = after(0.05, FULL)
-    milter = site.milter("--max-queries", "3", "--timeout", "30")
-    assert {reply[:3] for reply in milter.at_once([f"user{n}" for n in range(20)])} == {"452"}
-    assert site.backend.most == 3 and len(site.backend.requests) == 20
-
-
-def test_backends_do_not_hinder_each_other_and_the_timeout_covers_the_wait_for_a_place(site):
-    silent = site.another()
-    silent.default = HANG
+    site.backend.answers = {"hangs": cut, "held": after(60, FREE, opened)}
     site.backend.default = FULL
-    refused = f"--backend=refused.org=http://127.0.0.1:{free_port()}/"
-    options = f"--backend=silent.org={silent.url}", refused, "--max-queries", "2", "--timeout", "1"
-    milter = site.milter(*options, *TEMPFAIL)
-    domains = ["silent.org"] * 12 + ["refused.org"] * 3 + ["example.com"] * 6
-    replies = milter.at_once([f"user{n}@{domain}" for n, domain in enumerate(domains)])
-    assert [reply[:3] for reply in replies] == ["451"] * 15 + ["452"] * 6
-    assert milter.slowest() < 1 + SLACK
+    milter = site.milter("--max-queries", "2", "--timeout", "4", *TEMPFAIL)
+    hangs = milter.ask("hangs")
+    site.backend.wait_for("hangs")
+    assert milter.rcpt("quick")[:3] == "452"  # it began later, and was answered
+    time.sleep(pause)  # until before and after half of the time
+    held = milter.ask("held")
+    site.backend.wait_for("held")
+    assert milter.rcpt("waits")[:3] == "452"
+    wait_for(lambda: site.backend.left == ["hangs"], "the end of the overtaken question")
+    opened.set()
+    assert held.reply() == "" and hangs.reply().startswith(FAULT)
+
+
+def test_sessions_share_a_question_about_a_mailbox_and_no_more_are_asked_than_have_a_place(site):
+    site.backend.default = after(0.2, FULL)
+    milter = site.milter("--max-queries", "3", "--timeout", "30")
+    replies = milter.at_once(["john"] * 20 + [f"user{number}" for number in range(12)])
+    assert {reply[:3] for reply in replies} == {"452"}
+    assert site.backend.most == 3 and len(site.backend.requests) == 13
 
 
 # ---- what is remembered ----
 
 
-def test_answers_are_used_again_for_their_time_and_stand_in_for_an_hour(site):
-    milter = site.milter(*TEMPFAIL, trick="clock")
-    for user, seconds, answer, reply, asked in [
-        ("john", 0, FULL, "452", 1),
-        ("john", 55, OOPS, "452", 1),
-        ("mary", 0, FULL, "452", 2),
-        ("john", 30, FULL, "452", 3),  # no longer remembered
-        ("mary", 0, FULL, "452", 3),
-        ("mary", 3000, OOPS, "452", 4),  # the last known answer
-        ("mary", 585, OOPS, "451", 5),  # which is more than an hour old
-        ("john", 0, OOPS, "452", 6),
-        ("john", 30, OOPS, "451", 7),
-        ("john", 0, FULL, "452", 8),
+def test_answers_are_used_again_for_their_time_and_stand_in_for_an_hour():
+    ours = Ours()
+    for user, seconds, answer, verdict, asked in [
+        ("john", 0, FULL_BOX, "overquota", 1),
+        ("john", 55, None, "overquota", 1),
+        ("mary", 0, FULL_BOX, "overquota", 2),
+        ("john", 30, FULL_BOX, "overquota", 3),  # no longer remembered
+        ("mary", 0, FULL_BOX, "overquota", 3),
+        ("mary", 3000, None, "overquota", 4),  # the last known answer
+        ("mary", 569, None, "overquota", 5),
+        ("mary", 2, None, "fault", 6),  # which is more than an hour old
+        ("john", 0, None, "overquota", 7),
+        ("john", 30, None, "fault", 8),
+        ("john", 0, FULL_BOX, "overquota", 9),
     ]:
-        milter.forward(seconds)
-        site.backend.default = answer
-        assert milter.rcpt(user)[:3] == reply, (user, asked)
-        assert len(site.backend.requests) == asked, (user, asked)
+        ours.now += seconds
+        ours.answers[user] = answer
+        assert ours.rcpt(user)[1].verdict == verdict, (user, asked)
+        assert len(ours.asked) == asked, (user, asked)
 
 
-def test_the_newest_answer_is_the_last_known_one_and_refuses_nobody_for_good(site):
-    dead = says(OVER, Last_Modified=days_ago(40))
-    options = *UNCACHED, "--unknown-reply", UNKNOWN_REPLY, "--inactive-after", "30"
-    milter = site.milter(*options, *TEMPFAIL, "--overquota-reply", "552 5.2.2 {address} is full")
+def test_the_newest_answer_is_the_last_known_one_and_refuses_nobody_for_good():
+    ours = Ours(
+        *(*UNCACHED, *TEMPFAIL, "--inactive-after=30", f"--unknown-reply={UNKNOWN_REPLY}"),
+        "--overquota-reply=552 5.2.2 {address} is full",
+    )
+    ours.now = 10_000_000.0  # since 1970, where `dead` was changed
+    dead = *FULL_BOX, 0, email.utils.formatdate(5, usegmt=True)
     for user, answer, size, reply, while_it_fails in [
-        ("john", FULL, 0, "552 5.2.2", "452 4.2.2"),
-        ("john", FREE, 0, "", ""),
-        ("john", FULL, 0, "552 5.2.2", "452 4.2.2"),
-        ("mary", FREE, 101, "552 5.2.3", "452 4.2.2"),
-        ("mary", FREE, 50, "", ""),
-        ("gone", GONE, 0, "550 5.1.1", "451 4.3.0"),
+        ("john", FULL_BOX, 0, "552 5.2.2", "452 4.2.2"),
+        ("john", FREE_BOX, 0, "", ""),
+        ("mary", FREE_BOX, 101, "552 5.2.3", "452 4.2.2"),
+        ("mary", FREE_BOX, 50, "", ""),
+        ("gone", NO_BOX, 0, "550 5.1.1", "451 4.3.0"),
         ("dead", dead, 0, "550 5.2.2", "452 4.2.2"),
     ]:
-        for says_now, expected in (answer, reply), (OOPS, while_it_fails), ([], while_it_fails):
-            site.backend.answers[user] = says_now
-            got = milter.rcpt(user, f"SIZE={size}")
-            assert got[:9] == expected, (user, size, says_now)
-    assert milter.rcpt("paul", "SIZE=1") == ""
-    assert milter.log("recipient=john@", "cached=yes", "reason=")
+        for ours.answers[user], expected in (answer, reply), (None, while_it_fails):
+            ours.now += 1
+            decision = ours.rcpt(user, size)[1]
+            assert " ".join(decision.reply or [])[:9] == expected, (user, size)
 
 
-def test_hup_keeps_answers_and_an_answer_that_is_on_its_way(site):
-    held = Gate(FULL)
-    site.backend.answers = {"john": FULL, "held": held}
-    milter = site.milter("--timeout", "30")
-    assert milter.rcpt("john")[:3] == "452"
-    with milter.session() as session:
-        session.mail()
-        session.ask("held")
-        wait_for(lambda: site.backend.has_question("held"), "the question")
-        assert "state=reloaded" in milter.hup()
-        held.is_open.set()
-        assert session.reply()[:3] == "452"
-    assert milter.rcpt("john")[:3] == "452" == milter.rcpt("held")[:3]
-    assert site.backend.users() == ["john", "held"]
-
-
-# ---- mail in flight: hours of mailboxes, with the real Policy and Ledger and a clock of ours ----
-
-
-class Ours:
-    """The real Policy and Ledger, with a clock of ours and a function that answers questions."""
-
-    def __init__(self, look_up: Callable[[str, str], Any], *options: str) -> None:
-        """Take a function of user and backend that gives status, used and quota, None: a fault."""
-        self.module, self.now, self.look_up_here = load(MILTER), 0.0, look_up
-        self.module.time = types.SimpleNamespace(monotonic=self.clock, time=self.clock)
-        self.module.Backend.ask = lambda backend, mailbox, deadline: self.ask(backend, mailbox)
-        self.options = self.module.read_options(["--backend=http://127.0.0.1:1/", *options])
-        self.ledger = self.module.Ledger(self.options)
-        self.reload()
-
-    def clock(self) -> float:
-        return self.now
-
-    def reload(self) -> None:
-        self.policy = self.module.Policy(self.options, self.ledger, self.module.Counters())
-        self.ledger.options = self.options
-
-    def ask(self, backend: Any, mailbox: Any) -> Any:
-        asked, answer = self.now, self.look_up_here(mailbox.user, backend.name)
-        if answer is None:
-            raise self.module.Fault("as told")
-        return self.module.Answer(*answer, source=backend.name, at=asked)
-
-    def rcpt(self, user: str, size: int) -> tuple[Any, Any]:
-        """Give a recipient of a message of a declared size; return the message and the decision."""
-        message = self.module.Message(size)
-        decision = self.policy.decide(f"<{user}@example.com>", message)
-        if decision.reply is None:
-            message.let_through(decision)
-        return message, decision
-
-
-def test_without_in_flight_the_usage_on_a_stand_by_counts_as_it_is():
-    answers = {"http://127.0.0.1:1/": ("OK", 900, 1000)}
-    ours = Ours(
-        lambda user, backend: answers.get(backend),
-        *("--backend=http://127.0.0.1:2/", "--in-flight=0", "--cache-ttl=0"),
-    )
-    assert ours.rcpt("john", 200)[1].verdict == "overquota"
-    answers, ours.now = {"http://127.0.0.1:2/": ("OK", 100, 1000)}, 10.0
-    assert ours.rcpt("john", 200)[1].verdict == "ok"
+# ---- mail in flight: hours of mailboxes, and many at once ----
 
 
 class Simulation(Ours):
-    """An hour of some mailboxes in which questions take time, fail, and are asked at once.
+    """Some time of mailboxes in which questions take time, fail, and are asked at once.
 
     Messages come in bursts, are slow, and arrive late and out of order, but in --in-flight;
     users make room; a stand-by gives figures of before; HUPs come.
     """
 
-    def __init__(self, seed: int, ttl: float, lag: float, faults: float) -> None:
-        super().__init__(self.look_up, "--backend=http://127.0.0.1:2/", f"--cache-ttl={ttl}")
-        self.noise, self.lag, self.faults = random.Random(seed), lag, faults
-        self.numbers = itertools.count()
-        self.users = [f"user{number}" for number in range(12)]
-        self.used = dict.fromkeys(self.users, 0)
-        self.figures = {user: [(-9.0, 0)] for user in self.users}  # lately, the latest last
+    def __init__(self, ttl: float, lag: float, faults: float) -> None:
+        super().__init__(f"--cache-ttl={ttl}", backends=2)
+        self.noise, self.lag, self.faults = random.Random(1), lag, faults
+        # What each has used lately, and since when; the latest is the last.
+        self.figures = {f"user{number}": [(-9.0, 0)] for number in range(12)}
         self.latest = float("inf")  # when the questions under way have ended
         self.accepted = self.overfilled = 0
-        self.events: list[tuple[float, int, Callable[[], object]]] = []
+        self.events: list[tuple[float, float, Callable[[], object]]] = []
         self.repeat(0.5, self.recipient)
         self.repeat(20, self.delete)
-        self.repeat(600, self.reload)
+        self.repeat(600, lambda: self.reload(*self.options))
 
     def after(self, seconds: float, what: Callable[[], object]) -> None:
-        heapq.heappush(self.events, (self.now + seconds, next(self.numbers), what))
+        heapq.heappush(self.events, (self.now + seconds, self.noise.random(), what))
 
     def repeat(self, mean: float, what: Callable[[], object]) -> None:
         """Let something happen now and again, at times more often than at others."""
@@ -2578,234 +2050,138 @@ class Simulation(Ours):
             what()
         self.now = max(self.now, until)
 
-    def look_up(self, user: str, backend: str) -> tuple[str, int, int] | None:
+    def look_up(self, user: str, backend: int) -> tuple[str, int, int] | None:
         """Answer a question: what is true now, or was a while ago on the stand-by, comes later."""
-        asked, is_stand_by = self.now, backend.endswith(":2/")
-        fails = self.noise.random() < self.faults
-        known = [used for at, used in self.figures[user] if at <= asked - 9 * is_stand_by]
-        before, self.latest = self.latest, min(self.latest, asked + self.noise.random() * self.lag)
+        asked = self.now - (9 if backend == 2 else 0)
+        known = [used for at, used in self.figures[user] if at <= asked]
+        before, self.latest = (
+            self.latest,
+            min(self.latest, self.now + self.noise.random() * self.lag),
+        )
         self.run(self.latest)
         self.latest = before
-        return None if fails else ("OK", known[-1], LIMIT)
+        return None if self.noise.random() < self.faults else ("OK", known[-1], LIMIT)
 
     def recipient(self) -> None:
         """Give a recipient, and the data a while later."""
-        size = self.noise.randrange(1000, 30_000)
-        message, decision = self.rcpt(self.noise.choice(self.users), size * self.noise.randrange(2))
-        message.count_body(size)
+        user, size = self.noise.choice(list(self.figures)), self.noise.randrange(1000, 30_000)
+        message, decision = self.rcpt(user, size * self.noise.randrange(2))
         if decision.verdict == "ok":
-            self.after(self.noise.random() * 5, lambda: self.end_of_data(message, decision))
+            self.after(self.noise.random() * 5, lambda: self.end_of_data(user, message, size))
 
-    def end_of_data(self, message: Any, decision: Any) -> None:
-        if self.policy.end_of_data(message) is None:
+    def end_of_data(self, user: str, message: Any, size: int) -> None:
+        if self.end(message, size) == "ok":
             self.accepted += 1
-            user, size = decision.target.user, message.size + 700
-            self.after(self.noise.random() * 40, lambda: self.change(user, size))
+            self.after(self.noise.random() * 40, lambda: self.change(user, size + 700))
 
     def delete(self) -> None:
-        user = self.noise.choice(self.users)
-        self.change(user, -int(self.used[user] * self.noise.random()))
+        user = self.noise.choice(list(self.figures))
+        self.change(user, -int(self.figures[user][-1][1] * self.noise.random()))
 
     def change(self, user: str, size: int) -> None:
-        self.used[user] += size
-        self.figures[user] = [*self.figures[user][-50:], (self.now, self.used[user])]
-        self.overfilled += self.used[user] > LIMIT + 700  # the last message's header
+        used = self.figures[user][-1][1] + size
+        self.figures[user] = [*self.figures[user][-50:], (self.now, used)]
+        self.overfilled += used > LIMIT + 700  # the last message's header
 
 
 @pytest.mark.parametrize("ttl", [0, 5, 60, 600])
 @pytest.mark.parametrize(("lag", "faults"), [(0, 0), (4, 0), (4, 0.5)])
 def test_in_simulated_hours_no_mailbox_is_overfilled_and_none_left_empty(ttl, lag, faults):
-    hours = Simulation(1, ttl, lag, faults)
+    hours = Simulation(ttl, lag, faults)
     hours.run(2400)
     assert hours.overfilled == 0 and hours.accepted > 200
 
 
 def test_of_many_sessions_at_once_no_two_use_the_same_room():
-    ours = Ours(lambda user, backend: ("OK", 0, 1_000_000))
+    ours = Ours()
+    ours.answers["john"] = "OK", 0, 1_000_000
     messages = [ours.rcpt("john", 100_000)[0] for _ in range(30)]
-    accept = ours.ledger.accept
+    accept = ours.service.ledger.accept
 
     def accept_late(*message: Any) -> None:  # the other threads go on meanwhile, if they can
         time.sleep(0.005)
         accept(*message)
 
-    ours.ledger.accept = accept_late
+    ours.service.ledger.accept = accept_late
     with concurrent.futures.ThreadPoolExecutor(30) as pool:
-        decisions = list(pool.map(ours.policy.end_of_data, messages))
+        decisions = list(pool.map(ours.service.policy.end_of_data, messages))
     assert decisions.count(None) == 9, "a tenth has no room for its headers"
 
 
 def test_what_many_others_have_pushed_out_since_rcpt_is_put_back_at_the_end_of_the_data():
-    answers = {"john": ("OK", 0, LIMIT), "mary": ("OK", 0, LIMIT)}
-    ours = Ours(lambda user, backend: answers.pop(user, None))
+    ours = Ours()
     ours.module.MOST_ACCOUNTS = 1
-    message, _ = ours.rcpt("john", 60_000)
-    ours.rcpt("mary", 1)
-    assert ours.policy.end_of_data(message) is None
-    assert ours.rcpt("john", 60_000)[1].verdict == "overquota", "by the last known answer"
+    ours.answers = {"john": ("OK", 0, LIMIT), "mary": ("OK", 0, LIMIT)}
+    message, _ = ours.rcpt("john")
+    ours.rcpt("mary")
+    ours.answers.clear()
+    assert ours.end(message, 60_000) == "ok"
+    assert ours.message("john", 60_000) == "overquota at end for john", "by the last known answer"
 
 
-def test_an_answer_that_comes_late_does_not_replace_a_newer_one():
-    def answer(user: str, backend: str) -> tuple[str, int, int]:
+def test_an_answer_that_comes_late_does_not_replace_a_newer_one(monkeypatch):
+    ours = Ours()
+
+    def answer(user: str, backend: int) -> tuple[str, int, int]:
         if ours.now:
-            return "OVERQUOTA", LIMIT, LIMIT
+            return FULL_BOX
         ours.now = 1.0
-        assert ours.rcpt("john", 1)[1].verdict == "overquota", "the newer question"
-        return "OK", 0, LIMIT
+        assert ours.message("john", 1) == "overquota at RCPT for john", "the newer question"
+        return FREE_BOX
 
-    ours = Ours(answer)
-    assert ours.rcpt("john", 1)[1].verdict == ours.rcpt("john", 1)[1].verdict == "overquota"
+    monkeypatch.setattr(ours, "look_up", answer)
+    assert ours.message("john", 1) == ours.message("john", 1) == "overquota at RCPT for john"
 
 
 def test_an_hour_of_last_known_answers_takes_no_memory():
     """While its backend fails a busy mailbox gets two messages a second by its last answer."""
-    answers = [("OK", 0, 2**60)]
-    ours = Ours(lambda user, backend: answers.pop() if answers else None)
-    sizes = []
-    tracemalloc.start()
+    ours = Ours()
+    ours.answers["john"] = "OK", 0, 2**60
     for number in range(2_000):
         ours.now = number / 2
-        message, decision = ours.rcpt("john", 100)
-        assert decision.verdict == "ok" and decision.finding.answer.quota == 2**60
-        assert ours.policy.end_of_data(message) is None
-        if number % 400 == 399:
-            gc.collect()
-            snapshot = tracemalloc.take_snapshot()
-            found = snapshot.filter_traces([tracemalloc.Filter(True, str(MILTER))]).traces
-            sizes.append(sum(trace.size for trace in found))
-    tracemalloc.stop()
-    assert sizes[-1] < sizes[0] + 50_000, sizes
-    assert ours.rcpt("john", 0)[1].finding.in_flight == 2_000 * 1124, "all mail since the answer"
+        assert ours.message("john", 100) == "ok"
+        ours.answers.clear()
+    (account,) = ours.service.ledger.accounts.values()
+    assert len(account.recent) < 200 and account.in_flight == 2_000 * 1124
 
 
 # ---- HUP: options and aliases again ----
 
 
-def test_an_old_policy_goes_at_a_reload_with_its_aliases_and_threads(site):
-    """Else each HUP would add a million names until Python's garbage collection comes by."""
-    module = load(MILTER)
-    arguments = [
-        f"--aliases={site.write('aliases', 'sales: john')}",
-        "--backend=http://127.0.0.1:1",
-    ]
-    service = module.Service(arguments, module.read_options(arguments))
-    assert service.policy.decide("<sales@x.org>", module.Message()).verdict == "fault"
-    gc.disable()
-    try:
-        old = weakref.ref(service.policy)
-        # The thread that has answered may still be about to let go of it.
-        wait_for(lambda: service.reload() or old() is None, "the end of the old policy")
-    finally:
-        gc.enable()
-
-
-RELOADED = [
-    # (a line of the option file, recipient, parameters; the reply without the line and with it)
-    ("--overquota-reply 552 5.2.2 Full", "full", "", "452 4.2.2 Quota", "552 5.2.2 Full"),
-    ("--toolarge-reply 452 4.2.2 Large", "john", "SIZE=101", "552 5.2.3", "452 4.2.2 Large"),
-    ("--unknown-reply 550 5.1.1 None", "gone", "", "", "550 5.1.1 None"),
-    ("--on-error tempfail", "ill", "", "", "451 4.3.0"),
-    ("--exempt full", "full", "", "452", ""),
-    ("--ignore-size", "john", "SIZE=50", "452", ""),
-    ("--recipient-delimiter -", "full-x", "", "", "452"),
-    ('--recipient-delimiter ""', "full+x", "", "452", ""),
-    ("--case-sensitive", "FULL", "", "452", ""),
-    ("--dry-run", "full", "", "452", ""),
-    ("--inactive-after 30", "dead", "", "452", "550 5.2.2"),
-    ("--inactive-after 30\n--inactive-reply 550 5.2.1 Dead", "dead", "", "452", "550 5.2.1 Dead"),
-    ("--aliases {folder}/aliases", "info", "", "", "452"),
-    ("--backend other.org={other}", "full@other.org", "", "452", ""),
-]
-
-
-class Reloading:
-    """A milter with an option file, and what stands in that at first."""
-
-    def __init__(self, site: Site) -> None:
-        backend = site.backend
-        backend.default = b"OK %s 90 100\n"
-        backend.answers = {"full": FULL, "gone": GONE, "ill": b"nonsense\n"}
-        backend.answers.update(dict.fromkeys(["full-x", "full+x", "FULL"], FREE))
-        backend.answers["dead"] = says(OVER, Last_Modified=days_ago(40))
-        site.write("aliases", "info: full\n")
-        self.base = f"# x\n--backend {backend.url}\n"
-        self.file = site.write("options", self.base)
-        self.milter = site.milter(f"@{self.file}", backend=False)
-
-    def reload(self, text: str) -> str:
-        self.file.write_text(text)
-        return self.milter.hup()
-
-
-@pytest.fixture
-def reloading(site):
-    return Reloading(site)
-
-
-def test_hup_reads_the_option_file_again(reloading, site):
-    other = site.another()
-    with reloading.milter.session() as session:
-        for line, recipient, parameters, without, with_it in RELOADED:
-            text = line.format(folder=site.folder, other=other.url)
-            for more, expected in ((text, with_it), ("", without)):
-                reloading.reload(f"{reloading.base}{more}\n")
-                session.mail(*parameters.split())
-                got = session.rcpt(recipient)
-                session.abort()
-                assert got.startswith(expected) and bool(got) == bool(expected), (line, more)
-
-
-def test_hup_changes_backends_and_limits_but_neither_socket_nor_log_nor_sessions(reloading, site):
+def test_hup_reads_the_option_file_again_but_for_socket_and_log_and_bad_ones_change_nothing(site):
     second, port = site.another(), free_port()
-    second.answers["john"] = HANG
-    lines = [f"--backend {second.url}", "--timeout 1", "--on-error tempfail", "--verbose"]
-    lines += [f"--listen inet:{port}@127.0.0.1", "--syslog", f"--metrics {site.folder}/quota.prom"]
-    milter = reloading.milter
+    second.default = FULL
+    file = site.write("options", f"--backend {site.backend.url}\n")
+    lines = f"--backend {second.url}\n--overquota-reply 552 5.2.2 Full\n--verbose\n"
+    lines += f"--listen inet:{port}@127.0.0.1\n--syslog\n--metrics {site.folder}/quota.prom\n"
+    milter = site.milter(f"@{file}", clock=True, backend=False)
     with milter.session() as session:
         session.mail()
-        assert session.rcpt("john") == "" == session.rcpt("mary")
-        reloading.reload("\n".join(lines) + "\n")
+        for bad in "--timeout soon\n", "--aliases /nonexistent\n", "\xff\n", None:
+            file.unlink() if bad is None else file.write_text(lines + bad, encoding="latin-1")
+            logged = milter.hup()
+            assert "state=kept" in logged and str(file) in logged, bad
+            assert session.rcpt("john") == "", bad
+        file.write_text(lines)
+        assert "state=reloaded" in milter.hup()
+        # The answer of a backend that serves the domain no more is not used.
+        assert session.rcpt("john") == "552 5.2.2 Full" and second.users() == ["john"]
         assert session.rcpt("postmaster") == ""
-        assert milter.log("recipient=postmaster"), "verbose, and not to syslog"
-        assert session.rcpt("mary") == "" and second.users() == ["mary"], (
-            "the answer of a backend that serves the domain no more is not used"
-        )
-        begin = time.monotonic()
-        session.rcpt("john")
-        assert time.monotonic() - begin < 1 + SLACK and second.users() == ["mary", "john"]
-        assert milter.log("recipient=john@", "verdict=ok", "reason=")
-    assert not answers_at(port) and milter.rcpt("mary") == ""
-    wait_for((site.folder / "quota.prom").exists, "the metrics", 15 + SLACK)
+    assert milter.log("recipient=postmaster"), "verbose, and not to syslog"
+    assert not answers_at(port) and milter.rcpt("mary")[:3] == "552"
+    milter.forward(15)
+    wait_for((site.folder / "quota.prom").exists, "the metrics")
 
 
-def test_what_is_in_flight_stays_over_a_reload_and_counts_by_the_new_options(reloading, site):
-    other = site.another()
-    other.default = says(f"OK x 0 {LIMIT}")
-    reloading.reload(f"--backend {other.url}\n")
-    assert reloading.milter.message("john", 60_000) == ""
-    reloading.reload(f"--backend example.com={other.url}\n--frontends 3\n--in-flight 50\n")
-    assert reloading.milter.message("john", 39_001)[:3] == "452"
-    assert reloading.milter.message("mary", 40_000) == ""
-    assert reloading.milter.message("mary", 0)[:3] == "452", "three frontends"
-
-
-def test_a_bad_option_file_changes_nothing_and_is_logged(reloading, option_file):
-    changed = reloading.base.partition("\n")[2] + "--overquota-reply 552 5.2.2 Changed\n"
-    for text, line, word in [*BAD_FILES, ("\xff\n", 0, "")]:
-        option_file("")
-        bad = changed + text.format(folder=reloading.file.parent)
-        reloading.file.write_text(bad, encoding="latin-1")
-        logged = reloading.milter.hup()
-        assert "state=kept" in logged and word in logged and str(reloading.file) in logged, text
-        assert not word or re.search(rf"{reloading.file}\D{{1,10}}{line}\b", logged), logged
-        assert reloading.milter.rcpt("full")[:15] == "452 4.2.2 Quota", text
-    reloading.file.unlink()
-    assert "state=kept" in reloading.milter.hup()
-    os.mkfifo(reloading.file)  # nobody waits for who may write there
-    assert str(reloading.file) in reloading.milter.hup()
-    reloading.file.unlink()
-    assert "state=reloaded" in reloading.reload(changed)
-    assert reloading.milter.rcpt("full") == "552 5.2.2 Changed"
+def test_answers_and_what_is_in_flight_stay_over_a_reload_and_count_by_the_new_options():
+    ours = Ours()
+    ours.answers = {"john": ("OK", 0, LIMIT), "mary": ("OK", 0, LIMIT)}
+    assert ours.message("john", 60_000) == "ok"
+    ours.reload("--frontends=3", "--in-flight=50")
+    assert ours.message("john", 39_001) == "overquota at end for john"
+    assert len(ours.asked) == 1, "the answer stays, too"
+    assert ours.message("mary", 40_000) == "ok"
+    assert ours.message("mary", 0) == "overquota at RCPT for mary", "three frontends"
 
 
 # ---- the process: signals, sockets, log, metrics ----
@@ -2815,23 +2191,12 @@ def test_a_bad_option_file_changes_nothing_and_is_logged(reloading, option_file)
 def test_term_and_int_end_it_in_time_with_sessions_open_and_questions_under_way(number, site):
     site.backend.default = HANG
     milter = site.milter("--timeout", "60")
-    with milter.session() as waiting, milter.session() as idle:
+    with milter.session() as idle, milter.ask("john"):
         idle.mail()
-        waiting.mail()
-        waiting.ask("john")
-        wait_for(lambda: site.backend.requests, "the question")
+        site.backend.wait_for("john")
         assert milter.process.stop(number) == 0
     assert milter.log("counters recipients=") and milter.log("state=stopped")
     assert not answers_at(milter.port)
-
-
-def test_term_does_not_wait_behind_hups_and_many_aliases(site):
-    lines = (f"user{n}@example.com box{n}@example.com\n" for n in range(50_000))
-    milter = site.milter("--aliases", site.write("aliases", "".join(lines)))
-    for _ in range(5):
-        milter.process.popen.send_signal(signal.SIGHUP)
-        time.sleep(0.05)
-    assert milter.process.stop() == 0 and milter.lines("state=stopped")
 
 
 def test_usr1_logs_the_counters_and_so_does_the_end(site):
@@ -2840,16 +2205,14 @@ def test_usr1_logs_the_counters_and_so_does_the_end(site):
     for user in "john", "john", "mary", "gone", "ill", "postmaster", b"<>":
         milter.rcpt(user)
     milter.process.popen.send_signal(signal.SIGUSR1)
-    found = dict(re.findall(r"(\w+)=(\d+)", milter.log("counters")))
-    expected = "recipients=7 refused=2 cached=1 lastknown=0 overquota=2 ok=1 unknown=1 fault=1"
-    for name, count in re.findall(r"(\w+)=(\d+)", expected + " exempt=1 empty=1 toolarge=0"):
-        assert found.get(name) == count, name
-    assert milter.rcpt("john")[:3] == "452"
-    assert milter.process.stop() == 0 and len(milter.lines("counters recipients=8 ")) == 1
+    expected = "recipients=7 refused=2 cached=1 lastknown=0 ok=1 overquota=2 toolarge=0 inactive=0"
+    expected += " unknown=1 fault=1 empty=1 exempt=1 alias=0 nobackend=0"
+    assert milter.log("counters ").endswith(f"counters {expected}")
+    assert milter.rcpt("john")[:3] == "452" and milter.process.stop() == 0
+    assert len(milter.lines("counters recipients=8 ")) == 1
 
 
 def test_a_stale_unix_socket_is_replaced_and_removed_and_a_live_one_is_neither(site):
-    site.backend.answers["john"] = FULL
     path = site.folder / "m.sock"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
@@ -2866,36 +2229,26 @@ def test_a_stale_unix_socket_is_replaced_and_removed_and_a_live_one_is_neither(s
         assert (status, output, len(errors.splitlines())) == (1, "", 1) and str(path) in errors
         with MilterSession(str(path)) as session:
             session.mail()
-            assert session.rcpt("john")[:3] == "452"
+            assert session.rcpt("john") == ""
         assert process.stop() == 0 and not path.exists()
     path.write_text("precious")
     assert run_milter(*options)[0] == 1 and path.read_text() == "precious"
 
 
 def test_a_second_instance_on_a_busy_port_ends_with_status_1_and_one_line(site):
-    where = f"inet:{site.milter().port}@127.0.0.1"
+    milter = site.milter()
+    where = f"inet:{milter.port}@127.0.0.1"
     status, output, errors = run_milter(f"--listen={where}")
     assert (status, output, len(errors.splitlines())) == (1, "", 1)
     assert where in errors and "in use" in errors
-    assert site.milters[0].rcpt("john") == ""
+    assert milter.rcpt("john") == ""
 
 
 def test_a_full_disk_under_the_log_changes_no_answer(site):
-    site.backend.answers["john"] = FULL
+    site.backend.default = FULL
     with open("/dev/full", "w") as full:
         milter = site.milter("--verbose", stdout=full, stderr=full)
-        assert milter.rcpt("john")[:3] == "452" and milter.rcpt("mary") == ""
-        assert milter.process.stop() == 0
-
-
-def test_a_log_that_nobody_reads_holds_up_neither_mail_nor_the_end(site):
-    reader, writer = os.pipe()
-    with os.fdopen(reader), os.fdopen(writer, "w") as pipe:
-        milter = site.milter("--verbose", stderr=pipe)
-        with milter.session() as session:
-            session.mail()
-            for number in range(12_000):  # more lines than wait to be written
-                assert session.rcpt(f"user{number % 10}") == ""
+        assert milter.rcpt("john")[:3] == "452" and milter.rcpt("postmaster") == ""
         assert milter.process.stop() == 0
 
 
@@ -2905,21 +2258,33 @@ def metrics_of(file: pathlib.Path) -> dict[str, float]:
     assert text.endswith("\n") and file.stat().st_mode & 0o777 == 0o644
     kinds = dict(re.findall(r"^# TYPE (\w+) (counter|gauge|histogram)$", text, re.MULTILINE))
     assert set(re.findall(r"^# HELP (\w+) \S", text, re.MULTILINE)) == set(kinds)
-    sample = re.compile(r'(quota_milter_\w+)((?:\{\w+="[^"\n]*"(?:,\w+="[^"\n]*")*\})?) (\S+)')
-    samples = {}
-    for line in text.splitlines():
-        if line[0] != "#":
-            match = sample.fullmatch(line)
-            assert match, line
-            family = re.sub("_(bucket|count|sum)$", "", match[1])
-            assert kinds[match[1] if match[1] in kinds else family]
-            samples[match[1].partition("_milter_")[2] + match[2]] = float(match[3])
-    return samples
+    sample = r'quota_milter_(\w+(?:\{\w+="[^"\n]*"(?:,\w+="[^"\n]*")*\})?) ([0-9.e+-]+)\n'
+    assert re.fullmatch(rf"(# .*\n|{sample})+", text)
+    return {name: float(value) for name, value in re.findall(sample, text)}
 
 
-def figures_of_the_story(url: str, dead: str) -> dict[str, float]:
-    """Give all metrics that are not 0 at the end of the next test, but for the histogram."""
-    return {
+def test_metrics_are_replaced_and_tell_what_the_milter_did(site):
+    file = site.folder / "quota.prom"
+    url, dead = site.backend.url, f"http://127.0.0.1:{free_port()}/"
+    site.backend.default = says(f"OK x 40000 {LIMIT}")
+    site.backend.answers = {"full": FULL, "gone": GONE}
+    secret = url.replace("//", "//user:secret@")
+    urls = f"example.com={secret}", f"dead.org={dead}", f"b.org={url}?secret=b"
+    options = [f"--backend={url}" for url in urls]
+    milter = site.milter(*options, "--metrics", file, backend=False, clock=True, umask=0o077)
+    first = wait_for(lambda: file.exists() and file.stat().st_ino, "the first file")
+    with milter.session() as session:
+        for size in 70_001, 70_002:
+            assert session.message("john", size, f"SIZE={size}")[:3] == "452"
+        assert session.message("john", 80_005)[:3] == "452"
+        assert session.message("john paul", 20_000) == ""
+        assert session.message("full full", 1)[:3] == "452"
+        assert session.message("gone john@dead.org", 5) == ""
+    milter.forward(15)
+    wait_for(lambda: file.stat().st_ino != first, "the next file")
+    metrics = metrics_of(file)
+    assert not re.search("secret|john", file.read_text())
+    assert {name: n for name, n in metrics.items() if "seconds" not in name and n} == {
         'recipients_total{verdict="ok"}': 3,
         'recipients_total{verdict="overquota"}': 4,
         'recipients_total{verdict="unknown"}': 1,
@@ -2932,47 +2297,15 @@ def figures_of_the_story(url: str, dead: str) -> dict[str, float]:
         "in_flight_messages": 4,
         "in_flight_bytes": 2 * (20_000 + 1024) + 2 * (5 + 1024),
         "remembered_answers": 4,
-        **{f'backend_up{{backend="{url}{number}"}}': 1 for number in ("", "#3", "#4")},
+        f'backend_up{{backend="{url}"}}': 1,
+        f'backend_up{{backend="{url}#3"}}': 1,
         f'backend_questions_total{{backend="{url}"}}': 4,
         f'backend_questions_total{{backend="{dead}"}}': 1,
         f'backend_faults_total{{backend="{dead}"}}': 1,
     }
-
-
-def test_metrics_are_replaced_and_tell_what_the_milter_did(site):
-    folder = site.folder / "metrics"
-    folder.mkdir()
-    file = folder / "quota.prom"
-    site.backend.default = says(f"OK x 40000 {LIMIT}")
-    site.backend.answers = {"full": FULL, "gone": GONE}
-    secret = site.backend.url.replace("//", "//user:secret@")
-    dead = f"http://127.0.0.1:{free_port()}/"
-    urls = {"example.com": secret, "dead.org": dead}
-    urls.update({f"{name}.org": f"{site.backend.url}?secret={name}" for name in "ab"})
-    options = [f"--backend={domain}={url}" for domain, url in urls.items()]
-    milter = site.milter(*options, "--metrics", file, backend=False, trick="clock", umask=0o077)
-    wait_for(file.exists, "the first file")
-    first = file.stat().st_ino
-    with milter.session() as session:
-        for size in 70_001, 70_002:
-            assert session.message("john", size, f"SIZE={size}")[:3] == "452"
-        assert session.message("john", 80_005)[:3] == "452"
-        assert session.message("john paul", 20_000) == ""
-        assert session.message("full full", 1)[:3] == "452"
-        assert session.message("gone john@dead.org", 5) == ""
-    milter.forward(15)
-    wait_for(lambda: file.stat().st_ino != first, "the next file")
-    metrics = metrics_of(file)
-    assert not re.search("secret|john", file.read_text())
-    url = site.backend.url
-    counted = {name: n for name, n in metrics.items() if "seconds" not in name and n}
-    assert counted == figures_of_the_story(url, dead)
-    assert metrics[f'backend_up{{backend="{dead}"}}'] == 0
     buckets = [value for name, value in metrics.items() if "bucket" in name and f'"{url}"' in name]
     assert buckets == sorted(buckets) and buckets[-1] == 4
     assert metrics[f'backend_seconds_count{{backend="{url}"}}'] == 4
-    assert 0 < metrics[f'backend_seconds_sum{{backend="{url}"}}'] < 4 * (5 + SLACK)
-    assert milter.process.stop() == 0 and os.listdir(folder) == ["quota.prom"]
 
 
 def test_metrics_are_not_written_through_a_link_that_somebody_left(tmp_path):
@@ -2984,44 +2317,26 @@ def test_metrics_are_not_written_through_a_link_that_somebody_left(tmp_path):
 
 
 def test_metrics_that_cannot_be_written_harm_nothing_and_are_logged(site):
-    site.backend.answers["full"] = FULL
     os.mkfifo(site.folder / "pipe")
     milter = site.milter("--metrics", site.folder / "pipe")
     assert milter.log(f"metrics={site.folder}/pipe", "state=failed")
-    assert milter.rcpt("full")[:3] == "452" and milter.rcpt("john") == ""
+    assert milter.rcpt("john") == ""
     assert milter.process.stop() == 0 and (site.folder / "pipe").is_fifo()
-    file = site.folder / "folder/quota.prom"
-    file.parent.mkdir()
-    milter = site.milter("--metrics", file, trick="clock")
-    wait_for(file.exists, "the file")
-    shutil.rmtree(file.parent)
-    milter.forward(15)
-    assert milter.log(f"metrics={file}", "state=failed")
 
 
 # ---- load, and what is left of the system ----
 
 
-def test_five_hundred_sessions_stay_open_from_a_soft_limit_of_256(site):
-    site.backend.answers["john"] = FULL
+def test_the_soft_limit_of_descriptors_is_raised_to_the_hard_one(site):
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     lower = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (256, hard))
-    milter = site.milter(preexec_fn=lower)
-    pid = milter.process.popen.pid
+    pid = site.milter(preexec_fn=lower).process.popen.pid
     assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (hard, hard)
-    with contextlib.ExitStack() as stack:
-        sessions = [stack.enter_context(milter.session()) for _ in range(500)]
-        for _ in range(2):
-            for number, session in enumerate(sessions):
-                session.mail()
-                assert session.rcpt(f"user{number % 50}") == ""
-            assert sessions[-1].rcpt("john")[:3] == "452"
-        assert milter.process.figure("VmRSS") < 80 * 1024
 
 
 def test_without_descriptors_left_a_question_is_a_fault_and_no_verdict(site):
     site.backend.default = FULL
-    milter = site.milter(*TEMPFAIL, *UNCACHED, trick="clock")
+    milter = site.milter(*TEMPFAIL, *UNCACHED, clock=True)
     with milter.session() as session:
         session.mail()
         assert session.rcpt("john")[:3] == "452"
@@ -3032,80 +2347,32 @@ def test_without_descriptors_left_a_question_is_a_fault_and_no_verdict(site):
         assert session.rcpt("paul")[:3] == "452"
 
 
-def test_without_threads_nobody_passes_unchecked_and_afterwards_all_places_are_there_again(site):
-    gates = {user: Gate(FULL) for user in ("held", "one", "two", "three")}
-    site.backend.default, site.backend.answers = FULL, gates
-    milter = site.milter("--max-queries", "3", "--timeout", "60", *TEMPFAIL, trick="threads")
+def test_without_threads_a_question_is_a_fault_and_afterwards_all_places_are_there_again(
+    site, monkeypatch
+):
+    module = milter_module()
+    options = module.read_options(["--max-queries=3"])
+    backend = module.Backend(module.Client(site.backend.url, None), options, module.Counters())
 
-    def ask(user: str) -> Any:
-        session = stack.enter_context(milter.session())
-        session.mail()
-        session.ask(user)
-        wait_for(functools.partial(site.backend.has_question, user), "the question")
-        return session
+    def ask(user: str) -> str:
+        return str(backend.ask(module.Mailbox(user, ""), time.monotonic() + 60).status)
 
-    with contextlib.ExitStack() as stack, milter.session() as session:
-        session.mail()
-        milter.trick_file.touch()
-        assert session.rcpt("john")[:3] == "451"
-        milter.trick_file.unlink()
-        sessions = [ask("held")]
-        milter.trick_file.touch()
-        assert {session.rcpt(f"user{number}")[:3] for number in range(20)} == {"451"}
-        milter.trick_file.unlink()
-        gates["held"].is_open.set()
-        assert sessions[0].reply()[:3] == "452" == session.rcpt("john")[:3]
-        sessions = [ask(user) for user in ("one", "two", "three")]
-        for gate in gates.values():
-            gate.is_open.set()
-        assert {session.reply()[:3] for session in sessions} == {"452"}
-        milter.trick_file.touch()
-        assert milter.process.stop() == 0
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
 
-
-def test_garbage_on_the_milter_port_ends_that_session_alone(site):
-    site.backend.answers["john"] = FULL
-    milter = site.milter()
-    packets = [struct.pack(">I", 1) + b"R", struct.pack(">I", 5) + b"Rjohn"]
-    garbage = [
-        *packets,
-        b"EHLO x\r\nMAIL FROM:<>\r\n",
-        b"\0" * 100,
-        struct.pack(">I", 2**31) + b"R",
-    ]
-    with milter.session() as steady:
-        steady.mail()
-        for data in [*garbage, *(random.Random(seed).randbytes(200) for seed in range(20))]:
-            with socket.create_connection(("127.0.0.1", milter.port)) as rude:
-                rude.sendall(data)
-            assert steady.rcpt("john")[:3] == "452"
-        for data in packets:
-            with milter.session() as odd:
-                odd.socket.sendall(data * 3)
-        assert steady.rcpt("mary") == "" and milter.rcpt("john")[:3] == "452"
-
-
-def test_every_verdict_is_right_while_a_backend_fails_at_random(site):
-    noise = random.Random(1)
-    misbehaving = [OOPS, b"nonsense\n", [], [(None, 0)], [(b"HTTP/1.0 200 OK\r\n", 0)]]
-
-    def unsteady(line: bytes) -> Callable[[], Any]:
-        return lambda: noise.choice(misbehaving) if noise.random() < 0.1 else line
-
-    verdicts = {f"user{number}": "" if number % 3 else "452" for number in range(300)}
-    for user, verdict in verdicts.items():
-        site.backend.answers[user] = unsteady(FULL if verdict else FREE)
-    milter = site.milter("--cache-ttl", "0.3", *TEMPFAIL)
-
-    def give_many(seed: int) -> list[str]:
-        with milter.session() as session:
-            session.mail()
-            users = random.Random(seed).choices(list(verdicts), k=100)
-            return [user for user in users if session.rcpt(user)[:3] not in ("451", verdicts[user])]
-
-    with concurrent.futures.ThreadPoolExecutor(20) as pool:
-        assert list(pool.map(give_many, range(20))) == [[]] * 20
-    assert milter.process.stop() == 0 and milter.lines("counters recipients=2000 ")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for number in range(20):
+            with pytest.raises(module.Fault, match="no thread"):
+                ask(f"user{number}")
+    assert ask("john") == "OK"
+    opened = threading.Event()
+    site.backend.default = after(60, FULL, opened)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        answers = pool.map(ask, ["one", "two", "three"])
+        wait_for(lambda: site.backend.busy == 3, "three questions at a time")
+        opened.set()
+        assert list(answers) == ["OVERQUOTA"] * 3
 
 
 # ---- the CGIs: a question as the function `respond` answers it ----
@@ -3132,17 +2399,14 @@ def ask(script: pathlib.Path, query: str | bytes = "u=john", **env: object) -> R
 
 @pytest.fixture(scope="module")
 def spool(tmp_path_factory):
-    """Give a mail folder with some mailboxes, two of them full at 100 bytes."""
-    folder = tmp_path_factory.mktemp("site") / "mail"
-    folder.mkdir()
+    """Give a mail folder with some mailboxes, some of them full at 100 bytes."""
+    folder = tmp_path_factory.mktemp("mail")
     for name, size in ("john", 100), ("mary", 101), ("OVERQUOTA", 5), ("a b", 101), ("jörg", 7):
         (folder / name).write_bytes(b"x" * size)
     (folder / os.fsdecode(b"\xf6\xe4")).write_bytes(b"x" * 101)
     (folder / "folder").mkdir()
     os.mkfifo(folder / "pipe")
     (folder / "loop").symlink_to("loop")
-    (folder / "gone").symlink_to("nowhere")
-    (folder.parent / "secret").write_bytes(b"x" * 500)
     return folder
 
 
@@ -3154,18 +2418,15 @@ QUERIES = [
     (200, "OVERQUOTA mary 101 100", "u=mary"),
     (200, "OVERQUOTA a b 101 100", "u=a+b", "u=a%20b"),
     (200, "OK jörg 7 100", "u=j%C3%B6rg"),
-    (200, "OK j\udcf6rg 0 100", "u=j%F6rg"),
-    (200, "OVERQUOTA \udcf6\udce4 101 100", b"u=\xf6\xe4"),
+    (200, "OVERQUOTA \udcf6\udce4 101 100", b"u=\xf6\xe4", "u=%F6%E4"),
     (200, "OK OVERQUOTA 5 100", "u=OVERQUOTA"),
-    (200, "OK gone 0 100", "u=gone"),
     (200, "OK 100% 0 100", "u=100%25", "u=100%"),
     (200, "OK %zz% 1 0 100", "u=%zz%+1"),
     (200, f"OK {'x' * 255} 0 100", f"u={'x' * 255}"),
     (400, "ERROR no user (u=) given", "", "john", "--serve", "d=x.org"),
-    (400, NO_USER, *(f"u={name}" for name in ("", "x" * 256, ".", "..", ".john", "/etc/passwd"))),
-    (400, NO_USER, "u=../secret", "u=..%2Fsecret", "u=%2E%2E%2Fsecret"),
+    (400, NO_USER, *(f"u={name}" for name in ("", "x" * 256, "..", ".john", "/etc/passwd"))),
+    (400, NO_USER, "u", "u=..%2Fsecret", "u=john%00", "u=OK%0Ajohn", "u=john%7F", "u=john%C2%85"),
     (400, NO_DOMAIN, *(f"u=john&d={name}" for name in ("", "..", "a/b", "a%0D", "x" * 256))),
-    (400, NO_USER, "u", "u=john%00", "u=%00", "u=OK%0Ajohn", "u=john%7F", "u=john%C2%85"),
     (500, "ERROR the mailbox is not a file", "u=folder", "u=pipe"),
     (500, "ERROR cannot read the mailbox: Too many levels of symbolic links", "u=loop"),
 ]
@@ -3184,92 +2445,64 @@ def test_a_query_gets_its_answer(row, spool, capfd):
         assert logged.count("\n") == (status == 500), "the details of a 500, in one line"
 
 
-@pytest.mark.parametrize("script", CGIS)
-def test_only_get_and_head_are_answered(script, tmp_path):
-    make_maildir(tmp_path / "john", {})
-    paths = {"QUOTA_MAILBOX": f"{tmp_path}/%n", "QUOTA_MAILDIR": f"{tmp_path}/%n"}
+def test_only_get_and_head_are_answered(spool):
+    mailbox = {"QUOTA_MAILBOX": spool / "%n"}
     for method in "POST", "PUT", "DELETE", "OPTIONS", "get", "":
-        got = ask(script, REQUEST_METHOD=method, **paths)
+        got = ask(MBOX_CGI, REQUEST_METHOD=method, **mailbox)
         assert got[:2] == (405, "ERROR only GET and HEAD are answered")
         assert got.header["Allow"] == "GET, HEAD"
-    head, get = (
-        ask(script, "u=mary", REQUEST_METHOD=method, **paths) for method in ("HEAD", "GET")
-    )
-    assert head == (200, "", get.header) and get.line.startswith("OK mary 0 ")
+    head = ask(MBOX_CGI, REQUEST_METHOD="HEAD", **mailbox)
+    assert head == (200, "", ask(MBOX_CGI, **mailbox).header)
 
 
-BAD_PATH = "is not like /var/mail/%n: "
-NO_FOLDER = "begins with a folder that does not exist: in systemd"
-TEMPLATES = [
-    # (QUOTA_MAILBOX below the folder, or from the root; the file for john@x.org, or the error)
-    *[("%d/%n", "x.org/john"), ("%u", "john@x.org"), ("100%%/%n", "100%/john")],
-    *[("%%n/%n", "%n/john"), ("x-%1n-%n.mbox", "x-j-john.mbox"), ("/none-%n/x", "")],
-    *[("%1n/%n", "j/john"), ("%2n/%n", "jo/john"), ("%20n/%n", "john/john")],
-    *[("%1.2n/%n", "oh/john"), ("%0.2n/%n", "jo/john"), ("%3.5n/%n", "n/john")],
-    *[("%1.0n/%n", "ohn/john"), ("%1.n/%n", "ohn/john"), ("%9.2n/%n", "john")],
-    *[("%2d/%1.1d/%n", "x././john"), ("%6u/%n", "john@x/john")],
-    *((text, BAD_PATH) for text in ("%x/%n", "%n%", "%N", "%{user}/%n", "%-1n/%n", "%1.2.3n/%n")),
-    *((text, BAD_PATH) for text in ("%1n", "%1.1n/%d", "%d", "%%n", "quota.service")),
-    *((text, NO_FOLDER) for text in ("none/%n", "none/%d/%n", "100%%-none/%n")),
+BAD_PATH = "ERROR QUOTA_MAILBOX is not like /var/mail/%n: "
+NO_FOLDER = "ERROR QUOTA_MAILBOX begins with a folder that does not exist: in systemd"
+TEMPLATES: list[tuple[str, str, str]] = [
+    # (QUOTA_MAILBOX below the folder; query; the file, or the error)
+    *(
+        (template, "u=john&d=x.org", file)
+        for template, file in [
+            *[("%d/%n", "x.org/john"), ("%u", "john@x.org"), ("100%%/%n", "100%/john")],
+            *[("%%n/%n", "%n/john"), ("x-%1n-%n.mbox", "x-j-john.mbox"), ("%1n/%n", "j/john")],
+            *[("%20n/%n", "john/john"), ("%1.2n/%n", "oh/john"), ("%3.5n/%n", "n/john")],
+            *[("%1.0n/%n", "ohn/john"), ("%9.2n/%n", "john"), ("%2d/%1.1d/%n", "x././john")],
+        ]
+    ),
+    *((text, "u=john", BAD_PATH) for text in ("%x/%n", "%n%", "%N", "%{user}/%n", "%1.2.3n/%n")),
+    *((text, "u=john", BAD_PATH) for text in ("%1n", "%1.1n/%d", "%d", "%%n", "quota.service")),
+    *((text, "u=john", NO_FOLDER) for text in ("none/%n", "none/%d/%n", "100%%-none/%n")),
+    *((text, "u=john", "ERROR no domain (d=) given") for text in ("%d/%n", "%u", "%1d/%n")),
+    ("%u", f"u={'x' * 255}&d={'y' * 255}", "ERROR cannot read the mailbox: File name too long"),
+    # Parts of names lead nowhere else.
+    *((path, "u=a..b", NO_USER) for path in ("mail/%1.2n/%n", "mail/%1.1n%2.1n/%n")),
 ]
 
 
-@pytest.mark.parametrize(("template", "expected"), TEMPLATES)
-def test_placeholders_make_the_path(template, expected, tmp_path, capfd):
-    is_bad = expected in (BAD_PATH, NO_FOLDER)
-    whole = template if template[:1] == "/" else f"{tmp_path}/{template}"
+@pytest.mark.parametrize(("template", "query", "expected"), TEMPLATES)
+def test_placeholders_make_the_path(template, query, expected, tmp_path):
     (tmp_path / "100%").mkdir()
-    if expected and not is_bad:
+    (tmp_path / "mail").mkdir()
+    (tmp_path / "a..b").touch()
+    is_error = expected.startswith("ERROR")
+    if not is_error:
         (tmp_path / expected).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / expected).write_bytes(b"x" * 200)
-    got = ask(MBOX_CGI, "u=john&d=x.org", QUOTA_LIMIT="9", QUOTA_MAILBOX=whole)
-    if is_bad:
-        assert got.status == 500 and got.line.startswith(f"ERROR QUOTA_MAILBOX {expected}")
-        assert str(tmp_path) not in got.line and "QUOTA_MAILBOX" in capfd.readouterr().err
-    else:
-        assert got.line == ("OVERQUOTA john 200 9" if expected else "OK john 0 9")
-
-
-@pytest.mark.parametrize("template", ["mail/%n", "%n", ""])
-def test_a_path_begins_with_a_slash(template):
-    got = ask(MBOX_CGI, QUOTA_MAILBOX=template)
-    assert got.status == 500 and got.line.startswith(f"ERROR QUOTA_MAILBOX {BAD_PATH}")
-
-
-PATHS = [
-    # (template below the folder, query, status, beginning of the line)
-    *((path, "u=john", 400, "ERROR no domain (d=) given") for path in ("%d/%n", "%u", "%1d/%n")),
-    ("%u", f"u={'x' * 255}&d={'y' * 255}", 500, "ERROR cannot read the mailbox: File name too"),
-    ("mail/%1.2n/%n", "u=a..b", 400, NO_USER),  # parts of names lead nowhere else
-    ("mail/%1.1n%2.1n/%n", "u=a..b", 400, NO_USER),
-]
-
-
-@pytest.mark.parametrize(("template", "query", "status", "line"), PATHS)
-def test_a_path_with_the_domain_wants_one_and_parts_of_names_stay_below(
-    template, query, status, line, tmp_path
-):
-    (tmp_path / "mail").mkdir()
-    (tmp_path / "a..b").write_bytes(b"x" * 10)
-    got = ask(MBOX_CGI, query, QUOTA_MAILBOX=tmp_path / template)
-    assert got.status == status and got.line.startswith(line)
+    got = ask(MBOX_CGI, query, QUOTA_LIMIT="9", QUOTA_MAILBOX=tmp_path / template)
+    assert got.line.startswith(expected if is_error else "OVERQUOTA john 200 9")
+    assert str(tmp_path) not in got.line
 
 
 def test_the_home_of_a_system_user_is_known(tmp_path, monkeypatch):
     (tmp_path / "box").write_bytes(b"x" * 10)
     settings = {"QUOTA_LIMIT": "9", "QUOTA_MAILBOX": "%h/box"}
     assert ask(MBOX_CGI, "u=nosuchuser", **settings).line == "UNKNOWN nosuchuser 0 9"
-
-    def fails(_: object) -> None:
-        raise KeyError("as where there are no descriptors left")
-
     monkeypatch.setattr(pwd, "getpwnam", lambda _: types.SimpleNamespace(pw_dir=str(tmp_path)))
     assert ask(MBOX_CGI, **settings).line == "OVERQUOTA john 10 9"
     (tmp_path / "box").unlink()
     assert ask(MBOX_CGI, **settings).line == "OK john 0 9", "a home without a mailbox"
     assert ask(MAILDIR_CGI, QUOTA_LIMIT=9).line == "OK john 0 9"
-    monkeypatch.setattr(pwd, "getpwnam", fails)
-    monkeypatch.setattr(pwd, "getpwuid", fails)
+    for look_up in "getpwnam", "getpwuid":  # not even root is found: the look-up fails
+        monkeypatch.setattr(pwd, look_up, {}.__getitem__)
     assert ask(MBOX_CGI, **settings).status == 500, "no UNKNOWN"
 
 
@@ -3286,75 +2519,52 @@ hash#tag 8
 a:b 9
 Fred 5
 UPPER@Y.org 6
-broken lots
-spaces 5 M
-colon: 5M
-spaced : 5M
-nothing\r
-empty\x20
-comment # 5
-two 5 6
-minus -1
-point 1.5G
-zero 5\x00
-broken@z.org x
 """
+BAD_LINES = b"bad lots", b"bad 5 M", b"bad: 5M", b"bad : 5M", b"bad\r", b"bad # 5", b"bad 5\0"
 OF_USERS = [
-    # (query, line, or the number of the line that is an error)
+    # (query, line, or the last line of the file, which is an error)
     *[("u=john", "OVERQUOTA john 100 50"), ("u=john&d=x.org", "OVERQUOTA john 100 50")],
     *[("u=mary", "OK mary 101 1024"), ("u=mary&d=x.org", "OVERQUOTA mary 101 10")],
     *[("u=paul", "OK paul 0 100"), ("u=paul&d=x.org", "OK paul 0 20")],
     *[("u=mary&d=y.org", "OK mary 101 1024"), ("u=x.org", "OK x.org 0 100")],
     *[("u=a+b", "OVERQUOTA a b 101 100"), ("u=john+50", "OK john 50 0 100")],  # no spaces in names
-    *[
-        ("u=hash%23tag", "OK hash#tag 0 8"),
-        ("u=%23paul", "OK #paul 0 100"),
-        ("u=%23", "OK # 0 100"),
-    ],
+    *[("u=hash%23tag", "OK hash#tag 0 8"), ("u=%23paul", "OK #paul 0 100")],
     *[("u=a:b", "OK a:b 0 9"), ("u=joh", "OK joh 0 100"), ("u=J%D6HN", "OK J\udcd6HN 0 100")],
     *[("u=JOHN", "OK JOHN 0 50"), ("u=fred", "OK fred 0 5"), ("u=upper&d=y.org", "OK upper 0 6")],
-    ("u=broken&d=z.org", 25),
-    *((f"u={name}", 14 + n) for n, name in enumerate("broken spaces colon spaced nothing".split())),
-    *((f"u={name}", 19 + n) for n, name in enumerate("empty comment two minus point zero".split())),
+    *(("u=bad", line) for line in BAD_LINES),
+    ("u=bad&d=z.org", b"bad@z.org x"),
 ]
 
 
-MANY_USERS = b"".join(b"user%d@y.org 1M\n" % number for number in range(20_000))
-
-
-@pytest.mark.parametrize("many", [b"", MANY_USERS], ids=["few", "many"])
+@pytest.mark.parametrize(("query", "expected"), OF_USERS)
 def test_limits_of_users_beat_all_others_and_only_the_line_that_counts_is_looked_at(
-    many, spool, tmp_path
+    query, expected, spool, tmp_path
 ):
-    users = tmp_path / "users"
-    users.write_bytes(many + USERS + many)
-    settings = {"QUOTA_LIMIT": "100", "QUOTA_MAILBOX": spool / "%n", "QUOTA_USERS": users}
-    for query, expected in OF_USERS:
-        got = ask(MBOX_CGI, query, **settings)
-        if isinstance(expected, int):
-            number = many.count(b"\n") + expected
-            assert got.status == 500 and f"limit in line {number} " in got.line, query
-        else:
-            assert got.line == expected, query
+    bad = expected if isinstance(expected, bytes) else BAD_LINES[0]
+    (tmp_path / "users").write_bytes(USERS + bad + b"\n")
+    settings = {"QUOTA_LIMIT": "100", "QUOTA_MAILBOX": spool / "%n"}
+    got = ask(MBOX_CGI, query, **settings, QUOTA_USERS=tmp_path / "users")
+    if bad == expected:
+        assert got.status == 500 and "QUOTA_USERS: the limit in line 14 " in got.line
+    else:
+        assert got.line == expected
 
 
-UNREADABLE = "ERROR the file QUOTA_USERS cannot be read"
 BAD_USERS = [
     # (what the file is, the line)
-    *((half, "ERROR QUOTA_USERS does not end in a newline") for half in (b"a 5\njohn 5", b"")),
-    ("pipe", "ERROR QUOTA_USERS does not end in a newline"),
-    *((path, UNREADABLE) for path in (".", "none")),
+    *((half, "QUOTA_USERS does not end in a newline") for half in (b"a 5\njohn 5", b"", "pipe")),
+    *((path, "the file QUOTA_USERS cannot be read") for path in (".", "none")),
 ]
 
 
 @pytest.mark.parametrize(("what", "line"), BAD_USERS)
 def test_users_that_cannot_be_read_whole_are_an_error(what, line, tmp_path, capfd):
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "users").write_bytes(what if isinstance(what, bytes) else b"")
-    path = tmp_path / ("users" if isinstance(what, bytes) else what)
-    for user in "john", "nobody":
-        got = ask(MBOX_CGI, f"u={user}", QUOTA_USERS=path, QUOTA_MAILBOX=tmp_path / "%n")
-        assert got.status == 500 and got.line.startswith(line)
+    path = tmp_path / (what if isinstance(what, str) else "users")
+    if isinstance(what, bytes):
+        path.write_bytes(what)
+    got = ask(MBOX_CGI, QUOTA_USERS=path, QUOTA_MAILBOX=tmp_path / "%n")
+    assert got.status == 500 and got.line.startswith(f"ERROR {line}")
     assert str(tmp_path) not in got.line and "QUOTA_USERS" in capfd.readouterr().err
 
 
@@ -3369,10 +2579,8 @@ def test_the_last_change_is_a_header_field(changed, tmp_path):
 
 
 BAD_ALLOWS = [
-    *["localhost", "192.0.2.7 192.0.2.0/33", "192.0.2", "192.0.2.0/", "192.0.2.0/-1"],
-    *["192.0.2.0/255.255.255.0", "192.0.2.25/0.0.0.0", "192.0.2.0/x", "beef", "10/8"],
-    *["::ffff:", "2001:db8::/129", "j\u00f6rg", "192.0.2.1 192.0.2.0/33"],
-    *["::ffff:192.0.2.0/24", "::ffff:192.0.2.25/32", "::ffff:192.0.2.0/95"],
+    *["localhost", "192.0.2.7 192.0.2.0/33", "192.0.2.0/", "192.0.2.0/-1", "10/8", "j\u00f6rg"],
+    *["192.0.2.0/255.255.255.0", "2001:db8::/129", "::ffff:192.0.2.0/24", "::ffff:192.0.2.0/95"],
 ]
 ALLOW = [
     # (QUOTA_ALLOW, who gets an answer, who gets a 403; for a bad setting all get a 500)
@@ -3382,12 +2590,9 @@ ALLOW = [
     ("192.0.2.7/24", "192.0.2.1", "192.0.3.7"),
     ("192.0.2.128/25", "192.0.2.128", "192.0.2.127"),
     *[("0.0.0.0/0", "203.0.113.9", "2001:db8::1"), ("::/0", "2001:db8::1", "192.0.2.1")],
-    ("2001:db8::/32", "2001:db8:1::1", "2001:db9::1"),
-    ("2001:DB8:0::1", "2001:db8::1", "2001:db8::2"),
-    ("192.0.2.1 2001:db8::1", "[::ffff:192.0.2.1] [2001:db8::1]", "[::ffff:192.0.2.9]"),
-    ("198.51.100.1 , 2001:db8::/32,192.0.2.1", "192.0.2.1 2001:db8::7", "198.51.100.2"),
-    ("::ffff:192.0.2.9", "192.0.2.9 ::ffff:192.0.2.9", "192.0.3.9"),
-    ("::ffff:192.0.2.0/120", "192.0.2.9", "192.0.3.9"),
+    ("2001:DB8:0::/32", "2001:db8:1::1 [2001:db8::1]", "2001:db9::1"),
+    ("198.51.100.1 , 2001:db8::1,192.0.2.1", "192.0.2.1 2001:db8::1", "198.51.100.2"),
+    ("::ffff:192.0.2.0/120", "192.0.2.9 [::ffff:192.0.2.1]", "192.0.3.9"),
     ("fe80::/10", "fe80::1%eth0", "fec0::1%eth0"),
     *((bad, None, "192.0.2.1") for bad in BAD_ALLOWS),
 ]
@@ -3401,12 +2606,10 @@ def test_only_who_is_allowed_gets_an_answer(allow, friends, strangers, spool):
     settings = {"QUOTA_MAILBOX": f"{spool}/%n", "QUOTA_ALLOW": allow}
     for peer, status in peers:
         got = ask(MBOX_CGI, "u=nobody", REMOTE_ADDR=peer, **settings)
-        assert got.status == status and got.line.startswith("OK " if status == 200 else "ERROR ")
-        assert "nobody" not in got.line or status == 200
-        for method, query in ("POST", "u=nobody"), ("GET", ""), ("HEAD", "u=nobody"):
-            got = ask(MBOX_CGI, query, REQUEST_METHOD=method, REMOTE_ADDR=peer, **settings)
-            assert got.status == status or status == 200
-        assert ask_wsgi(REMOTE_ADDR=peer, **settings)[:3] == str(status), "by WSGI"
+        assert got.status == status and ("nobody" in got.line) == (status == 200)
+        got = ask(MBOX_CGI, "", REQUEST_METHOD="POST", REMOTE_ADDR=peer, **settings)
+        assert got.status in (status, 405), "a stranger learns nothing else"
+        assert ask_wsgi(REMOTE_ADDR=peer, **settings)[:3] == str(status)
         assert peer or ask_wsgi(**settings)[:3] == str(status), "an address may be missing"
 
 
@@ -3420,39 +2623,39 @@ def ask_wsgi(**environ: str) -> str:
 
 
 BAD_LIMITS = [*"M 1.5G -1 +1 200MB 1P ten 1_000 \u0665".split(), "1 M", "9" * 5000, ""]
-BAD_GRACES = ["", "%", "-5%", "1.5%", "10 %%", "ten", "-1", "9" * 30]
+BAD_GRACES = ["", "%", "-5%", "1.5%", "10 %%", "ten", "-1"]
 LIMITS = [
-    *[("0", 0), ("100", 100), ("101", 101), ("1K", 1024), ("3k", 3072), ("200M", 200 << 20)],
-    *[("2G", 2 << 30), ("1T", 1 << 40), (" 5K ", 5120)],
+    *[("0", 0), ("100", 100), ("1K", 1024), ("3k", 3072), ("200M", 200 << 20), ("2G", 2 << 30)],
+    *[("1T", 1 << 40), (" 5K ", 5120)],
 ]
 GRACES = [
-    *[("auto", 1000, ""), ("0", 1000, ""), ("0%", 1000, ""), ("10%", 0, "")],
+    *[("auto", 1000, "0"), ("0", 1000, "0"), ("0%", 1000, "0"), ("10%", 0, "0")],
     *[("10%", 1000, "100"), ("1000%", 1000, "10000"), ("5", 1000, "5"), ("2k", 0, "2048")],
 ]
 SETTINGS = [
-    # (settings, user, status, beginning of the line, Quota-Grace)
-    *((f"QUOTA_LIMIT={text}", "john", 200, f"OK john 100 {n}\n", "") for text, n in LIMITS),
-    ("QUOTA_LIMIT=99", "john", 200, "OVERQUOTA john 100 99\n", ""),
-    *((f"QUOTA_LIMIT={bad}", "john", 500, "ERROR QUOTA_LIMIT ", "") for bad in BAD_LIMITS),
+    # (settings, user, beginning of the line, Quota-Grace)
+    *((f"QUOTA_LIMIT={text}", "john", f"OK john 100 {n}\n", "0") for text, n in LIMITS),
+    ("QUOTA_LIMIT=99", "john", "OVERQUOTA john 100 99\n", "0"),
+    *((f"QUOTA_LIMIT={bad}", "john", "ERROR QUOTA_LIMIT ", "") for bad in BAD_LIMITS),
     *(
-        (f"QUOTA_LIMIT={limit} QUOTA_GRACE={grace}", "john", 200, "OK ", field)
+        (f"QUOTA_LIMIT={limit} QUOTA_GRACE={grace}", "john", "OK ", field)
         for grace, limit, field in GRACES
     ),
-    ("QUOTA_GRACE=10%", "nobody", 200, "OK ", str((200 << 20) // 10)),
-    *((f"QUOTA_GRACE={bad}", "john", 500, "ERROR QUOTA_GRACE", "") for bad in BAD_GRACES),
-    ("QUOTA_UNKNOWN=1", "nobody", 200, "UNKNOWN nobody 0 ", ""),
-    *((f"QUOTA_UNKNOWN={off}", "nobody", 200, "OK nobody 0 ", "") for off in ("0", "off")),
-    ("QUOTA_UNKNOWN=1", "john", 200, "OK john 100 ", ""),
-    ("QUOTA_UNKNOWN=yes", "john", 500, "ERROR QUOTA_UNKNOWN is not one of ", ""),
+    *((f"QUOTA_GRACE={bad}", "john", "ERROR QUOTA_GRACE", "") for bad in BAD_GRACES),
+    ("QUOTA_UNKNOWN=1", "nobody", "UNKNOWN nobody 0 ", "0"),
+    *((f"QUOTA_UNKNOWN={off}", "nobody", "OK nobody 0 ", "0") for off in ("0", "off")),
+    ("QUOTA_UNKNOWN=1", "john", "OK john 100 ", "0"),
+    ("QUOTA_UNKNOWN=yes", "john", "ERROR QUOTA_UNKNOWN is not one of ", ""),
+    *((f"QUOTA_MAILBOX={path}", "john", BAD_PATH, "") for path in ("mail/%n", "%n", "")),
 ]
 
 
-@pytest.mark.parametrize(("settings", "user", "status", "line", "grace"), SETTINGS)
-def test_a_setting_does_what_it_says_or_is_an_error(settings, user, status, line, grace, spool):
+@pytest.mark.parametrize(("settings", "user", "line", "grace"), SETTINGS)
+def test_a_setting_does_what_it_says_or_is_an_error(settings, user, line, grace, spool):
     named = dict(re.findall(r"(QUOTA_\w+)=(.*?)(?= QUOTA_|$)", settings, re.DOTALL))
-    got = ask(MBOX_CGI, f"u={user}", QUOTA_MAILBOX=spool / "%n", **named)
-    assert got.status == status and f"{got.line}\n".startswith(line)
-    assert got.header.get("Quota-Grace", "0") == (grace or "0")
+    got = ask(MBOX_CGI, f"u={user}", **{"QUOTA_MAILBOX": spool / "%n", **named})
+    assert f"{got.line}\n".startswith(line) and (got.status == 500) == line.startswith("ERROR")
+    assert got.header.get("Quota-Grace", "") == grace
 
 
 def refuse_to(monkeypatch, name: str, path: object, error: int) -> None:
@@ -3789,17 +2992,10 @@ def make_maildir(
     return path
 
 
-def state_of(path: pathlib.Path) -> list[Any]:
-    """Return all that may not change in a tree: names, status and contents of small files."""
-    state: list[Any] = []
-    for folder, folders, names in os.walk(path):
-        for name in [".", *folders, *names]:
-            file = os.path.join(folder, name)
-            status = os.lstat(file)
-            small = stat.S_ISREG(status.st_mode) and status.st_size < 10_000
-            content = pathlib.Path(file).read_bytes() if small else b""
-            state.append((file, status.st_mode, status.st_size, status.st_mtime_ns, content))
-    return sorted(state)
+def state_of(path: pathlib.Path) -> dict[pathlib.Path, tuple[int, int, int]]:
+    """Return what may not change in a tree: names, modes, sizes and times."""
+    found = {file: file.lstat() for file in (path, *path.rglob("*"))}
+    return {file: (at.st_mode, at.st_size, at.st_mtime_ns) for file, at in found.items()}
 
 
 def ask_maildir(path: pathlib.Path, **settings: object) -> Response:
@@ -3821,29 +3017,37 @@ LONGEST = b"1000S\n" + b"0 0\n" * 1278  # 5118 bytes
 TRASH = {"cur/1:2,T": 9, ".Trash/cur/1": 9, "cur/.x": 9}
 LINKED = {"a/cur/1": 9, ".a": "a"}
 BY_COUNT = {"QUOTA_KEEPER": "dovecot-count", "QUOTA_LIMIT": "1000"}
+QUOTA_5 = {"QUOTA_LIMIT": "5"}
+UNREADABLE = "ERROR cannot read the mailbox: "
+BROKEN: list[tuple[str, bytes | None, dict[str, Any], str]] = [
+    ("a folder", None, {"maildirsize/": 0}, "OVERQUOTA 2000 1500"),
+    ("a link", None, {"maildirsize": "x", "x": b"9S\n1 1\n"}, "OK 1 9"),
+    ("a link to nowhere", None, {"maildirsize": "nowhere"}, "OVERQUOTA 2000 1500"),
+    ("a link to itself", None, {"maildirsize": "maildirsize"}, UNREADABLE),
+    ("a device", None, {"maildirsize": "/dev/zero"}, "OVERQUOTA 2000 1500"),
+    ("binary", bytes(range(1, 256)) * 10, {}, "OK 2000 0"),
+    ("a limit of 10^30", b"%dS\n1 1\n" % 10**30, {}, "OK 1 0"),
+    ("a size of 10^4500", b"9S\n" + b"9" * 4500 + b" 1\n", {}, "OVERQUOTA 2000 9"),
+    ("cur is a file", None, {".a/cur": 0}, UNREADABLE),
+    ("a message is a loop", None, {"cur/loop": "loop"}, UNREADABLE),
+    ("folders in a circle", None, {**DOVECOT, ".b": ".c", ".c": ".b"}, UNREADABLE),
+    ("folders that loop", None, {".b": ".", ".c": "..", ".f": ".f"}, "OVERQUOTA 2000 1500"),
+]
 MAILDIR_RULE: list[Any] = [
     # (sentence, maildirsize, files, status, used and quota of the answer[, settings, `age`])
     ("under the limit of bytes", b"1000S\n999 1\n", {}, "OK 999 1000"),
     ("the limit of bytes reached", b"1000S\n1000 1\n", {}, "OVERQUOTA 1000 1000"),
-    ("under the limit of messages", b"2C\n10 1\n", {}, "OK 10 0"),
-    ("the limit of messages reached", b"2C\n10 2\n", {}, "OVERQUOTA 10 0"),
     ("messages only, true bytes", b"9S,2C\n8 2\n", {}, "OVERQUOTA 8 9"),
     ("items in any order", b"3C,9S\n9 2\n", {}, "OVERQUOTA 9 9"),
     ("0 is no limit", b"0S,0C\n9 9\n", {}, "OK 9 0"),
     ("no digits, no limit", b"NOQUOTA\n9 9\n", {}, "OK 9 0"),
-    ("other letters, no limit", b"5B,5s\n9 9\n", {}, "OK 9 0"),
     ("an empty file is none", b"", FULL_CUR, "OVERQUOTA 2000 9", {"QUOTA_LIMIT": "9"}),
-    ("zeros ahead", b"6S\n" + b"0" * 200 + b"5 1\n", FULL_CUR, "OK 5 6"),
     ("an unfinished line that is none", b"8S\n3 1\nx", FULL_CUR, "OK 3 8"),
     ("lines add up", b"999S\n1 1\n  -2   -1\n\t9 1\n-7 -1\n", FULL_CUR, "OK 1 999"),
     ("more on a line is left out", b"9S\n9 2 7 x\n", {}, "OVERQUOTA 9 9"),
-    ("under is trusted", b"1000S\n9 1\n", FULL_CUR, "OK 9 1000"),
     ("under is trusted when old", b"1000S\n9 1\n", FULL_CUR, "OK 9 1000", {"age": 10**7}),
     ("no lines are a sum of 0", b"1000S\n", FULL_CUR, "OK 0 1000"),
-    ("no file: counted", None, FULL_CUR, "OVERQUOTA 2000 900", {"QUOTA_LIMIT": "900"}),
     ("a line that is none: counted", b"9S\nx\n", FULL_CUR, "OVERQUOTA 2000 9"),
-    ("a blank line: counted", b"9S\n1 1\n\n", FULL_CUR, "OVERQUOTA 2000 9"),
-    ("half a line: counted", b"9S\n1\n", FULL_CUR, "OVERQUOTA 2000 9"),
     ("not decimal: counted", b"9S\n1_0 1\n", FULL_CUR, "OVERQUOTA 2000 9"),
     ("a sum of bytes below 0: counted", b"9S\n-1 1\n", FULL_CUR, "OVERQUOTA 2000 9"),
     ("a sum of messages below 0: counted", b"9S\n1 -1\n", FULL_CUR, "OVERQUOTA 2000 9"),
@@ -3852,15 +3056,11 @@ MAILDIR_RULE: list[Any] = [
     ("over in two lines: counted", DOUBT, {}, "OK 0 1000"),
     ("over and old: counted", b"1000S\n1001 1\n", {}, "OK 0 1000", {"age": 910}),
     ("over and new: trusted", b"9S\n10 1\n", {}, "OVERQUOTA 10 9", {"age": 850}),
-    ("messages over and old: counted", b"1C\n9 2\n", {}, "OK 0 0", {"age": 910}),
     ("just full and old: Courier counts", b"9S\n9 1\n", {}, "OK 0 9", {"age": 910}),
     ("Dovecot does not", b"9S\n9 1\n", DOVECOT, "OVERQUOTA 9 9", {"age": 910}),
-    ("files of one name count", DOUBT, {"cur/1:2,": 700, "cur/1:2,S": 700}, "OVERQUOTA 1400 1000"),
-    ("cur and new count", DOUBT, {"cur/1": 9, "new/2": 8}, "OK 17 1000"),
-    ("tmp does not", DOUBT, {"tmp/1": 9000, "cur/1": 9}, "OK 9 1000"),
+    ("cur and new count, tmp not", DOUBT, {"cur/1": 9, "new/2": 8, "tmp/1": 9}, "OK 17 1000"),
     ("folders count", DOUBT, {".a/cur/1": 9, ".a.b.c/new/1": 8}, "OK 17 1000"),
-    ("deep folders do not", DOUBT, {".a/.b/cur/1": 9000}, "OK 0 1000"),
-    ("folders without a dot do not", DOUBT, {"a/cur/1": 9000}, "OK 0 1000"),
+    ("deep ones, or without a dot, not", DOUBT, {".a/.b/cur/1": 9, "a/cur/1": 9}, "OK 0 1000"),
     ("linked ones not in Courier", DOUBT, LINKED, "OK 0 1000"),
     ("linked ones in Dovecot", DOUBT, {**LINKED, **DOVECOT}, "OK 9 1000"),
     ("not folders", DOUBT, {".file": 9000, "cur/.a/1": 9}, "OK 0 1000"),
@@ -3870,15 +3070,13 @@ MAILDIR_RULE: list[Any] = [
     ("S= without digits is 0", DOUBT, {"cur/1,S=:2,": 9000}, "OK 0 1000"),
     ("S= and others: the file", DOUBT, {"cur/1,S=7x": 9, "new/1,S=x": 8}, "OK 17 1000"),
     ("no S=: the file", DOUBT, {"cur/1,s=7,W=5:2,": 9}, "OK 9 1000"),
-    ("a link: what it leads to", DOUBT, {"cur/1": "../x", "x": 9}, "OK 9 1000"),
     ("hidden names", DOUBT, {"cur/.nfs": 9000, "new/..x": 8}, "OK 0 1000"),
     ("hidden names in Dovecot", DOUBT, {"cur/.n": 9, "cur/..x": 9, **DOVECOT}, "OK 9 1000"),
     ("what vanishes", DOUBT, {"cur/1": "nowhere", "cur/2": 9}, "OK 9 1000"),
     ("Trash", DOUBT, {".Trash/cur/1": 9, ".Trash.a/cur/1": 8}, "OK 8 1000"),
     ("flag T", DOUBT, {"cur/1:2,ST": 9, "new/1,S=8:2,T": 8}, "OK 0 1000"),
     ("other flags", DOUBT, {"cur/T:2,DFPRSt": 9, "cur/T": 8}, "OK 17 1000"),
-    ("Dovecot's Trash", DOUBT, {".Trash/cur/1": 9, **DOVECOT}, "OK 9 1000"),
-    ("its flag T", DOUBT, {"cur/1:2,T": 9, **DOVECOT}, "OK 9 1000"),
+    ("Dovecot's Trash and flag T", DOUBT, {**TRASH, **DOVECOT}, "OK 27 1000"),
     ("its Trash skipped", DOUBT, {**TRASH, **DOVECOT}, "OK 18 1000", {"QUOTA_TRASH": "skip"}),
     ("Courier's trash counted", DOUBT, TRASH, "OK 18 1000", {"QUOTA_TRASH": "count"}),
     ("a server that is named", DOUBT, TRASH, "OK 27 1000", {"QUOTA_KEEPER": "dovecot"}),
@@ -3887,43 +3085,43 @@ MAILDIR_RULE: list[Any] = [
     ("a user's own beats it", b"9S\n8 1\n", {}, "OVERQUOTA 8 7", {"QUOTA_USERS": "7"}),
     ("and its messages", b"7S,1C\n6 1\n", {}, "OK 6 7", {"QUOTA_USERS": "7"}),
     ("a user without limit", b"9S\n9 1\n", {}, "OK 9 0", {"QUOTA_USERS": "0"}),
-    ("a first line from Windows", b"9S\r\n9 1\r\n", {}, "OVERQUOTA 9 9"),
-    ("is none to Dovecot", b"9S\r\n9 1\r\n", DOVECOT, "OK 9 0"),
-    ("spaces", b" 9S, 2C\n9 1\n", {}, "OVERQUOTA 9 9"),
-    ("are none to Dovecot", b" 9S, 2C\n9 1\n", DOVECOT, "OK 9 0"),
     ("the last 0 counts", b"9S,0S\n9 1\n", {}, "OK 9 0"),
     ("not for Dovecot", b"9S,0S\n9 1\n", DOVECOT, "OVERQUOTA 9 9"),
     ("a last line without an end", b"9S\n9 1", {}, "OVERQUOTA 9 9"),
     ("is not there yet for Dovecot", b"9S\n9 1", DOVECOT, "OK 0 9"),
+    ("half a first line is none to Dovecot", b"1000S", {**FULL_CUR, **DOVECOT}, "OK 2000 0"),
     # A NUL byte, as a crash leaves.
-    ("NUL in the first line: no file", b"9S\0\n1 1\n", FULL_CUR, "OK 2000 0"),
-    ("so the limit is another", b"\0" * 50, FULL_CUR, "OVERQUOTA 2000 5", {"QUOTA_LIMIT": "5"}),
-    ("and Dovecot counts", b"9S\0\n", VIRTUAL, "OVERQUOTA 2100 5", {"QUOTA_LIMIT": "5"}),
-    ("NUL in a later line: counted", b"9S\n1 1\n\0\0", FULL_CUR, "OVERQUOTA 2000 9"),
-    ("NUL between lines: counted", b"9S\n1 1\n\0\n1 1\n", FULL_CUR, "OVERQUOTA 2000 9"),
+    ("NUL in the first line: no file", b"\0" * 50, FULL_CUR, "OVERQUOTA 2000 5", QUOTA_5),
+    ("NUL in a later line: counted", b"9S\n1 1\n\0\n1 1\n", FULL_CUR, "OVERQUOTA 2000 9"),
     # No limit is invented.
     ("no limit anywhere", None, FULL_CUR, "OK 2000 0"),
     ("nor by the maildir driver", None, FULL_CUR, "OK 2000 0", {"QUOTA_KEEPER": "dovecot"}),
     ("0 is none by count", None, FULL_CUR, "OK 2000 0", {**BY_COUNT, "QUOTA_LIMIT": "0"}),
     ("its trash may be skipped", None, TRASH, "OK 9 1000", {**BY_COUNT, "QUOTA_TRASH": "skip"}),
+    # Dovecot's count driver: virtual sizes. No message is opened.
+    *(
+        (f"virtual: {sentence}", None, files, f"OK {size} 1000", BY_COUNT)
+        for sentence, files, size in [
+            ("W= beats S= and the file", {"cur/1,S=312,W=414:2,S": 1, "new/2,W=7": 312}, 421),
+            ("no W=: the file", {"new/1,S=7": 312, "cur/2:2,": 9}, 321),
+            ("W= without digits is 0", {"cur/1,W=:2,": 312, "new/1,W=,S=312": 312}, 0),
+            ("but not at the end", {"new/1,W=": 312}, 312),
+            ("of two W= the first", {"cur/1,W=5,W=900:2,": 312}, 5),
+            ("hidden names", {"cur/.1,W=9": 9, "new/..1,W=9": 9}, 0),
+            ("linked folders and trash", {**LINKED, **TRASH}, 27),
+            ("a maildirsize is not read", {"maildirsize": b"9S\n9 1\n", "cur/1,W=5": 9}, 5),
+        ]
+    ),
+    *(
+        (f"a bad {name}", None, {}, f"ERROR {name} is not one of auto, ", {name: word})
+        for name, word in (("QUOTA_KEEPER", "exim"), ("QUOTA_TRASH", "yes"), ("QUOTA_KEEPER", ""))
+    ),
+    # What is broken: counted, or an error.
+    *(
+        (what, text, {**FULL_CUR, ".a/new/": 0, **files}, line, {"QUOTA_LIMIT": "1500"})
+        for what, text, files, line in BROKEN
+    ),
 ]
-VIRTUAL_SIZES = [
-    # Dovecot's count driver: (sentence, files, bytes). No message is opened.
-    ("W= beats S= and the file", {"cur/1,S=312,W=414:2,S": 1, "new/2,W=7": 312}, 421),
-    ("no W=: the file", {"new/1,S=7": 312, "cur/2:2,": 9}, 321),
-    ("zeros ahead", {"cur/1,W=007:2,": 312}, 7),
-    ("W= without digits is 0", {"cur/1,W=:2,": 312, "new/1,W=,S=312": 312}, 0),
-    ("but not at the end", {"new/1,W=": 312}, 312),
-    ("of two W= the first", {"cur/1,W=5,W=900:2,": 312}, 5),
-    ("other things are no W=", {"cur/1,W=7x:2,": 312, "new/2,W=-5": 312, "new/3,w=7": 312}, 936),
-    ("hidden names", {"cur/.1,W=9": 9, "new/..1,W=9": 9}, 0),
-    ("folders", {".a/new/1,W=9": 9, ".a.b/cur/2,W=8:2,": 9, ".a/.b/cur/3,W=7": 9}, 17),
-    ("linked ones", {"x/cur/1,W=9:2,": 9, ".a": "x"}, 9),
-    ("trash", {".Trash/cur/1,W=9:2,": 9, "cur/2,W=8:2,T": 9}, 17),
-    ("a maildirsize is not read", {"maildirsize": b"9S\n9 1\n", "cur/1,W=5": 9}, 5),
-]
-for sentence, files, size in VIRTUAL_SIZES:
-    MAILDIR_RULE.append((f"virtual: {sentence}", None, files, f"OK {size} 1000", BY_COUNT))
 
 
 @pytest.mark.parametrize("row", MAILDIR_RULE, ids=lambda row: row[0])
@@ -3934,31 +3132,31 @@ def test_a_maildir_is_over_as_the_rule_says(row, tmp_path):
     if "QUOTA_USERS" in settings:
         (tmp_path / "users").write_text(f"john {settings['QUOTA_USERS']}\n")
         settings["QUOTA_USERS"] = tmp_path / "users"
-    status, figures = line.split(" ", 1)
-    assert ask_maildir(path, **settings)[:2] == (200, f"{status} john {figures}")
+    got = ask_maildir(path, **settings)
+    if line.startswith("ERROR"):
+        assert got.status == 500 and got.line.startswith(line) and str(tmp_path) not in got.line
+    else:
+        assert got[:2] == (200, line.replace(" ", " john ", 1))
 
 
 KEEPERS = [
     # (uidlist and maildirsize: seconds since they were written, None: missing; those since the
     # time in a message's name; keeper)
-    (None, None, 0, "courier"),
+    (None, None, 0, "new"),
     (None, 9000, 0, "courier"),
     (9000, None, 9000, "dovecot-count"),
-    (3 * 10**9, None, 0, "dovecot-count"),  # 1931
     (0, 0, 0, "dovecot"),
     (0, 9000, 9000, "dovecot"),  # somebody has read
     (9000, 9000, 0, "dovecot"),  # another program has delivered
     (50, 100, 50, "dovecot"),
-    (0, -(10**10), 0, "dovecot"),
     (0, 9000, -(10**10), "dovecot"),  # in the year 2342
     (0, 9000, None, "dovecot"),
     (0, 9000, 0, "old"),
     (0, 100, 0, "old"),
-    (-(10**10), 9000, 0, "old"),
-    (0, 3 * 10**9, 0, "old"),
 ]
 KEPT = {
     # keeper: the answers without and with QUOTA_LIMIT=90, and the default grace of the latter
+    "new": ("OK 10 0", "OK 10 90", "0"),  # as Courier's
     "courier": ("OK 1 900", "OK 1 900", "0"),
     "dovecot": ("OK 1 900", "OK 1 900", "90"),
     "dovecot-count": ("ERROR", "OK 20 90", "9"),
@@ -3966,45 +3164,32 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("control", [False, True])
-@pytest.mark.parametrize("row", KEEPERS)
-def test_who_keeps_a_maildir_is_seen_by_its_files(row, control, tmp_path):
-    uidlist, maildirsize, message, keeper = row
+@pytest.mark.parametrize(("uidlist", "maildirsize", "message", "keeper"), KEEPERS)
+def test_who_keeps_a_maildir_is_seen_by_its_files(uidlist, maildirsize, message, keeper, tmp_path):
     now = time.time()
     stamp = "x" if message is None else int(now - message)
-    path = make_maildir(tmp_path / "Maildir", {f".a/new/{stamp}.M1P1.x,S=10,W=20": 1})
-    place = tmp_path / "control.john" if control else path
-    place.mkdir(exist_ok=True)
-    files = ("dovecot-uidlist", UIDLIST, uidlist), ("maildirsize", b"900S\n1 1\n", maildirsize)
-    for name, text, age in files:
-        if age is not None:
-            (place / name).write_bytes(text)
-            os.utime(place / name, (now - age, now - age))
-    if control and uidlist is None:  # CONTROL is Dovecot's
-        keeper = "dovecot" if maildirsize else "dovecot-count"
-    settings = {"QUOTA_CONTROL": tmp_path / "control.%n"} if control else {}
+    files = {f".a/new/{stamp}.M1P1.x,S=10,W=20": 1, **({} if uidlist is None else DOVECOT)}
+    text = None if maildirsize is None else b"900S\n1 1\n"
+    path = make_maildir(tmp_path / "Maildir", files, text, maildirsize or 0)
+    if uidlist is not None:
+        os.utime(path / "dovecot-uidlist", (now - uidlist, now - uidlist))
     alone, with_limit, grace = KEPT[keeper]
-    if maildirsize is None and keeper == "courier":
-        alone, with_limit = "OK 10 0", "OK 10 90"
-    for limit, expected in ("", alone), ("90", with_limit):
-        got = ask_maildir(path, QUOTA_LIMIT=limit, **settings)
-        assert got.line.startswith(expected.replace("OK", "OK john")), got
-        if got.status == 500:
-            assert "QUOTA_DOVEADM" in got.line and "QUOTA_LIMIT" in got.line
-    assert got.header.get("Quota-Grace", "0") == grace
-    fixed = ask_maildir(path, QUOTA_LIMIT="90", QUOTA_GRACE="7", **settings)
-    assert fixed.header["Quota-Grace"] == "7"
+    got = ask_maildir(path)
+    assert got.line.startswith(alone.replace("OK", "OK john"))
+    assert got.status == 200 or "QUOTA_DOVEADM" in got.line and "QUOTA_LIMIT" in got.line
+    got = ask_maildir(path, QUOTA_LIMIT="90")
+    assert got.line == with_limit.replace("OK", "OK john") and got.header["Quota-Grace"] == grace
 
 
 def test_a_control_folder_is_a_path_with_placeholders(tmp_path):
     path = make_maildir(tmp_path / "Maildir", {"cur/1": 20}, b"9S\n9 1\n")
     make_maildir(tmp_path / "control" / "john", DOVECOT, b"70S\n7 1\n")
-    assert ask_maildir(path).line == "OVERQUOTA john 9 9"
     assert ask_maildir(path, QUOTA_CONTROL=tmp_path / "control/%n").line == "OK john 7 70"
-    none = ask_maildir(path, QUOTA_CONTROL=tmp_path / "control/%n.none", QUOTA_LIMIT="50")
-    assert none.line == "OK john 20 50"
-    for bad, status in (tmp_path / "%q", 500), ("control/%n", 500), (tmp_path / "%d/%n", 400):
-        assert ask_maildir(path, QUOTA_CONTROL=bad).status == status
+    none = tmp_path / "control/%n.none"  # by the setting it is Dovecot all the same
+    assert ask_maildir(path, QUOTA_CONTROL=none, QUOTA_LIMIT="50").line == "OK john 20 50"
+    bad = (none, 500), (tmp_path / "%q", 500), ("control/%n", 500), (tmp_path / "%d/%n", 400)
+    for setting, status in bad:
+        assert ask_maildir(path, QUOTA_CONTROL=setting).status == status
 
 
 def test_a_path_that_ends_in_a_slash_is_the_same(tmp_path):
@@ -4014,136 +3199,57 @@ def test_a_path_that_ends_in_a_slash_is_the_same(tmp_path):
 
 
 LIVES = [
-    # (what happens, the file before it and after it)
-    ("a message is delivered", None, "new/9.x"),
-    ("a message is read", "new/1.x", "cur/1.x:2,S"),
-    ("a message is deleted", "cur/1.x:2,S", None),
-    ("a delivery is refused", None, "maildirsize"),
+    # (what happens, the file before it and after it, whether the mailbox has changed)
+    ("a message is delivered", None, "new/9.x", True),
+    ("a message is read", "new/1.x", "cur/1.x:2,S", True),
+    ("a message is deleted", "cur/1.x:2,S", "tmp/1.x", True),
+    ("a delivery is refused", None, "maildirsize", False),
 ]
 
 
-@pytest.mark.parametrize(("event", "before", "later"), LIVES, ids=[row[0] for row in LIVES])
+@pytest.mark.parametrize(("event", "before", "later", "is_change"), LIVES)
 def test_last_modified_is_when_a_message_came_or_was_read_or_deleted(
-    event, before, later, tmp_path
+    event, before, later, is_change, tmp_path
 ):
     path = make_maildir(tmp_path / "Maildir", {before: 9} if before else {})
-    then = time.time() - 40 * 86400
     for folder in path, *path.rglob("*"):
-        os.utime(folder, (then, then))
-    if before and later:
+        os.utime(folder, (5, 5))
+    if before:
         (path / before).rename(path / later)
-    elif before:
-        (path / before).unlink()
     else:
         (path / later).write_bytes(b"9S\n")
     changed = ask_maildir(path).header["Last-Modified"]
-    age = time.time() - email.utils.parsedate_to_datetime(changed).timestamp()
-    assert (age < 86400) == (event != "a delivery is refused")
+    assert (changed == email.utils.formatdate(5, usegmt=True)) == (not is_change)
 
 
 # ---- what can be wrong with a Maildir ----
 
-EVERY_BYTE = bytes(byte for byte in range(1, 256)) * 10
 HUGE = b"1000S\n10 1\n"
-BAD_MAILDIRS = [
-    # (what it is, `maildirsize` or files, the line with QUOTA_LIMIT=1500 and a message of 2000)
-    ("a folder", {"maildirsize/": 0}, "OVERQUOTA john 2000 1500"),
-    ("a FIFO", "fifo", "OVERQUOTA john 2000 1500"),
-    ("a link", {"maildirsize": "elsewhere", "elsewhere": HUGE}, "OK john 10 1000"),
-    ("a link to nowhere", {"maildirsize": "nowhere"}, "OVERQUOTA john 2000 1500"),
-    ("a link to itself", {"maildirsize": "maildirsize"}, "ERROR cannot read the mailbox: "),
-    ("a device", {"maildirsize": "/dev/zero"}, "OVERQUOTA john 2000 1500"),
-    ("a gigabyte", "sparse", "OVERQUOTA john 2000 1000"),
-    ("binary", EVERY_BYTE, "OK john 2000 0"),
-    ("binary entries", b"1000S\n" + EVERY_BYTE, "OVERQUOTA john 2000 1000"),
-    ("one long line", b"9" * 5000 + b"S\n1 1\n", "OK john 1 0"),
-    ("a limit of 10^30", b"%dS\n1 1\n" % 10**30, "OK john 1 0"),
-    ("a size of 10^4500", b"9S\n" + b"9" * 4500 + b" 1\n", "OVERQUOTA john 2000 9"),
-    ("cur is a file", {".a/cur": 0}, "ERROR cannot read the mailbox: "),
-    ("a message is a loop", {"cur/loop": "loop"}, "ERROR cannot read the mailbox: "),
-    ("folders in a circle", {**DOVECOT, ".b": ".c", ".c": ".b"}, "ERROR cannot read the mailbox: "),
-    ("a link that cannot be followed", {**DOVECOT, ".b": "x" * 300}, "ERROR cannot read the mail"),
-    ("folders that loop", {".b": ".", ".c": "..", ".f": ".f"}, "OVERQUOTA john 2000 1500"),
-    ("half a first line", {**DOVECOT, "maildirsize": b"1000S"}, "OK john 2000 0"),
-    ("a name with 10^200", {f"cur/1,S={10**200}": 0}, f"OVERQUOTA john {10**200 + 2000} 1500"),
-]
-
-
-@pytest.mark.parametrize(
-    ("what", "spoiled", "line"), BAD_MAILDIRS, ids=[r[0] for r in BAD_MAILDIRS]
-)
-def test_a_bad_maildir_gets_a_verdict_by_counting_or_an_error(what, spoiled, line, tmp_path):
-    files = {"cur/1": 2000, ".a/new/": 0, **(spoiled if isinstance(spoiled, dict) else {})}
-    text = spoiled if isinstance(spoiled, bytes) else HUGE if spoiled == "sparse" else None
-    path = make_maildir(tmp_path / "Maildir", files, text)
-    if spoiled == "fifo":
-        os.mkfifo(path / "maildirsize")
-    if spoiled == "sparse":
-        os.truncate(path / "maildirsize", 2**30)
-    got = ask_maildir(path, QUOTA_LIMIT="1500")
-    assert got.line.startswith(line) and str(tmp_path) not in got.line
-    assert (got.status == 500) == line.startswith("ERROR")
-
-
-def test_a_fifo_that_its_owner_puts_in_place_of_maildirsize_holds_nobody_up(tmp_path, monkeypatch):
-    make_maildir(tmp_path / "Maildir", {"cur/1": 2000}, HUGE)
-    open_it = os.open
-
-    def open_late(name: Any, *flags: Any) -> int:
-        if os.fsdecode(name).endswith("/maildirsize"):
-            os.unlink(name)
-            os.mkfifo(name)
-        return open_it(name, *flags)
-
-    monkeypatch.setattr(os, "open", open_late)
-    got = ask(MAILDIR_CGI, "u=Maildir", QUOTA_MAILDIR=tmp_path / "%n", QUOTA_LIMIT="1500")
-    assert got.line == "OVERQUOTA Maildir 2000 1500"
 
 
 NO_MAILDIRS = [
-    # (what stands where the Maildir should be, a Maildir's parent, an mdbox, nothing; status, line)
-    *(
-        (folder, 500, "ERROR QUOTA_MAILDIR is no Maildir")
-        for folder in ("john@x.org/Maildir/cur", "mailboxes/INBOX/dbox-Mails", "")
-    ),
-    *((folder, 200, "OK john 0 0") for folder in ("cur", "new")),
+    # (the only file where the Maildir should be, beginning of the line)
+    *((f"{folder}x", "ERROR QUOTA_MAILDIR is no Maildir") for folder in ("", "john@x.org/cur/")),
+    ("mailboxes/INBOX/dbox-Mails/u.1", "ERROR QUOTA_MAILDIR is no Maildir"),  # an mdbox
+    *[("cur/x", "OK john 10 0"), ("new/x", "OK john 10 0")],
+    ("maildirsize", "OK john 0 1000"),  # Dovecot made it when it was asked
 ]
 
 
-@pytest.mark.parametrize(("folder", "status", "line"), NO_MAILDIRS)
-def test_a_folder_that_is_no_maildir_is_an_error(folder, status, line, tmp_path):
-    (tmp_path / "Maildir" / folder).mkdir(parents=True)
-    got = ask_maildir(tmp_path / "Maildir")
-    assert got.status == status and got.line.startswith(line)
-
-
-def test_a_maildir_that_dovecot_made_when_it_was_asked_is_empty(tmp_path):
-    path = tmp_path / "Maildir"
-    path.mkdir()
-    (path / "maildirsize").write_text("1000S\n0 0\n")
-    assert ask_maildir(path).line == "OK john 0 1000"
-    (path / "dovecot.list.index.log").touch()
-    (path / "maildirsize").unlink()
-    assert ask_maildir(path, QUOTA_LIMIT="9").line == "OK john 0 9"
-    (path / "storage").mkdir()
-    assert ask_maildir(path).status == 500, "an mdbox"
+@pytest.mark.parametrize(("part", "line"), NO_MAILDIRS)
+def test_a_folder_that_is_no_maildir_is_an_error(part, line, tmp_path):
+    file = tmp_path / "Maildir" / part
+    file.parent.mkdir(parents=True)
+    file.write_text("1000S\n0 0\n")
+    assert ask_maildir(tmp_path / "Maildir").line.startswith(line)
 
 
 def test_a_maildir_that_does_not_exist_has_no_bytes_or_may_be_unknown(tmp_path):
     settings = {"QUOTA_MAILDIR": tmp_path / "%n"}
-    assert ask(MAILDIR_CGI, "u=x", **settings).line == "OK x 0 0"
     assert ask(MAILDIR_CGI, "u=x", QUOTA_LIMIT="9", **settings).line == "OK x 0 9"
-    assert ask(MAILDIR_CGI, "u=x", QUOTA_UNKNOWN="1", **settings).line.startswith("UNKNOWN x 0 ")
+    assert ask(MAILDIR_CGI, "u=x", QUOTA_UNKNOWN="1", **settings).line == "UNKNOWN x 0 0"
     (tmp_path / "x").write_bytes(HUGE)
     assert ask(MAILDIR_CGI, "u=x", **settings).status == 500, "a file"
-
-
-@pytest.mark.parametrize("setting", ["QUOTA_KEEPER=exim", "QUOTA_TRASH=yes", "QUOTA_KEEPER="])
-def test_a_word_that_is_none_of_a_settings_is_an_error(setting, tmp_path):
-    name, _, value = setting.partition("=")
-    path = make_maildir(tmp_path / "Maildir", {})
-    got = ask_maildir(path, **{name: value})
-    assert got.status == 500 and got.line.startswith(f"ERROR {name} is not one of auto, ")
 
 
 UNREADABLE_PARTS = [
@@ -4166,24 +3272,21 @@ def test_what_cannot_be_read_is_an_error_and_not_a_smaller_sum(
 
 
 @pytest.mark.parametrize("keeper", ["courier", "dovecot", "dovecot-count"])
-def test_a_reader_who_moves_messages_meanwhile_does_not_change_what_is_counted(keeper, tmp_path):
-    names = [f"17{number:08}.M1P1.x,S=100,W=100" for number in range(400)]
-    path = make_maildir(tmp_path / "john", {f"new/{name}": 1 for name in names})
+def test_a_message_that_is_moved_while_it_is_counted_counts_once(keeper, tmp_path, monkeypatch):
+    new, cur = tmp_path / "john/new/1.x,S=100,W=100", tmp_path / "john/cur/1.x,S=100,W=100:2,S"
+    make_maildir(tmp_path / "john", {f"new/{new.name}": 1})
+    looks, scan = itertools.count(), os.scandir
 
-    def move() -> None:
-        for name in names:
-            os.rename(path / "new" / name, path / "cur" / f"{name}:2,")
+    def scan_and_move(folder: bytes) -> Any:
+        if folder.endswith((b"/new", b"/cur")):  # at the first look it is in new, then in cur
+            is_first = next(looks) % 2 == 0
+            if (cur if is_first else new).exists():
+                cur.rename(new) if is_first else new.rename(cur)
+        return scan(folder)
 
-    settings = {"QUOTA_MAILDIR": tmp_path / "%n", "QUOTA_KEEPER": keeper}
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for _ in range(4):
-            moving = pool.submit(move)
-            while not moving.done():
-                for limit, status in ("42000", "OK"), ("39000", "OVERQUOTA"):
-                    assert ask(MAILDIR_CGI, QUOTA_LIMIT=limit, **settings).line.split()[0] == status
-            moving.result()
-            for name in names:
-                os.rename(path / "cur" / f"{name}:2,", path / "new" / name)
+    monkeypatch.setattr(os, "scandir", scan_and_move)
+    settings = {"QUOTA_LIMIT": "150", "QUOTA_MAILDIR": tmp_path / "%n", "QUOTA_KEEPER": keeper}
+    assert ask(MAILDIR_CGI, **settings).line == "OK john 100 150"
 
 
 def test_a_maildirsize_without_end_takes_no_memory(boxes):
@@ -4202,11 +3305,10 @@ KEY = "a key of the tests"
 
 def doveadm(*roots: tuple[object, object, object, object]) -> bytes:
     """Make an answer to quotaGet: bytes in kilobytes and messages, each with its limit."""
-    rows = []
-    for number, (kilobytes, limit, messages, most) in enumerate(roots):
-        root = {"root": f"Root {number}", "percent": "0"}
-        rows.append({**root, "type": "STORAGE", "value": kilobytes, "limit": limit})
-        rows.append({**root, "type": "MESSAGE", "value": messages, "limit": most})
+    rows: list[object] = []
+    for kilobytes, limit, messages, most in roots:
+        rows.append({"root": "", "type": "STORAGE", "value": kilobytes, "limit": limit})
+        rows.append({"root": "", "type": "MESSAGE", "value": messages, "limit": most})
     return as_json([["doveadmResponse", rows, "q"]])
 
 
@@ -4220,15 +3322,13 @@ def doveadm_error(number: int) -> bytes:
 
 NO_FIGURES: list[tuple[object, object]] = [
     *[("91", "error"), ("error", "100"), ("91", ""), ("-5", "100"), ("1e3", "100"), ([], {})],
-    *[(None, "100"), ("91", None), (float("inf"), "100")],
+    *[("91", None), (float("inf"), "100")],
 ]
+NO_ROWS: list[object] = [[], None, {}, [5], [{}], [[]]]
 NO_QUOTAS: list[object] = [
     *([], {}, None, 5, "doveadmResponse", [[]], [["doveadmResponse"]], [[1, 2, 3]]),
-    *([["doveadmResponse", [], "q"]], [["doveadmResponse", None, "q"]]),
-    *([["doveadmResponse", {}, "q"]], [["doveadmResponse", [5], "q"]]),
-    *([["doveadmResponse", [{}], "q"]], [["doveadmResponse", [[]], "q"]]),
+    *([["doveadmResponse", rows, "q"]] for rows in NO_ROWS),
     [["doveadmResponse", [{"type": "MESSAGE", "value": "3", "limit": "50"}], "q"]],
-    [["doveadmResponse", [{"type": "STORAGE"}], "q"]],
 ]
 FINE = doveadm(("91", "100", "3", "50"))
 ROWS = FINE.partition(b"\r\n\r\n")[2]
@@ -4237,13 +3337,11 @@ DOVEADM: list[tuple[Any, str, str | None]] = [
     (FINE, "OK john 93184 102400", "10240"),
     (doveadm(("100", "100", "3", "50")), "OVERQUOTA john 102400 102400", "10240"),
     (doveadm(("99", "100", "49", "50")), "OK john 101376 102400", "10240"),
-    (doveadm(("91", "100", "50", "50")), "OVERQUOTA john 93184 102400", "10240"),
-    (doveadm(("91", "-", "3", "-")), "OK john 93184 0", None),
-    (doveadm(("91", "-", "50", "50")), "OVERQUOTA john 93184 0", None),
+    (doveadm(("91", "-", "3", "-")), "OK john 93184 0", "0"),
+    (doveadm(("91", "-", "50", "50")), "OVERQUOTA john 93184 0", "0"),
     (doveadm(("10", "100", "3", "-"), ("50", "60", "3", "-")), "OK john 51200 61440", "6144"),
     (doveadm(("10", "-", "3", "-"), ("50", "90", "3", "-")), "OK john 51200 92160", "9216"),
-    (doveadm(("99", "100", "3", "-"), ("5", "6", "7", "7")), "OVERQUOTA john ", None),
-    (doveadm(("60", "60", "3", "-"), ("5", "-", "7", "-")), "OVERQUOTA john 61440 61440", "6144"),
+    (doveadm(("99", "100", "3", "-"), ("5", "6", "7", "7")), "OVERQUOTA john 5120 6144", "614"),
     (doveadm_error(67), "UNKNOWN john", None),
 ]
 NO_DOVEADM: list[Any] = [
@@ -4254,11 +3352,9 @@ NO_DOVEADM: list[Any] = [
     doveadm(("10", "100", "3", "-"), ("5", "error", "3", "-")),
     *map(as_json, NO_QUOTAS),
     *(raw(status, ROWS) for status in (b"401 No", b"500 Oops", b"302 Found", b"", b"200x")),
-    raw(b"200 OK", b"OK john 5 100\n"),
-    raw(b"200 OK", b"\xff\xfe\x00"),
-    *(raw(b"200 OK", b"[" * depth) for depth in (60_000, 1_000_000)),
+    *(raw(b"200 OK", text) for text in (b"OK john 5 100\n", b"\xff\xfe\x00", b"[" * 60_000)),
     raw(b"200 OK", b" " * 1_000_000 + ROWS),
-    *([(FINE[:length], 0)] for length in (0, 5, 30, 60, len(FINE) - 2)),
+    *([(FINE[:length], 0)] for length in (0, 5, 60, len(FINE) - 2)),
     [(FINE[:60], 0), (None, 0)],
 ]
 
@@ -4280,7 +3376,7 @@ def test_what_dovecot_says_becomes_an_answer_or_an_error(dovecot, capfd):
         service.default = answer
         got = ask_it()
         assert got.line.startswith(line) and (got.status == 500) == (line == "ERROR "), answer
-        assert got.line[:3] == "OVE" or got.header.get("Quota-Grace", "0") == (grace or "0"), answer
+        assert got.header.get("Quota-Grace") == grace, answer
     shown = capfd.readouterr().err
     assert KEY not in shown and base64.b64encode(KEY.encode()).decode() not in shown
 
@@ -4290,19 +3386,17 @@ def test_a_dovecot_that_takes_too_long_is_an_error_in_time(trickle, dovecot, mon
     service, ask_it = dovecot
     monkeypatch.setattr(CGIS[MAILDIR_CGI], "DOVEADM_SECONDS", 0.5)
     service.default = trickle
-    begin = time.monotonic()
-    assert ask_it().status == 500 and time.monotonic() - begin < SLACK
+    assert ask_it().status == 500
+    wait_for(lambda: service.left, "the end of the connection")
 
 
 NAMES_IN_DOVECOT = [
     # (query, the user that Dovecot is asked about, None: none)
-    *[
-        ("u=john", "john"),
-        ("u=john&d=example.com", "john@example.com"),
-        ("u=j%C3%B6rg", "j\u00f6rg"),
-    ],
-    *[("u=a%20b&d=x.org", "a b@x.org"), ("u=%22john%22%5C", '"john"\\')],
-    *[("u=..", None), ("u=john%00", None), ("d=x.org", None)],
+    *[("u=john", "john"), ("u=john&d=example.com", "john@example.com")],
+    *[("u=j%C3%B6rg", "j\u00f6rg"), ("u=a%20b&d=x.org", "a b@x.org"), ("u=%22j%22%5C", '"j"\\')],
+    *((query, None) for query in ("u=..", "u=john%00", "d=x.org")),
+    # What doveadm takes for a pattern, and what is not UTF-8, is no user.
+    *((query, None) for query in ("u=*", "u=%2A&d=x.org", "u=j%3Fhn", "u=john&d=*", "u=j%F6rg")),
 ]
 
 
@@ -4311,21 +3405,15 @@ def test_dovecot_is_asked_about_the_user_by_its_api_with_the_key(query, user, do
     service, ask_it = dovecot
     service.default = FINE
     got = ask_it(query, QUOTA_MAILDIR="nonsense", QUOTA_KEEPER="nonsense", QUOTA_LIMIT="nonsense")
-    assert (got.status, len(service.requests)) == ((200, 1) if user else (400, 0))
-    if user:
-        head, _, body = service.requests[0].rpartition(b"\r\n")
-        assert head.startswith(b"POST /doveadm/v1 HTTP/1.")
-        key = b"X-Dovecot-API " + base64.b64encode(KEY.encode())
-        assert {b"Authorization: " + key, b"Content-Type: application/json"} < set(
-            head.split(b"\r\n")
-        )
-        assert json.loads(body)[0][:2] == ["quotaGet", {"user": user}]
-
-
-def test_a_name_that_doveadm_takes_for_a_pattern_or_that_is_not_utf_8_is_no_user(dovecot):
-    service, ask_it = dovecot
-    for query in "u=*", "u=%2A&d=x.org", "u=j%3Fhn", "u=john&d=*", "u=j%F6rg":
-        assert ask_it(query).line.startswith("UNKNOWN ") and not service.requests
+    if user is None:
+        assert got.line.startswith(("UNKNOWN ", "ERROR no ")) and not service.requests
+        return
+    head, _, body = service.requests[0].rpartition(b"\r\n")
+    assert got.status == 200 and head.startswith(b"POST /doveadm/v1 HTTP/1.")
+    key = b"X-Dovecot-API " + base64.b64encode(KEY.encode())
+    fields = {b"Authorization: " + key, b"Content-Type: application/json"}
+    assert fields < set(head.split(b"\r\n"))
+    assert json.loads(body)[0][:2] == ["quotaGet", {"user": user}]
 
 
 BAD_URLS = [
@@ -4397,17 +3485,16 @@ def test_readme_and_help_give_every_option_with_its_default_in_the_same_order():
 @pytest.mark.parametrize("script", CGIS)
 def test_readme_gives_every_setting_its_default(script):
     row = re.compile(r"^\| `(QUOTA_\w+)`(?: \((.*?)\))? \| (.*?) \|", re.MULTILINE)
-    found = [
-        (name, default) for name, of, default in row.findall(README) if of in ("", script.name)
-    ]
+    rows = [(name, default) for name, of, default in row.findall(README) if of in ("", script.name)]
     settings = {name: value for name, value in vars(CGIS[script]).items() if name[:6] == "QUOTA_"}
-    assert [name for name, _ in found] == sorted(settings, key=[n for n, _ in found].index)
-    for name, default in found:
-        expected = settings[name] or "none"
-        parts = [part for part in default.split(", ") if f"({script.name}" in part] or [default]
-        assert parts[0].partition(" (")[0].strip("`") == expected, name
-    text = script.read_text()
-    assert all(name in text.partition('"""')[2] for name in settings)
+    assert {name: default.strip("`") for name, default in rows} == {
+        name: value or "none" for name, value in settings.items()
+    }
+
+
+def test_the_top_level_holds_the_six_files_and_nothing_else():
+    names = {MILTER.name, MBOX_CGI.name, MAILDIR_CGI.name, "test_quota.py", "README.md", "LICENSE"}
+    assert {path.name for path in HERE.iterdir() if path.name[0] not in "._"} == names
 
 
 def test_the_docstrings_name_no_option_or_setting_that_there_is_not():
@@ -4418,12 +3505,6 @@ def test_the_docstrings_name_no_option_or_setting_that_there_is_not():
         assert set(re.findall(r"--[a-z][a-z-]+", module.__doc__)) == {"--serve"}
 
 
-def test_the_top_level_holds_the_six_files_and_nothing_else():
-    names = {MILTER.name, MBOX_CGI.name, MAILDIR_CGI.name, "test_quota.py", "README.md", "LICENSE"}
-    assert {path.name for path in HERE.iterdir() if path.name[0] not in "._"} == names
-
-
 if __name__ == "__main__":
-    TRICKS[sys.argv[1]](sys.argv[2])
-    del sys.argv[:3]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    clock_file, sys.argv = sys.argv[1], sys.argv[2:]
+    run_with_clock(clock_file, sys.argv[0])
