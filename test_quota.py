@@ -1062,6 +1062,7 @@ def test_a_bad_value_is_refused_in_one_line_that_names_the_option(option):
 BAD_STARTS = [
     # (arguments, a word of the one line, the status: 2 for options, 1 for a socket)
     (f"--backand {SECRET}", "--backand", 2),
+    (f"--verbose={SECRET}", "--verbose", 2),
     ("@/nonexistent", "/nonexistent", 2),
     ("stray", "stray", 2),
     ("--listen inet:8894@192.0.2.1", "inet:8894@192.0.2.1", 1),
