@@ -405,10 +405,7 @@ class Question:
 
 
 class Client:
-    """Asks one URL, over a connection of its own for each question.
-
-    So bytes that come late, or too many, cannot be read as the answer to another question.
-    """
+    """Asks one URL, over a new connection each time: late bytes cannot answer another question."""
 
     def __init__(self, url: str, context: ssl.SSLContext) -> None:
         parts = urllib.parse.urlsplit(url)
@@ -687,19 +684,13 @@ class Backend:
 class Account:
     """What is known of one mailbox. The Ledger's lock guards it."""
 
-    __slots__ = ("answer", "before", "since", "recent")
+    __slots__ = ("answer", "in_flight", "recent")
 
-    def __init__(self, answer: Optional[Answer] = None, before: int = 0) -> None:
+    def __init__(self, answer: Optional[Answer] = None, in_flight: int = 0) -> None:
         self.answer = answer
-        self.before = before  # bytes that were in flight when the answer's question was sent
-        self.since = 0  # bytes that were accepted after that
+        self.in_flight = in_flight  # bytes of accepted mail that the answer does not include
         # When each of the last messages was accepted, and its bytes, the oldest first.
         self.recent: tuple[tuple[float, int], ...] = ()
-
-    @property
-    def in_flight(self) -> int:
-        """Bytes of accepted mail that the answer does not include."""
-        return self.before + self.since
 
     def sum_up(self, start: float, end: float = float("inf")) -> int:
         """Add up the bytes of the messages that were accepted after `start` and until `end`."""
@@ -708,31 +699,25 @@ class Account:
     def learn(self, answer: Answer, window: float) -> None:
         """Replace the answer by a newer one; `window` is --in-flight in seconds.
 
-        A mailbox is expected to hold the old usage and what is in flight. The part of this sum that
-        the new usage lacks was in flight when the question was sent:
+        When the new question was sent, the mailbox was expected to hold the old usage and what was
+        in flight. What the new usage lacks of this sum is still in flight. But it is no more than
+        what was accepted in the `window` before the question: older mail has arrived or never will.
+        (If another backend gave the old answer, this bound is left out: the usage on a stand-by may
+        be old.) Mail that was accepted after the question was sent is in flight as a whole.
 
-            before = old usage + in flight at that time - new usage, but at least 0
-
-        But it is no more than what was accepted in the `window` before the question: older mail has
-        arrived or never will. (If another backend gave the old answer, this does not hold: the
-        usage on a stand-by may be old.) Mail that was accepted after the question was sent is in
-        `since`. Without two usages to compare, all mail of the `window` is in flight.
+        Without two usages to compare, all mail of the `window` is in flight.
 
         Example, of one backend: the usage was 500 and a message of 100 was accepted. If the new
         usage is 500, 100 are still in flight; if it is 560, 40; if it is 600 or 900, none. If it is
         200 (the user made room), 100 are in flight.
         """
         since = self.sum_up(answer.at)
-        lately = self.sum_up(answer.at - window, answer.at)
+        before = self.sum_up(answer.at - window, answer.at)
         old = self.answer
-        if old is None or old.usage is None or answer.usage is None or not window:
-            self.before = lately
-        else:
-            expected = old.usage + self.in_flight - since
-            self.before = max(0, expected - answer.usage)
-            if old.source == answer.source:
-                self.before = min(self.before, lately)
-        self.answer, self.since = answer, since
+        if old and old.usage is not None and answer.usage is not None and window:
+            lacking = max(0, old.usage + self.in_flight - since - answer.usage)
+            before = min(before, lacking) if old.source == answer.source else lacking
+        self.answer, self.in_flight = answer, before + since
 
 
 class Ledger:
@@ -791,7 +776,7 @@ class Ledger:
             now = time.monotonic()
             # If the account was forgotten since RCPT, as many other mailboxes came, it is put back.
             account = self.touch(mailbox, Account(at_rcpt.answer, at_rcpt.in_flight))
-            account.since += size
+            account.in_flight += size
             # learn() looks back from the time of a question, which is --timeout ago at most.
             earliest = now - self.options.in_flight - self.options.timeout
             old = bisect.bisect(account.recent, (earliest, 0))
@@ -1726,7 +1711,7 @@ def check(policy: Policy, addresses: list[str]) -> int:
 
 
 class Service:
-    """Holds the policy in force, and does all that is due every second, in a thread of its own.
+    """Holds the policy in force; a thread of its own does what is due every second.
 
     A file on a disk that hangs blocks that thread alone: mail and signals go on.
     """
