@@ -358,6 +358,7 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
 
 REQUEST_SECONDS = 10  # for a whole request
 REQUEST_LENGTH = 65536  # bytes of a request
+STRANGER_SECONDS = 0.05  # for a stranger's request
 THREADS = 200  # connections at a time
 PATIENCE = 5  # seconds; a question that has taken longer gets HANGS if it is asked again
 SLOW = 1  # seconds; an answer that took longer is kept
@@ -385,8 +386,14 @@ class Server:
             try:
                 connection, peer = listener.accept()
                 with connection:
-                    is_friend = is_allowed(peer[0], self.allow)
-                    send(connection, self.answer(receive(connection)) if is_friend else STRANGER)
+                    if is_allowed(peer[0], self.allow):
+                        send(connection, self.answer(receive(connection)))
+                    else:
+                        # A request that came after the close would reset the connection: no 403.
+                        connection.settimeout(STRANGER_SECONDS)
+                        with contextlib.suppress(socket.timeout):
+                            connection.recv(REQUEST_LENGTH)
+                        send(connection, STRANGER)
             except ConnectionError:
                 pass  # the client has left
             except OSError:  # a slow client; or no descriptor is free, and accept() must not spin
@@ -446,7 +453,7 @@ def send(connection: socket.socket, response: Response) -> None:
     head = "".join(f"{name}: {value}\r\n" for name, value in fields)
     connection.setblocking(False)
     connection.sendall(f"HTTP/1.0 {status}\r\n{head}\r\n".encode() + body)
-    # To close with a stranger's request unread would reset the connection, and lose the answer.
+    # To close with something unread, as the body of a POST, would reset the connection.
     with contextlib.suppress(BlockingIOError):
         connection.recv(REQUEST_LENGTH)
 

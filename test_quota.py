@@ -2850,7 +2850,7 @@ class Serving:
         self.listener.bind(("127.0.0.1", 0))
         self.listener.listen(1024)
         self.port = self.listener.getsockname()[1]
-        server = self.module.Server({})
+        self.server = server = self.module.Server({})
         self.threads = [
             threading.Thread(target=self.answer_until_closed, args=[server])
             for _ in range(self.module.THREADS)
@@ -2903,6 +2903,14 @@ def test_a_client_that_leaves_keeps_no_thread_of_serve_from_the_next_one(serving
     monkeypatch.setattr(serving.module, "receive", leave)
     with socket.create_connection(("127.0.0.1", serving.port), 60) as client:
         assert client.recv(1) == b"" and rests == []
+
+
+def test_a_stranger_sees_the_403_though_his_request_comes_late(serving):
+    serving.server.allow, serving.module.STRANGER_SECONDS = b"127.0.0.2", 60
+    with socket.create_connection(("127.0.0.1", serving.port), 60) as client:
+        assert not select.select([client], [], [], 0.1)[0]
+        client.sendall(b"GET /?u=john HTTP/1.0\r\n\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.0 403 ")
 
 
 def test_an_answer_that_took_long_is_kept_for_a_minute(serving):
