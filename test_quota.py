@@ -1833,6 +1833,13 @@ def test_a_certificate_is_trusted_by_cafile_and_for_its_name_alone(site, certifi
     assert backend.users() == ["john"]
 
 
+def test_a_ca_without_the_extensions_that_python_3_13_wants_is_trusted(monkeypatch):
+    strict = ssl.create_default_context()
+    strict.verify_flags |= ssl.VERIFY_X509_STRICT
+    monkeypatch.setattr(ssl, "create_default_context", lambda **_: strict)
+    assert not milter_module().read_cafile("ca.pem").verify_flags & ssl.VERIFY_X509_STRICT
+
+
 def test_while_a_backend_is_tried_again_only_one_question_is_asked(site):
     site.backend.close()
     milter = site.milter("--timeout", "1", clock=True)
