@@ -407,12 +407,12 @@ def postfix_and_a_socket():
 
 
 @contextlib.contextmanager
-def sendmail_and_a_socket(virtual: Optional[Mapping[str, str]] = None):
-    """Give Sendmail, which finds the milter at a socket below /run."""
+def sendmail_and_a_socket(virtual: Optional[Mapping[str, str]] = None, lines: str = ""):
+    """Give Sendmail, with more lines, which finds the milter at a socket below /run."""
     with open_folder("/run") as run:
         shutil.chown(run, "daemon", "daemon")
         block = readme_block("/etc/mail/sendmail.mc", {"/run/quota-milter": run})
-        with Sendmail(block, virtual) as sendmail:
+        with Sendmail(block + lines, virtual) as sendmail:
             yield Front(sendmail, f"unix:{run}/milter.sock", [*UMASK, *as_user("daemon")])
 
 
@@ -654,6 +654,21 @@ def test_a_local_user_behind_a_virtual_address_of_sendmail_is_asked_about(folder
             assert send(mta.server.port, *names) == [*full, "", ""]
             assert send(mta.server.port, "postmaster@virt.example") == [""]
             assert backend.mailboxes() == ["daemon@virt.example", "bin@virt.example"]
+
+
+def test_what_readme_says_leaves_mail_out_of_sendmails_milters_does_so(folder):
+    own = free_port()
+    said = "DAEMON_OPTIONS(`Name=MSA, Port=587, M=E, InputMailFilters=')"
+    assert said in README.read_text()
+    lines = said.replace("Port=587", f"Addr=127.0.0.1, Port={own}") + "dnl\n"
+    left_out = "define(`confINPUT_MAIL_FILTERS', `another')dnl\n"
+    left_out += "MAIL_FILTER(`another', `S=inet:1@127.0.0.1')dnl\n"
+    for more, replies in (lines, [quota_exceeded("john@example.com")]), (left_out, [""]):
+        front = sendmail_and_a_socket(lines=more)
+        with front as mta, Backend(FULL) as backend, mta.milter(folder, backend.url):
+            assert send(mta.server.port, "john@example.com") == replies
+            if more == lines:
+                assert send(own, "john@example.com") == [""]
 
 
 # ---- A backend whose first address swallows packets ----
