@@ -2277,13 +2277,12 @@ def test_metrics_are_replaced_and_tell_what_the_milter_did(site):
     site.backend.default = says(f"OK x 40000 {LIMIT}")
     site.backend.answers = {"full": FULL, "gone": GONE}
     secret = url.replace("//", "//user:secret@")
-    urls = f"example.com={secret}", f"dead.org={dead}", f"b.org={url}?secret=b"
-    options = [f"--backend={url}" for url in urls]
-    milter = site.milter(*options, "--metrics", file, backend=False, clock=True, umask=0o077)
+    backends = f"example.com={secret}", f"dead.org={dead}", f"b.org={url}?secret=b"
+    options = "--metrics", file, *(f"--backend={text}" for text in backends)
+    milter = site.milter(*options, backend=False, clock=True, umask=0o077)
     first = wait_for(lambda: file.exists() and file.stat().st_ino, "the first file")
     with milter.session() as session:
-        for size in 70_001, 70_002:
-            assert session.message("john", size, f"SIZE={size}")[:3] == "452"
+        assert session.message("john", 70_001, "SIZE=70001")[:3] == "452"
         assert session.message("john", 80_005)[:3] == "452"
         assert session.message("john paul", 20_000) == ""
         assert session.message("full full", 1)[:3] == "452"
@@ -2294,13 +2293,13 @@ def test_metrics_are_replaced_and_tell_what_the_milter_did(site):
     assert not re.search("secret|john", file.read_text())
     assert {name: n for name, n in metrics.items() if "seconds" not in name and n} == {
         'recipients_total{verdict="ok"}': 3,
-        'recipients_total{verdict="overquota"}': 4,
+        'recipients_total{verdict="overquota"}': 3,
         'recipients_total{verdict="unknown"}': 1,
         'recipients_total{verdict="fault"}': 1,
-        "cached_total": 4,
-        'refused_total{step="rcpt",verdict="overquota"}': 4,
+        "cached_total": 3,
+        'refused_total{step="rcpt",verdict="overquota"}': 3,
         'refused_total{step="data",verdict="overquota"}': 1,
-        'refused_bytes_total{step="rcpt"}': 140_003,
+        'refused_bytes_total{step="rcpt"}': 70_001,
         'refused_bytes_total{step="data"}': 80_005,
         "in_flight_messages": 4,
         "in_flight_bytes": 2 * (20_000 + 1024) + 2 * (5 + 1024),
@@ -2311,9 +2310,8 @@ def test_metrics_are_replaced_and_tell_what_the_milter_did(site):
         f'backend_questions_total{{backend="{dead}"}}': 1,
         f'backend_faults_total{{backend="{dead}"}}': 1,
     }
-    buckets = [value for name, value in metrics.items() if "bucket" in name and f'"{url}"' in name]
-    assert buckets == sorted(buckets) and buckets[-1] == 4
-    assert metrics[f'backend_seconds_count{{backend="{url}"}}'] == 4
+    times = [n for name, n in metrics.items() if "seconds" in name and f'"{url}"' in name]
+    assert times[:8] == sorted(times[:8]) and times[7:9] == [4, 4], "buckets, and their count"
 
 
 def test_metrics_are_not_written_through_a_link_that_somebody_left(tmp_path):
